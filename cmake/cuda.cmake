@@ -1,0 +1,28 @@
+# The CUDA side, for the architectures in MXT_CUDA_ARCHS (80;90a;100a;120a ...). Needs nvcc, never a GPU.
+# Architectures become real code only ("90a-real"): what a build has is what mxtrain.env lists.
+list(TRANSFORM MXT_CUDA_ARCHS APPEND "-real" OUTPUT_VARIABLE CMAKE_CUDA_ARCHITECTURES)
+include(CheckLanguage)
+check_language(CUDA)
+if(NOT CMAKE_CUDA_COMPILER)
+  message(FATAL_ERROR "MXTRAIN_CUDA_ARCHS asks for CUDA (${MXT_CUDA_ARCHS}), but no working nvcc was found. "
+    "Put nvcc on the PATH or set CUDACXX; or unset MXTRAIN_CUDA_ARCHS for a CPU build.")
+endif()
+enable_language(CUDA)
+find_package(CUDAToolkit REQUIRED)
+set(CMAKE_CUDA_STANDARD 17)
+# -fmad=false keeps the rounding contract, as -ffp-contract=off does on the host.
+set(MXT_CUDA_FLAGS -O3 -lineinfo -fmad=false --expt-relaxed-constexpr)
+
+set(MXT_CUDA_SOURCES csrc/cuda/dequantize.cu)
+add_library(mxt_cuda_portable OBJECT ${MXT_CUDA_SOURCES})
+target_include_directories(mxt_cuda_portable PRIVATE csrc)
+target_compile_options(mxt_cuda_portable PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:${MXT_CUDA_FLAGS}>)
+set_target_properties(mxt_cuda_portable PROPERTIES CUDA_VISIBILITY_PRESET hidden)
+
+target_sources(mxtrain PRIVATE csrc/dispatch.cpp csrc/ops/cuda_dequantize.cpp $<TARGET_OBJECTS:mxt_cuda_portable>)
+string(REPLACE ";" "\\;" MXT_CUDA_ARCHS_TEXT "${MXT_CUDA_ARCHS}")
+target_compile_definitions(mxtrain PRIVATE MXT_WITH_CUDA USE_CUDA
+  "MXT_CUDA_ARCHS=\"${MXT_CUDA_ARCHS_TEXT}\"" MXT_CUDA_COMPILER="${CMAKE_CUDA_COMPILER_VERSION}")
+target_include_directories(mxtrain SYSTEM PRIVATE ${CUDAToolkit_INCLUDE_DIRS})
+target_link_libraries(mxtrain PRIVATE CUDA::cudart_static)
+set_target_properties(mxtrain PROPERTIES CUDA_RUNTIME_LIBRARY Static)

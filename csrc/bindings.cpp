@@ -1,0 +1,107 @@
+// SPDX-License-Identifier: Apache-2.0
+// mxtrain._host: the formats' host codecs over numpy arrays, straight from csrc/formats and
+// csrc/random, for tests, tools and people who want to look at one value. Everything that trains
+// goes through torch.ops.mxtrain instead.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <cmath>
+#include <stdexcept>
+#include <string>
+
+#include "formats/block.h"
+#include "formats/layout.h"
+#include "random/philox.h"
+
+namespace py = pybind11;
+using namespace mxtrain;
+
+namespace {
+
+template <class T>
+using Array = py::array_t<T, py::array::c_style | py::array::forcecast>;
+
+// Calls f(element struct) for an element format's name.
+template <class F>
+auto with_element(const std::string& name, const F& f) {
+  if (name == "e2m1") return f(E2M1{});
+  if (name == "e3m2") return f(E3M2{});
+  if (name == "e2m3") return f(E2M3{});
+  if (name == "e4m3") return f(E4M3{});
+  if (name == "e5m2") return f(E5M2{});
+  throw py::value_error(
+      "mxtrain::_host: element must be one of e2m1, e3m2, e2m3, e4m3, e5m2, got " + name + ".");
+}
+
+Array<uint8_t> encode_array(const std::string& element, const Array<float>& values) {
+  Array<uint8_t> out(std::vector<py::ssize_t>(values.shape(), values.shape() + values.ndim()));
+  with_element(element, [&](auto e) {
+    for (py::ssize_t i = 0; i < values.size(); ++i) {
+      if (!std::isfinite(values.data()[i]))
+        throw py::value_error("mxtrain::_host.encode: values must be finite.");
+      out.mutable_data()[i] = static_cast<uint8_t>(encode_nearest<decltype(e)>(values.data()[i]));
+    }
+  });
+  return out;
+}
+
+Array<float> decode_array(const std::string& element, const Array<uint8_t>& codes) {
+  Array<float> out(std::vector<py::ssize_t>(codes.shape(), codes.shape() + codes.ndim()));
+  with_element(element, [&](auto e) {
+    for (py::ssize_t i = 0; i < codes.size(); ++i)
+      out.mutable_data()[i] = decode<decltype(e)>(codes.data()[i]);
+  });
+  return out;
+}
+
+Array<uint8_t> scale_codes(const std::string& element, const Array<float>& block_max, int rule) {
+  if (rule < 0 || rule >= kScaleRules)
+    throw py::value_error("mxtrain::_host.e8m0_scale: rule must be a known code.");
+  Array<uint8_t> out(
+      std::vector<py::ssize_t>(block_max.shape(), block_max.shape() + block_max.ndim()));
+  with_element(element, [&](auto e) {
+    for (py::ssize_t i = 0; i < block_max.size(); ++i) {
+      const uint32_t bits = float_bits(block_max.data()[i]);
+      if (bits >= kInfBits)
+        throw py::value_error(
+            "mxtrain::_host.e8m0_scale: block_max must be finite and not negative.");
+      out.mutable_data()[i] =
+          static_cast<uint8_t>(e8m0_scale<decltype(e)>(bits, static_cast<ScaleRule>(rule)));
+    }
+  });
+  return out;
+}
+
+Array<float> scale_values(const Array<uint8_t>& codes) {
+  Array<float> out(std::vector<py::ssize_t>(codes.shape(), codes.shape() + codes.ndim()));
+  for (py::ssize_t i = 0; i < codes.size(); ++i)
+    out.mutable_data()[i] = e8m0_value(codes.data()[i]);
+  return out;
+}
+
+py::tuple philox(const std::array<uint32_t, 4>& counter, const std::array<uint32_t, 2>& key) {
+  const Philox4 w = philox4x32({{counter[0], counter[1], counter[2], counter[3]}}, key[0], key[1]);
+  return py::make_tuple(w.w[0], w.w[1], w.w[2], w.w[3]);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_host, m) {
+  m.doc() = "Host codecs of mxtrain's formats over numpy arrays.";
+  m.def("encode", &encode_array, py::arg("element"), py::arg("values"),
+        "Round float32 values to the nearest code of an element format ('e2m1', ...), ties to "
+        "even, saturating. uint8, same shape.");
+  m.def("decode", &decode_array, py::arg("element"), py::arg("codes"),
+        "Values of an element format's codes. float32, same shape.");
+  m.def("e8m0_scale", &scale_codes, py::arg("element"), py::arg("block_max"), py::arg("rule"),
+        "E8M0 scale codes from block maxima for an element format; rule 0 floor, 1 ceil, 2 even. "
+        "uint8, same shape.");
+  m.def("e8m0_decode", &scale_values, py::arg("codes"),
+        "Values of E8M0 codes. float32, same shape.");
+  m.def("philox4x32", &philox, py::arg("counter"), py::arg("key"),
+        "One Philox4x32-10 block: 4 words from a counter of 4 and a key of 2.");
+  m.def("swizzled_offset", &swizzled_offset, py::arg("row"), py::arg("col"), py::arg("col_tiles"),
+        "Byte offset of scale (row, col) in the 128x4 tile layout.");
+}

@@ -1,0 +1,111 @@
+// SPDX-License-Identifier: Apache-2.0
+// The CPU kernels' interface: argument structs and one table of functions per instruction set. The
+// files that implement it (tiles.h, quantize.cpp, convert.cpp) are compiled once per instruction
+// set, in the namespace MXT_ISA, contain no torch headers and start no threads; ops/*.cpp split the
+// work with torch's thread pool. Every function writes only the part it is given, so results do not
+// depend on the number of threads.
+#pragma once
+
+#include <cstdint>
+
+#include "formats/block.h"
+#include "random/philox.h"
+
+namespace mxtrain::cpu {
+
+enum class SourceType : int { kFloat32, kBfloat16, kFloat16, kPacked };
+
+// One logical matrix [rows, cols] that is read element by element: strided floats, or (kPacked) the
+// transpose of an operand.
+struct Source {
+  SourceType type;
+  const void* data;    // [rows, cols] floats; kPacked: codes of the operand [cols, rows]
+  int64_t stride_row;  // in elements; kPacked: unused
+  int64_t stride_col;
+  int format;            // kPacked only, as the next three
+  const uint8_t* scale;  // [cols, scale_cols]
+  int64_t data_cols;     // bytes of a packed row
+  int64_t scale_cols;
+  float tensor_scale;
+};
+
+// Quantize the operand of a source [rows, cols]: blocks along cols, kp = cols padded to a block.
+struct QuantizeParams {
+  Source x;
+  Source toward;  // read only where rounding is kToward; floats
+  int64_t rows, cols, kp;
+  int format;
+  ScaleRule scale_rule;
+  Rounding rounding;
+  int hadamard;         // 0, or the group size g
+  const int8_t* signs;  // [g], or null
+  float hadamard_norm;  // float32(1 / sqrt(g))
+  float prescale;
+  PhiloxKey key;
+  float tensor_scale;  // nvfp4
+  uint8_t* data;       // [rows, kp * bits / 8]
+  uint8_t* scale;      // [rows, kp / block]
+};
+
+// Work is cut into tiles of kTileR operand rows and kTileK elements along K.
+constexpr int64_t kTileR = 16, kTileK = 256;
+static_assert(kTileK % 256 == 0, "a tile holds whole Hadamard groups and whole blocks");
+
+struct DequantizeParams {
+  const uint8_t* data;   // [rows, data_cols]
+  const uint8_t* scale;  // [rows, scale_cols]
+  int64_t data_cols, scale_cols;
+  int64_t cols;  // elements to write per row
+  int format;
+  float tensor_scale;
+  SourceType out_type;
+  void* out;  // [rows, cols] contiguous
+};
+
+struct HadamardParams {
+  Source x;  // [rows, cols], cols a multiple of g
+  int64_t cols;
+  int group;
+  const int8_t* signs;
+  float norm;
+  void* out;  // [rows, cols] contiguous, x's type
+};
+
+enum class RoundTarget : int { kBfloat16, kE4M3, kE5M2 };
+
+struct StochasticRoundParams {
+  const float* x;  // [n]
+  int64_t n;
+  PhiloxKey key;
+  RoundTarget target;
+  void* out;  // [n]
+};
+
+// out = alpha * acc * a_scale * b_scale + bias, one float32 operation after the other, then one
+// cast.
+struct EpilogueParams {
+  const float* acc;  // [rows, cols]
+  int64_t cols;
+  float a_scale, b_scale;  // nvfp4's tensor scales, else 1
+  float alpha;
+  SourceType bias_type;
+  const void* bias;  // [cols], or null
+  SourceType out_type;
+  void* out;  // [rows, cols]
+};
+
+struct Kernels {
+  const char* isa;
+  void (*quantize)(const QuantizeParams&, int64_t r0, int64_t k0);  // one tile
+  uint32_t (*finite_amax)(const QuantizeParams&, int64_t r0,
+                          int64_t k0);  // float32 bits of one tile's finite amax
+  void (*dequantize)(const DequantizeParams&, int64_t row_begin, int64_t row_end);
+  void (*hadamard)(const HadamardParams&, int64_t row_begin, int64_t row_end);
+  void (*stochastic_round)(const StochasticRoundParams&, int64_t group_begin, int64_t group_end);
+  void (*epilogue)(const EpilogueParams&, int64_t row_begin, int64_t row_end);
+};
+
+// The widest instruction set that this build has and this processor runs.
+const Kernels& kernels();
+
+}  // namespace mxtrain::cpu

@@ -1,0 +1,22 @@
+// SPDX-License-Identifier: Apache-2.0
+// The function table of one instruction set; compiled once for each, after quantize.cpp and
+// convert.cpp.
+#include "cpu/kernels.h"
+
+#define MXT_STRING_(x) #x
+#define MXT_STRING(x) MXT_STRING_(x)
+
+namespace mxtrain::cpu::MXT_ISA {
+
+void quantize(const QuantizeParams&, int64_t, int64_t);
+uint32_t finite_amax(const QuantizeParams&, int64_t, int64_t);
+void dequantize(const DequantizeParams&, int64_t, int64_t);
+void hadamard(const HadamardParams&, int64_t, int64_t);
+void stochastic_round(const StochasticRoundParams&, int64_t, int64_t);
+void epilogue(const EpilogueParams&, int64_t, int64_t);
+
+extern const Kernels kTable;
+const Kernels kTable = {MXT_STRING(MXT_ISA), quantize, finite_amax, dequantize, hadamard,
+                        stochastic_round,    epilogue};
+
+}  // namespace mxtrain::cpu::MXT_ISA

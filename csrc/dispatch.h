@@ -1,0 +1,29 @@
+// SPDX-License-Identifier: Apache-2.0
+// Compute capability -> launcher: the only place that decides by architecture. The portable kernels
+// serve every architecture they were built for; what needs one architecture's instructions gets a
+// row of its own here.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "check.h"
+
+// The CPU wheel of torch lacks these three shims; weak, they let a CUDA build load there (and are
+// never called there).
+extern "C" {
+__attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
+__attribute__((weak)) AOTITorchError torch_c10_cuda_check_msg(int32_t, const char*, const char*,
+                                                              uint32_t, bool, char**);
+__attribute__((weak)) void torch_c10_cuda_free_error_msg(char*);
+}
+
+namespace mxtrain::cuda {
+
+// The current stream of t's device, after checking that the portable kernels were built for that
+// device.
+cudaStream_t stream_for(const char* op, const Tensor& t);
+
+// Turns a launch error into an exception that names the op.
+void check_launch(const char* op, cudaError_t error);
+
+}  // namespace mxtrain::cuda

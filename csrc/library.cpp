@@ -1,0 +1,64 @@
+// SPDX-License-Identifier: Apache-2.0
+// The catalogue of torch.ops.mxtrain: every schema, and which function serves it on which device.
+// Read this first.
+//
+// Conventions. x is a 2-D bfloat16, float16 or float32 matrix of any strides. An operand is (data,
+// scale, tensor_scale): uint8 codes [R, Kp * bits / 8], uint8 block scales [R, Kp / block], and
+// float32 [1] for nvfp4 ([0] elsewhere; inputs may pass None). format, scale_rule, rounding and
+// accumulate are codes, named in mxtrain.formats: the stable ABI leaks `str` arguments. rng is
+// int64 [2]. Every op is functional. docs/numerics.md defines the arithmetic, mxtrain/ops.py
+// documents each op and has its fake kernel.
+#include <torch/csrc/stable/library.h>
+
+#include "ops/ops.h"
+
+STABLE_TORCH_LIBRARY(mxtrain, m) {
+  m.def(
+      "quantize(Tensor x, int format, int scale_rule=1, int rounding=0, bool transpose=False, "
+      "Tensor? rng=None, int hadamard=0, "
+      "Tensor? signs=None, float prescale=1.0, Tensor? toward=None, bool swizzle=False) -> "
+      "(Tensor, Tensor, Tensor)");
+  m.def(
+      "quantize_dual(Tensor x, Tensor? rng, int row_format, int row_scale_rule, int row_rounding, "
+      "int row_hadamard, Tensor? row_signs, "
+      "float row_prescale, Tensor? row_toward, int col_format, int col_scale_rule, int "
+      "col_rounding, int col_hadamard, "
+      "Tensor? col_signs, float col_prescale, Tensor? col_toward, bool swizzle=False) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "requantize(Tensor data, Tensor scale, Tensor? tensor_scale, int format, int cols, int "
+      "out_format, int scale_rule=1, "
+      "int rounding=0, Tensor? rng=None, int hadamard=0, Tensor? signs=None, float prescale=1.0, "
+      "bool swizzle=False) "
+      "-> (Tensor, Tensor, Tensor)");
+  m.def(
+      "dequantize(Tensor data, Tensor scale, Tensor? tensor_scale, int format, int cols, "
+      "ScalarType dtype) -> Tensor");
+  m.def("hadamard(Tensor x, int group, Tensor? signs=None) -> Tensor");
+  m.def("stochastic_round(Tensor x, ScalarType dtype, Tensor rng) -> Tensor");
+  m.def("swizzle_scale(Tensor scale) -> Tensor");
+  m.def("unswizzle_scale(Tensor scale, int rows, int cols) -> Tensor");
+  m.def(
+      "gemm(Tensor a, Tensor a_scale, Tensor? a_tensor_scale, Tensor b, Tensor b_scale, Tensor? "
+      "b_tensor_scale, int format, "
+      "Tensor? bias, float alpha, ScalarType out_dtype, int accumulate=0) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mxtrain, CPU, m) {
+  using namespace mxtrain::cpu;
+  m.impl("quantize", TORCH_BOX(&quantize));
+  m.impl("quantize_dual", TORCH_BOX(&quantize_dual));
+  m.impl("requantize", TORCH_BOX(&requantize));
+  m.impl("dequantize", TORCH_BOX(&dequantize));
+  m.impl("hadamard", TORCH_BOX(&hadamard));
+  m.impl("stochastic_round", TORCH_BOX(&stochastic_round));
+  m.impl("swizzle_scale", TORCH_BOX(&swizzle_scale));
+  m.impl("unswizzle_scale", TORCH_BOX(&unswizzle_scale));
+  m.impl("gemm", TORCH_BOX(&gemm));
+}
+
+#ifdef MXT_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(mxtrain, CUDA, m) {
+  m.impl("dequantize", TORCH_BOX(&mxtrain::cuda::dequantize));
+}
+#endif

@@ -1,0 +1,71 @@
+// SPDX-License-Identifier: Apache-2.0
+// gemm, backend `cpu`: decode both operands to float32, torch's matmul, one epilogue.
+//   D[M, N] = alpha * A[M, K] B[N, K]^T + bias[N]
+#include <cmath>
+
+#include "ops/cpu_common.h"
+#include "ops/ops.h"
+
+namespace mxtrain {
+
+void check_gemm(const Tensor& a, const Tensor& a_scale, const OptionalTensor& a_tensor_scale,
+                const Tensor& b, const Tensor& b_scale, const OptionalTensor& b_tensor_scale,
+                int64_t format, const OptionalTensor& bias, double alpha, ScalarType out_dtype,
+                int64_t accumulate) {
+  const char* op = "gemm";
+  const PackedShape sa = check_operand(op, "a", a, a_scale, a_tensor_scale, format);
+  const PackedShape sb = check_operand(op, "b", b, b_scale, b_tensor_scale, format);
+  MXT_CHECK(sa.kp == sb.kp, op, "a and b must have the same K, got ", sa.kp, " and ", sb.kp,
+            " (padded, format ", kFormats[format].name, "; a ", shape_of(a), ", b ", shape_of(b),
+            "). Both are quantized along the contraction axis: D = A B^T.");
+  check_same_device(op, "b", b, a);
+  MXT_CHECK(is_input_float(out_dtype), op, "out_dtype must be bfloat16, float16 or float32, got ",
+            dtype_name(out_dtype), " (a ", shape_of(a), ").");
+  MXT_CHECK(std::isfinite(alpha), op, "alpha must be finite, got ", alpha, " (a ", shape_of(a),
+            ").");
+  check_choice(op, "accumulate", accumulate, kAccumulateNames, kAccumulates);
+  if (!bias) return;
+  MXT_CHECK(is_input_float(bias->scalar_type()) && bias->dim() == 1 && bias->size(0) == sb.rows, op,
+            "bias must be a float vector of shape [", sb.rows, "], got ",
+            dtype_name(bias->scalar_type()), " ", shape_of(*bias), " (b has ", sb.rows, " rows).");
+  check_same_device(op, "bias", *bias, a);
+}
+
+namespace cpu {
+
+Tensor gemm(Tensor a, Tensor a_scale, OptionalTensor a_tensor_scale, Tensor b, Tensor b_scale,
+            OptionalTensor b_tensor_scale, int64_t format, OptionalTensor bias, double alpha,
+            ScalarType out_dtype, int64_t accumulate) {
+  check_gemm(a, a_scale, a_tensor_scale, b, b_scale, b_tensor_scale, format, bias, alpha, out_dtype,
+             accumulate);
+  const int64_t kp = a.size(1) * 8 / kFormats[format].bits, m = a.size(0), n = b.size(0);
+  // The tensor scales stay out of the product, so that its terms are exact; the epilogue multiplies
+  // by them.
+  const bool two_level = kFormats[format].e4m3_scale;
+  OptionalTensor one;
+  if (two_level) one = torch::stable::full({1}, 1.0, ScalarType::Float);
+  const Tensor af = dequantize(a, a_scale, one, format, kp, ScalarType::Float);
+  const Tensor bf = dequantize(b, b_scale, one, format, kp, ScalarType::Float);
+  const Tensor acc =
+      torch::stable::contiguous(torch::stable::matmul(af, torch::stable::transpose(bf, 0, 1)));
+  Tensor out = torch::stable::new_empty(a, {m, n}, out_dtype);
+  OptionalTensor bias_row;
+  if (bias) bias_row = torch::stable::contiguous(*bias);
+  EpilogueParams p = {};
+  p.acc = acc.const_data_ptr<float>();
+  p.cols = n;
+  p.a_scale = scale_of(a_tensor_scale);
+  p.b_scale = scale_of(b_tensor_scale);
+  p.alpha = static_cast<float>(alpha);
+  p.bias = bias_row ? bias_row->const_data_ptr() : nullptr;
+  p.bias_type = bias_row ? source_type(bias_row->scalar_type()) : SourceType::kFloat32;
+  p.out_type = source_type(out_dtype);
+  p.out = out.mutable_data_ptr();
+  torch::stable::parallel_for(
+      0, m, grain(n), [&](int64_t begin, int64_t end) { kernels().epilogue(p, begin, end); });
+  return out;
+}
+
+}  // namespace cpu
+
+}  // namespace mxtrain

@@ -1,0 +1,44 @@
+"""mxtrain: train neural networks in 4-bit microscaling (MX) arithmetic.
+
+    import mxtrain
+    print(mxtrain.convert(model, "tetrajet"))   # in place; then train as before
+
+`mxtrain.quantize`, `gemm` and the rest are thin names over `torch.ops.mxtrain`; `python -m mxtrain.env` says what this
+machine and build can do; docs/numerics.md says what every byte means.
+"""
+
+from .version import __version__  # isort: skip
+from . import ops as ops  # registers the fake kernels and autograd
+from .formats import FORMATS, Format
+from .operand import (
+    Operand,
+    dequantize,
+    draw_rng,
+    draw_signs,
+    gemm,
+    hadamard,
+    quantize,
+    quantize_dual,
+    requantize,
+    stochastic_round,
+    swizzle_scale,
+    unswizzle_scale,
+)
+
+__all__ = [
+    "FORMATS",
+    "Format",
+    "Operand",
+    "__version__",
+    "dequantize",
+    "draw_rng",
+    "draw_signs",
+    "gemm",
+    "hadamard",
+    "quantize",
+    "quantize_dual",
+    "requantize",
+    "stochastic_round",
+    "swizzle_scale",
+    "unswizzle_scale",
+]

@@ -1,0 +1,271 @@
+"""Quantized operands, and the functions that make, change and multiply them: names and defaults over `torch.ops.mxtrain`.
+
+The ops check their arguments; here names become codes. docs/numerics.md defines the bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .formats import ACCUMULATE, FORMATS, ROUNDINGS, SCALE_RULES, Format, check_name, format_named
+
+if TYPE_CHECKING:
+    from .recipe import Quantizer
+
+_ops = torch.ops.mxtrain
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A logical `[R, K]` matrix, quantized in blocks along K.
+
+    Attributes:
+        data: uint8 `[R, Kp * bits / 8]`, the element codes; Kp is K rounded up to a block.
+        scale: uint8 `[R, Kp / block]` block scales; `[ceil(R/128), ceil(Kp/block/4), 512]` where swizzled.
+        format: the format's name.
+        shape: (R, K).
+        tensor_scale: float32 `[1]` for nvfp4, else None.
+        swizzled: whether scale is in the 128x4 tile layout.
+    """
+
+    data: Tensor
+    scale: Tensor
+    format: str
+    shape: tuple[int, int]
+    tensor_scale: Tensor | None = None
+    swizzled: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that codes and scales take."""
+        return self.data.nbytes + self.scale.nbytes
+
+    def plain_scale(self) -> Tensor:
+        """The block scales as `[R, Kp / block]`, unswizzled where need be."""
+        if not self.swizzled:
+            return self.scale
+        fmt = FORMATS[self.format]
+        return unswizzle_scale(self.scale, self.shape[0], fmt.padded(self.shape[1]) // fmt.block)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The values as `[R, K]` of dtype (float32, bfloat16 or float16)."""
+        return dequantize(self, dtype)
+
+
+def wrap(parts: tuple[Tensor, Tensor, Tensor], fmt: Format, shape: tuple[int, int], swizzled: bool) -> Operand:
+    """An Operand from what an op returned."""
+    data, scale, tensor_scale = parts
+    return Operand(data, scale, fmt.name, shape, tensor_scale if fmt.two_level else None, swizzled)
+
+
+def _codes(what: str, scale_rule: str, rounding: str) -> tuple[int, int]:
+    check_name(what, "scale_rule", scale_rule, SCALE_RULES)
+    check_name(what, "rounding", rounding, ROUNDINGS)
+    return SCALE_RULES[scale_rule], ROUNDINGS[rounding]
+
+
+def _check_operand(what: str, argument: str, value: object) -> None:
+    if not isinstance(value, Operand):
+        raise TypeError(
+            f"mxtrain::{what}: {argument} must be an Operand, got {type(value).__name__}. Make one with mxtrain.quantize."
+        )
+
+
+def quantize(
+    x: Tensor,
+    format: str,
+    *,
+    scale_rule: str = "ceil",
+    rounding: str = "nearest",
+    transpose: bool = False,
+    rng: Tensor | None = None,
+    hadamard: int = 0,
+    signs: Tensor | None = None,
+    prescale: float = 1.0,
+    toward: Tensor | None = None,
+    swizzle: bool = False,
+) -> Operand:
+    """Quantize a matrix in blocks along its last axis (along its first, as the operand of x.T, with `transpose`).
+
+    Args:
+        x: `[R, K]`, bfloat16, float16 or float32, any strides.
+        format: a name of `mxtrain.formats.FORMATS`: "mxfp4", "mxfp8_e4m3", "nvfp4", ...
+        scale_rule: "floor" (OCP MX), "ceil" (never clips) or "even".
+        rounding: "nearest" (ties to even), "stochastic" (needs rng) or "toward" (needs toward).
+        transpose: quantize x.T, blocked along x's first axis.
+        rng: int64 `[2]` (seed, offset) on x's device; see `draw_rng`.
+        hadamard: rotate groups of 16, 32, 64, 128 or 256 along K first; 0 for none.
+        signs: int8 `[hadamard]`; negative entries flip their element before the rotation.
+        prescale: factor on the elements before the scale is chosen.
+        toward: a tensor of x's shape; each element rounds to whichever of its two neighbours is nearer to it (Q-EMA).
+        swizzle: return the scales in the 128x4 tile layout.
+
+    Returns:
+        Operand of shape (R, K), or (K, R) with transpose.
+
+    Raises:
+        ValueError: for an unknown name. RuntimeError: for tensors that do not fit; see `mxtrain.ops`.
+    """
+    fmt = format_named(format)
+    rule, mode = _codes("quantize", scale_rule, rounding)
+    parts = _ops.quantize(x, fmt.code, rule, mode, transpose, rng, hadamard, signs, prescale, toward, swizzle)
+    shape = (x.shape[1], x.shape[0]) if transpose else (x.shape[0], x.shape[1])
+    return wrap(parts, fmt, shape, swizzle)
+
+
+def quantize_dual(
+    x: Tensor,
+    row: Quantizer,
+    col: Quantizer,
+    *,
+    rng: Tensor | None = None,
+    row_signs: Tensor | None = None,
+    col_signs: Tensor | None = None,
+    row_toward: Tensor | None = None,
+    col_toward: Tensor | None = None,
+    swizzle: bool = False,
+) -> tuple[Operand, Operand]:
+    """The operand of x by `row` and of x.T by `col`, from one read of x.
+
+    The same bytes as `quantize(x, ...)` and `quantize(x, ..., transpose=True)` with the same rng.
+
+    Args:
+        x: `[R, K]`, as in `quantize`.
+        row, col: `mxtrain.Quantizer`s; their format must not be None. (Their `signs` field is not read: pass the vectors.)
+        rng, row_signs, col_signs, row_toward, col_toward, swizzle: as in `quantize`.
+
+    Returns:
+        Operands of shape (R, K) and (K, R).
+    """
+    formats, arguments = [], []
+    for quantizer, signs, toward in ((row, row_signs, row_toward), (col, col_signs, col_toward)):
+        fmt = format_named(quantizer.format, "quantize_dual")
+        rule, mode = _codes("quantize_dual", quantizer.scale_rule, quantizer.rounding)
+        formats.append(fmt)
+        arguments += [fmt.code, rule, mode, quantizer.hadamard, signs, quantizer.prescale, toward]
+    parts = _ops.quantize_dual(x, rng, *arguments, swizzle)
+    rows, cols = x.shape
+    return (
+        wrap(parts[:3], formats[0], (rows, cols), swizzle),
+        wrap(parts[3:], formats[1], (cols, rows), swizzle),
+    )
+
+
+def requantize(
+    operand: Operand,
+    format: str | None = None,
+    *,
+    scale_rule: str = "ceil",
+    rounding: str = "nearest",
+    rng: Tensor | None = None,
+    hadamard: int = 0,
+    signs: Tensor | None = None,
+    prescale: float = 1.0,
+    swizzle: bool = False,
+) -> Operand:
+    """The operand of the transpose, straight from packed bytes (TetraJet's double quantization).
+
+    Equals `quantize(operand.dequantize(), ..., transpose=True)` bit for bit.
+
+    Args:
+        operand: of shape (R, K).
+        format: of the result; the operand's own by default.
+        scale_rule, rounding, rng, hadamard, signs, prescale, swizzle: as in `quantize`; rounding is not "toward".
+
+    Returns:
+        Operand of shape (K, R).
+    """
+    _check_operand("requantize", "operand", operand)
+    fmt = format_named(format or operand.format, "requantize")
+    rule, mode = _codes("requantize", scale_rule, rounding)
+    rows, cols = operand.shape
+    parts = _ops.requantize(
+        operand.data, operand.plain_scale(), operand.tensor_scale, FORMATS[operand.format].code, cols,
+        fmt.code, rule, mode, rng, hadamard, signs, prescale, swizzle,
+    )  # fmt: skip
+    return wrap(parts, fmt, (cols, rows), swizzle)
+
+
+def dequantize(operand: Operand, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The values of an operand as `[R, K]` of dtype (float32, bfloat16 or float16)."""
+    _check_operand("dequantize", "operand", operand)
+    code = FORMATS[operand.format].code
+    return _ops.dequantize(operand.data, operand.plain_scale(), operand.tensor_scale, code, operand.shape[1], dtype)
+
+
+def gemm(
+    a: Operand,
+    b: Operand,
+    bias: Tensor | None = None,
+    alpha: float = 1.0,
+    out_dtype: torch.dtype = torch.bfloat16,
+    accumulate: str = "fp32",
+) -> Tensor:
+    """D = alpha * A B^T + bias for operands A `[M, K]` and B `[N, K]`.
+
+    Args:
+        a, b: operands of the same format and K.
+        bias: `[N]` float vector, or None.
+        alpha: factor on the product.
+        out_dtype: bfloat16, float16 or float32.
+        accumulate: "fp32", or "fast" where a backend has a quicker, less exact way (the CPU has none).
+
+    Returns:
+        `[M, N]` of out_dtype.
+
+    Raises:
+        ValueError: if the formats differ, or for an unknown name. RuntimeError: for tensors that do not fit.
+    """
+    _check_operand("gemm", "a", a)
+    _check_operand("gemm", "b", b)
+    check_name("gemm", "accumulate", accumulate, ACCUMULATE)
+    if a.format != b.format:
+        raise ValueError(
+            f"mxtrain::gemm: a and b must have the same format, got {a.format} and {b.format}. Quantize both to one format."
+        )
+    if a.shape[1] != b.shape[1]:
+        raise ValueError(
+            f"mxtrain::gemm: a and b must have the same K, got {a.shape[1]} and {b.shape[1]} (a {a.shape}, b {b.shape}). "
+            "Both are quantized along the contraction axis: D = A B^T."
+        )
+    return _ops.gemm(
+        a.data, a.plain_scale(), a.tensor_scale, b.data, b.plain_scale(), b.tensor_scale,
+        FORMATS[a.format].code, bias, alpha, out_dtype, ACCUMULATE[accumulate],
+    )  # fmt: skip
+
+
+def hadamard(x: Tensor, group: int, signs: Tensor | None = None) -> Tensor:
+    """(x * signs) H_group / sqrt(group) on consecutive groups along the last axis, in float32, rounded to x's dtype.
+
+    Differentiable. group is 16, 32, 64, 128 or 256 and divides the last axis; signs is int8 `[group]`.
+    """
+    return _ops.hadamard(x, group, signs)
+
+
+def stochastic_round(x: Tensor, dtype: torch.dtype, rng: Tensor) -> Tensor:
+    """Round float32 to bfloat16, float8_e4m3fn or float8_e5m2, up with the probability of the fraction (in 2^-16 steps)."""
+    return _ops.stochastic_round(x, dtype, rng)
+
+
+def swizzle_scale(scale: Tensor) -> Tensor:
+    """Scales `[R, C]` in the 128x4 tile layout of Blackwell tensor cores: uint8 `[ceil(R/128), ceil(C/4), 512]`."""
+    return _ops.swizzle_scale(scale)
+
+
+def unswizzle_scale(scale: Tensor, rows: int, cols: int) -> Tensor:
+    """The inverse of `swizzle_scale`: uint8 `[rows, cols]`."""
+    return _ops.unswizzle_scale(scale, rows, cols)
+
+
+def draw_rng(n: int = 1, device: torch.device | str = "cpu") -> Tensor:
+    """n (seed, offset) pairs, int64 `[n, 2]`, from torch's default generator of the device: pass one row as `rng`."""
+    return torch.randint(0, 2**63 - 1, (n, 2), dtype=torch.int64, device=device)
+
+
+def draw_signs(group: int, n: int = 1, device: torch.device | str = "cpu") -> Tensor:
+    """n vectors of random signs, int8 `[n, group]`, from torch's default generator of the device."""
+    return torch.randint(0, 2, (n, group), dtype=torch.int8, device=device) * 2 - 1

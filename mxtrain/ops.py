@@ -1,0 +1,136 @@
+"""What each op of `torch.ops.mxtrain` is: its shapes (as fake kernels), its errors and its autograd.
+
+The schemas are in csrc/library.cpp; docs/numerics.md defines every byte. An *operand* is a logical `[R, K]` matrix as
+`data` uint8 `[R, Kp * bits / 8]`, `scale` uint8 `[R, Kp / block]` (E8M0, or E4M3 for nvfp4) and `tensor_scale` float32 `[1]`
+for nvfp4, `[0]` for the others (inputs may pass None); Kp is K rounded up to a block. `format`, `scale_rule`, `rounding` and
+`accumulate` are the int codes of `mxtrain.formats`. All ops are functional and raise RuntimeError with
+`mxtrain::<op>: <argument> must <condition>, got <value> (<context>). <what to do>` on bad input.
+
+quantize(x, format, scale_rule=1, rounding=0, transpose=False, rng=None, hadamard=0, signs=None, prescale=1.0, toward=None,
+         swizzle=False) -> (data, scale, tensor_scale)
+    The operand of x `[R, K]` (bfloat16, float16 or float32, any strides), or with transpose of x.T `[K, R]`.
+    Raises for another dtype or rank, a block axis of size 0, an unknown code, stochastic rounding without rng, rng that is not
+    int64 [2] on x's device, signs that are not int8 [hadamard], hadamard that does not divide Kp, a prescale that is not finite
+    and positive, toward without rounding "toward" or of another shape. Source: OCP MX v1.0 section 6; arXiv 2502.20853 section 3.
+quantize_dual(x, rng, row_*, col_*, swizzle=False) -> (data, scale, tensor_scale) of x, then of x.T
+    The same bytes as two calls of quantize, from one read of x. Errors as quantize.
+requantize(data, scale, tensor_scale, format, cols, out_format, scale_rule=1, rounding=0, rng=None, hadamard=0, signs=None,
+           prescale=1.0, swizzle=False) -> (data, scale, tensor_scale)
+    The operand of the transpose of an operand `[R, cols]`: the same bytes as quantize(dequantize(...), transpose=True), from
+    packed bytes to packed bytes. Raises also where codes, scales and format disagree. Source: arXiv 2502.20853 (double quantization).
+dequantize(data, scale, tensor_scale, format, cols, dtype) -> `[R, cols]` of dtype (bfloat16, float16 or float32).
+hadamard(x, group, signs=None) -> x's shape and dtype
+    (x * signs) H_group / sqrt(group) on consecutive groups along the last axis, in float32. Differentiable.
+    Raises unless group is 16, 32, 64, 128 or 256 and divides the last axis. Source: arXiv 2502.20586 section 3.
+stochastic_round(x, dtype, rng) -> x's shape
+    float32 to bfloat16, float8_e4m3fn or float8_e5m2; finite values stay finite.
+swizzle_scale(scale) -> uint8 `[ceil(R/128), ceil(C/4), 512]` from `[R, C]`; unswizzle_scale(scale, rows, cols) undoes it.
+    The scale layout of Blackwell's tensor cores (PTX ISA, tcgen05 scale factors); see docs/layouts.md.
+gemm(a, a_scale, a_tensor_scale, b, b_scale, b_tensor_scale, format, bias, alpha, out_dtype, accumulate=0) -> `[M, N]`
+    alpha * A B^T + bias for operands A `[M, K]` and B `[N, K]`, float32 accumulation. A NaN scale makes its row (column) NaN.
+    Raises where K or the formats differ, or bias is not a float vector of N.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .formats import FORMATS, Format
+
+_BY_CODE: list[Format] = list(FORMATS.values())
+OP_NAMES = (
+    "quantize", "quantize_dual", "requantize", "dequantize", "hadamard", "stochastic_round",
+    "swizzle_scale", "unswizzle_scale", "gemm",
+)  # fmt: skip
+
+
+# ---- fake kernels: shapes only; the real kernels check the arguments ----
+
+
+def _swizzled_shape(rows, cols) -> tuple:
+    return ((rows + 127) // 128, (cols + 3) // 4, 512)
+
+
+def _empty_operand(like: Tensor, rows, cols, format: int, swizzle: bool) -> tuple[Tensor, Tensor, Tensor]:
+    fmt = _BY_CODE[format]
+    blocks = (cols + fmt.block - 1) // fmt.block
+    scale_shape = _swizzled_shape(rows, blocks) if swizzle else (rows, blocks)
+    return (
+        like.new_empty((rows, blocks * (fmt.block * fmt.bits // 8)), dtype=torch.uint8),
+        like.new_empty(scale_shape, dtype=torch.uint8),
+        like.new_empty((1 if fmt.two_level else 0,), dtype=torch.float32),
+    )
+
+
+@torch.library.register_fake("mxtrain::quantize")
+def _(x, format, scale_rule=1, rounding=0, transpose=False, rng=None, hadamard=0, signs=None, prescale=1.0, toward=None,
+      swizzle=False):  # fmt: skip
+    rows, cols = (x.shape[1], x.shape[0]) if transpose else (x.shape[0], x.shape[1])
+    return _empty_operand(x, rows, cols, format, swizzle)
+
+
+@torch.library.register_fake("mxtrain::quantize_dual")
+def _(x, rng, row_format, row_scale_rule, row_rounding, row_hadamard, row_signs, row_prescale, row_toward,
+      col_format, col_scale_rule, col_rounding, col_hadamard, col_signs, col_prescale, col_toward, swizzle=False):  # fmt: skip
+    row = _empty_operand(x, x.shape[0], x.shape[1], row_format, swizzle)
+    return row + _empty_operand(x, x.shape[1], x.shape[0], col_format, swizzle)
+
+
+@torch.library.register_fake("mxtrain::requantize")
+def _(data, scale, tensor_scale, format, cols, out_format, scale_rule=1, rounding=0, rng=None, hadamard=0, signs=None,
+      prescale=1.0, swizzle=False):  # fmt: skip
+    return _empty_operand(data, cols, data.shape[0], out_format, swizzle)
+
+
+@torch.library.register_fake("mxtrain::dequantize")
+def _(data, scale, tensor_scale, format, cols, dtype):
+    return data.new_empty((data.shape[0], cols), dtype=dtype)
+
+
+@torch.library.register_fake("mxtrain::hadamard")
+def _(x, group, signs=None):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("mxtrain::stochastic_round")
+def _(x, dtype, rng):
+    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("mxtrain::swizzle_scale")
+def _(scale):
+    return scale.new_empty(_swizzled_shape(scale.shape[0], scale.shape[1]))
+
+
+@torch.library.register_fake("mxtrain::unswizzle_scale")
+def _(scale, rows, cols):
+    return scale.new_empty((rows, cols))
+
+
+@torch.library.register_fake("mxtrain::gemm")
+def _(a, a_scale, a_tensor_scale, b, b_scale, b_tensor_scale, format, bias, alpha, out_dtype, accumulate=0):
+    return a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype)
+
+
+# ---- autograd of the differentiable op ----
+
+
+def _hadamard_setup(ctx, inputs, output) -> None:
+    _, ctx.group, signs = inputs
+    ctx.save_for_backward(signs)
+
+
+def _hadamard_backward(ctx, grad: Tensor):
+    # The rotation is (diag(signs) H / sqrt(g)); H is symmetric, so its transpose is H first, signs last.
+    (signs,) = ctx.saved_tensors
+    out = torch.ops.mxtrain.hadamard(grad, ctx.group)
+    if signs is not None:
+        negative = (signs < 0).repeat(out.shape[-1] // ctx.group)
+        out = torch.where(negative, -out, out)
+    return out, None, None
+
+
+torch.library.register_autograd(
+    "mxtrain::hadamard", _hadamard_backward, setup_context=_hadamard_setup
+)

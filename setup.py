@@ -1,0 +1,151 @@
+"""Build of mxtrain: hands CMake what it needs to know. Nothing here needs a GPU, and torch is never imported.
+
+MXTRAIN_CUDA_ARCHS  "90a", "80;90a;100a;120a", "native" (the visible GPUs), "all", or "none". Unset: native where a
+                    GPU is visible, otherwise CPU only.
+MAX_JOBS            compile jobs; unset: as many as the cores and the free memory allow.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+ALL_ARCHS = "80;89;90a;100a;120a"
+GIB_PER_JOB = 2  # what one compile job may take
+
+
+def package_version() -> str:
+    return re.search(r'__version__ = "(.+)"', (ROOT / "mxtrain/version.py").read_text()).group(1)
+
+
+def torch_dir() -> Path:
+    """The torch folder of the environment that installs, also from inside pip's isolated build environment.
+
+    There site-packages is hidden from imports, but sysconfig still names it.
+    """
+    spec = importlib.util.find_spec("torch")
+    candidates = [Path(spec.origin).parent] if spec and spec.origin else []
+    candidates += [Path(sysconfig.get_path(name)) / "torch" for name in ("platlib", "purelib")]
+    for path in candidates:
+        if (path / "include/torch/csrc/stable/library.h").exists():
+            return path
+    raise SystemExit(
+        f"mxtrain: torch >= 2.11 must be installed before mxtrain is built, got none in {sys.prefix}.\n"
+        f"  {sys.executable} -m pip install 'torch>=2.11'"
+    )
+
+
+def torch_version(path: Path) -> str:
+    return re.search(r"__version__ = '(.+)'", (path / "version.py").read_text()).group(1)
+
+
+def gpu_archs() -> list[str]:
+    """Compute capabilities of the visible GPUs, as CMake names them; empty without nvidia-smi."""
+    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        text = subprocess.run(query, capture_output=True, text=True, check=True, timeout=30).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    numbers = {line.strip().replace(".", "") for line in text.splitlines() if line.strip()}
+    return sorted(n + ("a" if int(n) >= 90 else "") for n in numbers if n.isdigit())
+
+
+def cuda_archs() -> str:
+    """The CUDA architectures to build; empty for a CPU build. Says loudly what was decided."""
+    asked = os.environ.get("MXTRAIN_CUDA_ARCHS", "").strip().lower()
+    if asked in ("none", "off", "cpu"):
+        return ""
+    if asked == "all":
+        return ALL_ARCHS
+    if asked and asked != "native":
+        archs = [a for a in re.split(r"[;,\s]+", asked) if a]
+        bad = [a for a in archs if not re.fullmatch(r"\d{2,3}[af]?", a)]
+        if bad:
+            raise SystemExit(
+                f"mxtrain: MXTRAIN_CUDA_ARCHS must list architectures such as 90a or 80;90a, got {bad[0]!r}. "
+                'Other values: "native", "all", "none".'
+            )
+        return ";".join(archs)
+    archs = gpu_archs()
+    if archs and (asked or shutil.which(os.environ.get("CUDACXX", "nvcc"))):
+        return ";".join(archs)
+    if asked:
+        raise SystemExit('mxtrain: MXTRAIN_CUDA_ARCHS=native needs a visible GPU. Name the architecture: "90a".')
+    why = "nvcc was not found" if archs else "no GPU is visible"
+    print(
+        f"mxtrain: CPU-ONLY BUILD, because {why}. For CUDA: MXTRAIN_CUDA_ARCHS=90a pip install .",
+        file=sys.stderr,
+    )
+    return ""
+
+
+def jobs() -> int:
+    if os.environ.get("MAX_JOBS"):
+        return max(1, int(os.environ["MAX_JOBS"]))
+    cores = os.cpu_count() or 1
+    try:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    except (ValueError, OSError):
+        return cores
+    return max(1, min(cores, int(free / GIB_PER_JOB)))
+
+
+class CMakeBuild(build_ext):
+    """One CMake project makes both libraries; setuptools sees them as the extension mxtrain._host."""
+
+    def build_extension(self, ext: Extension) -> None:
+        torch = torch_dir()
+        archs = cuda_archs()
+        output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        # One folder per (Python, torch, architectures): switching between them never mixes objects.
+        tag = f"{sys.implementation.cache_tag}-torch{torch_version(torch)}-{archs.replace(';', '_') or 'cpu'}"
+        build = ROOT / "build" / tag
+        build.mkdir(parents=True, exist_ok=True)
+        output.mkdir(parents=True, exist_ok=True)
+        cmake, ninja = shutil.which("cmake"), shutil.which("ninja")
+        if not cmake or not ninja:
+            raise SystemExit("mxtrain: cmake and ninja must be on the PATH. pip install cmake ninja pybind11")
+        launchers = []
+        if ccache := shutil.which("ccache"):
+            launchers = [f"-DCMAKE_{lang}_COMPILER_LAUNCHER={ccache}" for lang in ("CXX", "CUDA")]
+        subprocess.run(
+            [
+                cmake, "-S", str(ROOT), "-B", str(build), "-GNinja",
+                # pip's isolated environments are temporary: a cached path to their ninja goes stale.
+                f"-DCMAKE_MAKE_PROGRAM={ninja}",
+                f"-DPython_EXECUTABLE={sys.executable}",
+                f"-Dpybind11_DIR={self.pybind11_dir()}",
+                f"-DMXT_TORCH_DIR={torch}",
+                f"-DMXT_TORCH_VERSION={torch_version(torch)}",
+                f"-DMXT_VERSION={package_version()}",
+                f"-DMXT_CUDA_ARCHS={archs}",
+                f"-DMXT_OUTPUT_DIR={output}",
+                f"-DMXT_HOST_OUTPUT_DIR={output}",
+                *launchers,
+            ],
+            check=True,
+        )  # fmt: skip
+        subprocess.run([cmake, "--build", str(build), "--parallel", str(jobs())], check=True)
+
+    @staticmethod
+    def pybind11_dir() -> str:
+        import pybind11
+
+        return pybind11.get_cmake_dir()
+
+
+setup(
+    version=package_version(),
+    ext_modules=[Extension("mxtrain._host", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+)
