@@ -1,0 +1,104 @@
+"""What the tests share: byte comparison, hard inputs, and the options that formats are swept over."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import mxtrain
+from mxtrain import reference
+
+FORMATS = list(mxtrain.FORMATS)
+RULES = ["floor", "ceil", "even"]
+ROUNDINGS = ["nearest", "stochastic", "toward"]
+FLOATS = [torch.bfloat16, torch.float16, torch.float32]
+
+
+def cuda_has(op: str) -> bool:
+    """Whether this build has a CUDA kernel for torch.ops.mxtrain.<op>."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"mxtrain::{op}", "CUDA")
+
+
+def assert_same_bytes(got: Tensor, expected: Tensor, what: str = "") -> None:
+    """Bitwise equality; on failure says how many differ and the first difference."""
+    assert got.dtype == expected.dtype and got.shape == expected.shape, (what, got.shape, expected.shape)
+    if got.numel() == 0:
+        return
+    a, b = (t.cpu().contiguous().view(torch.uint8).flatten() for t in (got, expected))
+    if torch.equal(a, b):
+        return
+    size = got.element_size()
+    index = int((a != b).nonzero()[0]) // size
+    where = torch.unravel_index(torch.tensor(index), got.shape)
+    raise AssertionError(
+        f"{what}: {int((a != b).sum())} bytes differ; first at {[int(i) for i in where]}: "
+        f"got {got.cpu().flatten()[index]}, expected {expected.cpu().flatten()[index]}"
+    )
+
+
+def assert_same_operand(got: mxtrain.Operand, expected: tuple, what: str = "") -> None:
+    """An Operand against what the reference returned."""
+    data, scale, tensor_scale = expected
+    if tensor_scale is not None:
+        assert_same_bytes(got.tensor_scale, tensor_scale.reshape(1), f"{what} tensor_scale")
+    else:
+        assert got.tensor_scale is None
+    assert_same_bytes(got.scale, scale, f"{what} scale")
+    assert_same_bytes(got.data, data, f"{what} data")
+
+
+def check_quantize(x: Tensor, format: str, device: str = "cpu", **options) -> mxtrain.Operand:
+    """mxtrain.quantize on the device against the reference on the CPU, byte for byte."""
+
+    def to(t):
+        return t.to(device) if isinstance(t, Tensor) else t
+
+    got = mxtrain.quantize(_like(x, device), format, **{k: to(v) for k, v in options.items()})
+    assert_same_operand(got, reference.quantize(x, format, **options), f"{format} {options.keys()}")
+    return got
+
+
+def _like(x: Tensor, device: str) -> Tensor:
+    """x on the device with the same strides and storage offset."""
+    if device == "cpu":
+        return x
+    storage = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage()).to(device)
+    return storage.as_strided(x.shape, x.stride(), x.storage_offset())
+
+
+def all_bfloat16(order: str) -> Tensor:
+    """Every one of the 65,536 bfloat16 values, as [512, 128].
+
+    "natural": neighbours in value share blocks. "shuffled": magnitudes mix (and most blocks hold a NaN).
+    "finite": shuffled, NaN and Inf left at the end, so that mixed blocks are quantized.
+    """
+    x = torch.arange(65536, dtype=torch.int32).to(torch.uint16).view(torch.bfloat16)
+    if order != "natural":
+        x = x[torch.randperm(65536, generator=torch.Generator().manual_seed(1))]
+    if order == "finite":
+        x = torch.cat([x[x.isfinite()], x[~x.isfinite()]])
+    return x.reshape(512, 128)
+
+
+def options_for(rounding: str, x: Tensor, seed: int = 5) -> dict:
+    """The tensors that a rounding needs: rng, or a perturbed copy of x as `toward`."""
+    if rounding == "stochastic":
+        return {"rounding": rounding, "rng": torch.tensor([seed, 7 + (seed << 33)])}
+    if rounding == "toward":
+        generator = torch.Generator().manual_seed(seed)
+        noise = 1 + 0.3 * torch.randn(x.shape, generator=generator)
+        return {"rounding": rounding, "toward": x.float() * noise}
+    return {"rounding": rounding}
+
+
+def operand(rows: int, k: int, format: str, spread: float = 2.0, seed: int = 0, device: str = "cpu") -> mxtrain.Operand:
+    """A random operand whose block scales spread over 2 * spread binades or so."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, k, generator=generator)
+    x *= torch.exp2(spread * torch.randn(rows, -(-k // 32), generator=generator)).repeat_interleave(32, 1)[:, :k]
+    return mxtrain.quantize(x.to(device), format)
+
+
+def parts(a: mxtrain.Operand) -> tuple:
+    """An operand as the reference takes it."""
+    return a.data.cpu(), a.scale.cpu(), None if a.tensor_scale is None else a.tensor_scale.cpu()

@@ -1,0 +1,33 @@
+"""Every test that takes `device` runs on the CPU, and on CUDA where a GPU is."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from common import cuda_has
+
+DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+
+
+@pytest.fixture(params=DEVICES)
+def device(request) -> str:
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(config, items) -> None:
+    """Tests marked `ops("quantize", ...)` run on CUDA once the build has CUDA kernels for those ops; slow ones when asked."""
+    dropped = []
+    for item in items:
+        mark = item.get_closest_marker("ops")
+        on_cuda = getattr(item, "callspec", None) and item.callspec.params.get("device") == "cuda"
+        slow = item.get_closest_marker("slow") and "slow" not in (config.option.markexpr or "")
+        if slow or (on_cuda and mark and not all(cuda_has(op) for op in mark.args)):
+            dropped.append(item)
+    if dropped:
+        config.hook.pytest_deselected(items=dropped)
+        items[:] = [item for item in items if item not in dropped]

@@ -1,0 +1,94 @@
+"""gemm: the elementwise bound of docs/numerics.md, exact products, and what reaches the output."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from common import FORMATS, assert_same_bytes, operand, parts
+
+import mxtrain
+from mxtrain import reference
+
+pytestmark = pytest.mark.ops("gemm", "quantize")
+SHAPES = [(1, 1, 1), (16, 16, 32), (33, 65, 100), (128, 96, 512), (5, 300, 1000)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("format", FORMATS)
+def test_error_bound(format, shape, device):
+    """|D - D64| <= c |A||B|^T with c = K 2^-24: the worst case of a float32 sum of K exact products."""
+    m, n, k = shape
+    a, b = operand(m, k, format, seed=1, device=device), operand(n, k, format, seed=2, device=device)
+    got = mxtrain.gemm(a, b, out_dtype=torch.float32).double().cpu()
+    exact = reference.gemm_float64(*parts(a), *parts(b), format)
+    magnitude = reference.gemm_magnitude(*parts(a), *parts(b), format)
+    assert ((got - exact).abs() <= max(k, 8) * 2.0**-24 * magnitude).all()
+
+
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("format", [f for f in FORMATS if f != "nvfp4"])
+def test_exact_where_sums_are_exact(format, out_dtype, device):
+    """Small integers: every partial sum is an integer below 2^24, so the only rounding is the output's."""
+    k = 160
+    a = torch.randint(-1, 2, (40, k)).float() * 2
+    b = torch.randint(-1, 2, (24, k)).float() * 4
+    a[:, ::32] = b[:, ::32] = 4.0  # one scale for every block
+    bias = torch.randint(-8, 9, (24,)).float()
+    got = mxtrain.gemm(
+        mxtrain.quantize(a.to(device), format), mxtrain.quantize(b.to(device), format), bias.to(device), alpha=0.5, out_dtype=out_dtype
+    )
+    assert_same_bytes(got, (0.5 * (a @ b.T) + bias).to(out_dtype))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_alpha_and_bias(format, device):
+    a, b = operand(20, 64, format, seed=1, device=device), operand(30, 64, format, seed=2, device=device)
+    bias = torch.randn(30, device=device)
+    plain = mxtrain.gemm(a, b, out_dtype=torch.float32)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        got = mxtrain.gemm(a, b, bias.to(dtype), alpha=16 / 9, out_dtype=torch.float32)
+        torch.testing.assert_close(got, plain * (16 / 9) + bias.to(dtype).float())
+    assert_same_bytes(mxtrain.gemm(a, b), plain.bfloat16())
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_nan_block_reaches_its_row_or_column_and_nothing_else(format, device):
+    x, y = torch.randn(16, 96), torch.randn(24, 96)
+    x[3, 40] = float("nan")
+    y[7, 90] = float("inf")
+    got = mxtrain.gemm(mxtrain.quantize(x.to(device), format), mxtrain.quantize(y.to(device), format)).isnan().cpu()
+    expected = torch.zeros(16, 24, dtype=torch.bool)
+    expected[3, :] = expected[:, 7] = True
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_agrees_with_the_reference_gemm(format, device):
+    a, b = operand(20, 100, format, seed=1, device=device), operand(30, 100, format, seed=2, device=device)
+    expected = reference.gemm(*parts(a), *parts(b), format, out_dtype=torch.float32)
+    torch.testing.assert_close(mxtrain.gemm(a, b, out_dtype=torch.float32).cpu(), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_empty_and_deterministic(device):
+    a, b = operand(0, 64, "mxfp4", device=device), operand(30, 64, "mxfp4", device=device)
+    assert mxtrain.gemm(a, b).shape == (0, 30) and mxtrain.gemm(b, a).shape == (30, 0)
+    c = operand(300, 640, "mxfp4", device=device)
+    first = mxtrain.gemm(c, c)
+    assert all(torch.equal(first, mxtrain.gemm(c, c)) for _ in range(3))
+
+
+def test_swizzled_operands(device):
+    x = torch.randn(70, 130, device=device)
+    a, s = mxtrain.quantize(x, "mxfp4"), mxtrain.quantize(x, "mxfp4", swizzle=True)
+    assert_same_bytes(mxtrain.gemm(s, s), mxtrain.gemm(a, a))
+
+
+def test_hadamard_cancels(device):
+    """Both operands rotated by the same T: (A T)(B T)^T = A B^T, up to quantization; exact T for mxfp8 data of a few binades."""
+    x, y = torch.randn(32, 256, device=device), torch.randn(48, 256, device=device)
+    signs = mxtrain.draw_signs(64, device=device)[0]
+    a, b = (mxtrain.quantize(t, "mxfp8_e4m3", hadamard=64, signs=signs) for t in (x, y))
+    error = (mxtrain.gemm(a, b, out_dtype=torch.float32) - x @ y.T).norm() / (x @ y.T).norm()
+    assert error < 0.05
+    other = mxtrain.quantize(y, "mxfp8_e4m3", hadamard=64, signs=-signs.roll(1))
+    assert (mxtrain.gemm(a, other, out_dtype=torch.float32) - x @ y.T).norm() / (x @ y.T).norm() > 0.5
