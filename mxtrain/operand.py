@@ -56,7 +56,9 @@ class Operand:
         return dequantize(self, dtype)
 
 
-def wrap(parts: tuple[Tensor, Tensor, Tensor], fmt: Format, shape: tuple[int, int], swizzled: bool) -> Operand:
+def wrap(
+    parts: tuple[Tensor, Tensor, Tensor], fmt: Format, shape: tuple[int, int], swizzled: bool
+) -> Operand:
     """An Operand from what an op returned."""
     data, scale, tensor_scale = parts
     return Operand(data, scale, fmt.name, shape, tensor_scale if fmt.two_level else None, swizzled)
@@ -100,7 +102,7 @@ def quantize(
         rng: int64 `[2]` (seed, offset) on x's device; see `draw_rng`.
         hadamard: rotate groups of 16, 32, 64, 128 or 256 along K first; 0 for none.
         signs: int8 `[hadamard]`; negative entries flip their element before the rotation.
-        prescale: factor on the elements before the scale is chosen.
+        prescale: factor on the elements, after the scale is chosen and before rounding.
         toward: a tensor of x's shape; each element rounds to whichever of its two neighbours is nearer to it (Q-EMA).
         swizzle: return the scales in the 128x4 tile layout.
 
@@ -112,7 +114,9 @@ def quantize(
     """
     fmt = format_named(format)
     rule, mode = _codes("quantize", scale_rule, rounding)
-    parts = _ops.quantize(x, fmt.code, rule, mode, transpose, rng, hadamard, signs, prescale, toward, swizzle)
+    parts = _ops.quantize(
+        x, fmt.code, rule, mode, transpose, rng, hadamard, signs, prescale, toward, swizzle
+    )
     shape = (x.shape[1], x.shape[0]) if transpose else (x.shape[0], x.shape[1])
     return wrap(parts, fmt, shape, swizzle)
 
@@ -184,9 +188,20 @@ def requantize(
     rule, mode = _codes("requantize", scale_rule, rounding)
     rows, cols = operand.shape
     parts = _ops.requantize(
-        operand.data, operand.plain_scale(), operand.tensor_scale, FORMATS[operand.format].code, cols,
-        fmt.code, rule, mode, rng, hadamard, signs, prescale, swizzle,
-    )  # fmt: skip
+        operand.data,
+        operand.plain_scale(),
+        operand.tensor_scale,
+        FORMATS[operand.format].code,
+        cols,
+        fmt.code,
+        rule,
+        mode,
+        rng,
+        hadamard,
+        signs,
+        prescale,
+        swizzle,
+    )
     return wrap(parts, fmt, (cols, rows), swizzle)
 
 
@@ -194,7 +209,9 @@ def dequantize(operand: Operand, dtype: torch.dtype = torch.float32) -> Tensor:
     """The values of an operand as `[R, K]` of dtype (float32, bfloat16 or float16)."""
     _check_operand("dequantize", "operand", operand)
     code = FORMATS[operand.format].code
-    return _ops.dequantize(operand.data, operand.plain_scale(), operand.tensor_scale, code, operand.shape[1], dtype)
+    return _ops.dequantize(
+        operand.data, operand.plain_scale(), operand.tensor_scale, code, operand.shape[1], dtype
+    )
 
 
 def gemm(
@@ -233,9 +250,18 @@ def gemm(
             "Both are quantized along the contraction axis: D = A B^T."
         )
     return _ops.gemm(
-        a.data, a.plain_scale(), a.tensor_scale, b.data, b.plain_scale(), b.tensor_scale,
-        FORMATS[a.format].code, bias, alpha, out_dtype, ACCUMULATE[accumulate],
-    )  # fmt: skip
+        a.data,
+        a.plain_scale(),
+        a.tensor_scale,
+        b.data,
+        b.plain_scale(),
+        b.tensor_scale,
+        FORMATS[a.format].code,
+        bias,
+        alpha,
+        out_dtype,
+        ACCUMULATE[accumulate],
+    )
 
 
 def hadamard(x: Tensor, group: int, signs: Tensor | None = None) -> Tensor:

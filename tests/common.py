@@ -21,7 +21,11 @@ def cuda_has(op: str) -> bool:
 
 def assert_same_bytes(got: Tensor, expected: Tensor, what: str = "") -> None:
     """Bitwise equality; on failure says how many differ and the first difference."""
-    assert got.dtype == expected.dtype and got.shape == expected.shape, (what, got.shape, expected.shape)
+    assert got.dtype == expected.dtype and got.shape == expected.shape, (
+        what,
+        got.shape,
+        expected.shape,
+    )
     if got.numel() == 0:
         return
     a, b = (t.cpu().contiguous().view(torch.uint8).flatten() for t in (got, expected))
@@ -83,7 +87,7 @@ def all_bfloat16(order: str) -> Tensor:
 def options_for(rounding: str, x: Tensor, seed: int = 5) -> dict:
     """The tensors that a rounding needs: rng, or a perturbed copy of x as `toward`."""
     if rounding == "stochastic":
-        return {"rounding": rounding, "rng": torch.tensor([seed, 7 + (seed << 33)])}
+        return {"rounding": rounding, "rng": torch.tensor([seed, 7 + ((seed & 0xFFFF) << 33)])}
     if rounding == "toward":
         generator = torch.Generator().manual_seed(seed)
         noise = 1 + 0.3 * torch.randn(x.shape, generator=generator)
@@ -91,11 +95,15 @@ def options_for(rounding: str, x: Tensor, seed: int = 5) -> dict:
     return {"rounding": rounding}
 
 
-def operand(rows: int, k: int, format: str, spread: float = 2.0, seed: int = 0, device: str = "cpu") -> mxtrain.Operand:
+def operand(
+    rows: int, k: int, format: str, spread: float = 2.0, seed: int = 0, device: str = "cpu"
+) -> mxtrain.Operand:
     """A random operand whose block scales spread over 2 * spread binades or so."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(rows, k, generator=generator)
-    x *= torch.exp2(spread * torch.randn(rows, -(-k // 32), generator=generator)).repeat_interleave(32, 1)[:, :k]
+    x *= torch.exp2(spread * torch.randn(rows, -(-k // 32), generator=generator)).repeat_interleave(
+        32, 1
+    )[:, :k]
     return mxtrain.quantize(x.to(device), format)
 
 

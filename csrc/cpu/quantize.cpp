@@ -22,51 +22,36 @@ static TileShape tile_shape(const QuantizeParams& p, int64_t r0, int64_t k0) {
           static_cast<int>(width < kTileK ? width : kTileK)};
 }
 
-static void transform_row(const QuantizeParams& p, float* v, int n) {
-  if (p.hadamard) hadamard_row(v, n, p.hadamard, p.signs, p.hadamard_norm);
-  if (p.prescale != 1.0f)
-    for (int i = 0; i < n; ++i) v[i] *= p.prescale;
-}
-
 // ---- random draws ----
 
 // The 16-bit draws of n consecutive elements that start a group: draws[i] for element first + i.
 static void draw_row(const PhiloxKey& key, uint64_t first, int n, uint32_t* draws) {
-  constexpr int kLanes = 8;
-  const uint32_t seed_low = static_cast<uint32_t>(key.seed),
-                 seed_high = static_cast<uint32_t>(key.seed >> 32);
+  constexpr int kLanes = 8;  // groups side by side: the compiler makes one vector of them
   const int groups = n / kDrawGroup;
   for (int g0 = 0; g0 < groups; g0 += kLanes) {
-    uint32_t c0[kLanes], c1[kLanes], c2[kLanes], c3[kLanes];
+    uint32_t c[4][kLanes];
     for (int i = 0; i < kLanes; ++i) {
       const uint64_t group = first / kDrawGroup + g0 + i;
-      c0[i] = static_cast<uint32_t>(group);
-      c1[i] = static_cast<uint32_t>(group >> 32);
-      c2[i] = key.offset;
-      c3[i] = key.stream;
+      c[0][i] = static_cast<uint32_t>(group);
+      c[1][i] = static_cast<uint32_t>(group >> 32);
+      c[2][i] = key.offset;
+      c[3][i] = key.stream;
     }
-    // philox4x32 over arrays, so that the lanes become one vector.
-    uint32_t k0 = seed_low, k1 = seed_high;
+    uint32_t k0 = static_cast<uint32_t>(key.seed), k1 = static_cast<uint32_t>(key.seed >> 32);
     for (int round = 0; round < kPhiloxRounds; ++round) {
       for (int i = 0; i < kLanes; ++i) {
-        const uint64_t p0 = static_cast<uint64_t>(0xD2511F53u) * c0[i];
-        const uint64_t p1 = static_cast<uint64_t>(0xCD9E8D57u) * c2[i];
-        c0[i] = static_cast<uint32_t>(p1 >> 32) ^ c1[i] ^ k0;
-        c1[i] = static_cast<uint32_t>(p1);
-        c2[i] = static_cast<uint32_t>(p0 >> 32) ^ c3[i] ^ k1;
-        c3[i] = static_cast<uint32_t>(p0);
+        const Philox4 next = philox_round({{c[0][i], c[1][i], c[2][i], c[3][i]}}, k0, k1);
+        for (int w = 0; w < 4; ++w) c[w][i] = next.w[w];
       }
-      k0 += 0x9E3779B9u;
-      k1 += 0xBB67AE85u;
+      k0 += kPhiloxW0;
+      k1 += kPhiloxW1;
     }
-    for (int i = 0; i < kLanes && g0 + i < groups; ++i) {
-      uint32_t* out = draws + (g0 + i) * kDrawGroup;
-      const uint32_t words[4] = {c0[i], c1[i], c2[i], c3[i]};
+    for (int i = 0; i < kLanes && g0 + i < groups; ++i)
       for (int w = 0; w < 4; ++w) {
-        out[2 * w] = words[w] & 0xFFFFu;
-        out[2 * w + 1] = words[w] >> 16;
+        uint32_t* out = draws + (g0 + i) * kDrawGroup + 2 * w;
+        out[0] = c[w][i] & 0xFFFFu;
+        out[1] = c[w][i] >> 16;
       }
-    }
   }
 }
 
@@ -136,9 +121,11 @@ static void quantize_block(const QuantizeParams& p, const float* v, const float*
   }
   if (factor != 0.0f) {
     float u[n], z[n];
-    for (int i = 0; i < n; ++i) u[i] = F::kE4M3Scale ? v[i] / factor : v[i] * factor;
+    const float pre = p.prescale;
+    for (int i = 0; i < n; ++i)
+      u[i] = F::kE4M3Scale ? v[i] * pre / factor : v[i] * pre * factor;
     if (R == Rounding::kToward)
-      for (int i = 0; i < n; ++i) z[i] = F::kE4M3Scale ? toward[i] / factor : toward[i] * factor;
+      for (int i = 0; i < n; ++i) z[i] = F::kE4M3Scale ? toward[i] * pre / factor : toward[i] * pre * factor;
     for (int i = 0; i < n; ++i)
       codes[i] = static_cast<uint8_t>(encode<E, R>(u[i], R == Rounding::kToward ? z[i] : 0.0f,
                                                    R == Rounding::kStochastic ? draws[i] : 0u));
@@ -172,7 +159,9 @@ constexpr RowKernel kRowKernels[][kRoundings] = {MXT_FORMATS(MXT_ROW)};
 static void load_and_transform(const QuantizeParams& p, const Source& x, int64_t r0, int64_t k0,
                                const TileShape& s, Tile& tile) {
   load_tile(x, r0, k0, s.rows, s.loaded, s.width, tile);
-  for (int r = 0; r < s.rows; ++r) transform_row(p, tile[r], s.width);
+  if (!p.hadamard) return;
+  for (int r = 0; r < s.rows; ++r)
+    hadamard_row(tile[r], s.width, p.hadamard, p.signs, p.hadamard_norm);
 }
 
 void quantize(const QuantizeParams& p, int64_t r0, int64_t k0) {

@@ -84,10 +84,12 @@ MXT_HD uint32_t with_sign(uint32_t magnitude, float v) {
 template <class E>
 MXT_HD uint32_t encode_nearest(float v) {
   const float a = limit<E>(bits_float(float_bits(v) & ~kSignBit));
-  const int e = grid_exponent<E>(a);
-  const float magic = power_of_two(e - E::kManBits + 23);
-  const uint32_t n = float_bits(a + magic) - float_bits(magic);
-  return with_sign<E>((static_cast<uint32_t>(e - E::kEmin) << E::kManBits) + n, v);
+  const float smallest = power_of_two(E::kEmin);
+  const uint32_t binade = float_bits(a > smallest ? a : smallest) & kInfBits;
+  const uint32_t magic = binade + (static_cast<uint32_t>(23 - E::kManBits) << 23);
+  const uint32_t n = float_bits(a + bits_float(magic)) - magic;
+  constexpr uint32_t kFirst = static_cast<uint32_t>(E::kEmin + 127) << E::kManBits;
+  return with_sign<E>(n + (binade >> (23 - E::kManBits)) - kFirst, v);
 }
 
 // Up if and only if fraction > (draw + 1/2) / 2^16; both sides are exact in float32.

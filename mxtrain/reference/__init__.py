@@ -1,0 +1,69 @@
+"""Plain PyTorch reference of every mxtrain op, bit for bit what docs/numerics.md says.
+
+The functions are slow, device agnostic and written to be read. A format is passed by name, and an
+operand is the plain tuple ``(data, scale, tensor_scale)`` of docs/numerics.md, with
+``tensor_scale`` None for the MX formats. This package imports nothing from the rest of mxtrain, so
+that it can serve as its oracle.
+"""
+
+from __future__ import annotations
+
+from .elements import (
+    BFLOAT16,
+    E2M1,
+    E2M3,
+    E3M2,
+    E4M3,
+    E5M2,
+    FORMATS,
+    Element,
+    Format,
+    decode,
+    decode_e8m0,
+    encode,
+    format_named,
+    pack,
+    unpack,
+)
+from .gemm import gemm, gemm_float64, gemm_magnitude
+from .layout import swizzle, unswizzle
+from .philox import draws, philox4x32_10
+from .quantize import (
+    dequantize,
+    hadamard,
+    quantize,
+    quantize_dual,
+    requantize,
+    stochastic_round,
+)
+
+__all__ = [
+    "BFLOAT16",
+    "E2M1",
+    "E2M3",
+    "E3M2",
+    "E4M3",
+    "E5M2",
+    "FORMATS",
+    "Element",
+    "Format",
+    "decode",
+    "decode_e8m0",
+    "dequantize",
+    "draws",
+    "encode",
+    "format_named",
+    "gemm",
+    "gemm_float64",
+    "gemm_magnitude",
+    "hadamard",
+    "pack",
+    "philox4x32_10",
+    "quantize",
+    "quantize_dual",
+    "requantize",
+    "stochastic_round",
+    "swizzle",
+    "unpack",
+    "unswizzle",
+]

@@ -1,0 +1,52 @@
+"""Philox4x32-10 (Salmon, Moraes, Dror, Shaw, SC'11) in int64, and the draws of an operand."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+MASK = 0xFFFFFFFF
+MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+WEYL = (0x9E3779B9, 0xBB67AE85)
+
+
+def _mul32(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
+    """(high, low) 32 bits of a 32 x 32 bit product, by halves so that int64 never overflows."""
+    low = a * (b & 0xFFFF)
+    high = a * (b >> 16) + (low >> 16)
+    return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
+
+
+def philox4x32_10(counter: list[Tensor], key: list[Tensor]) -> list[Tensor]:
+    """Four output words from four counter and two key words: int64 in [0, 2^32), broadcastable."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        high0, low0 = _mul32(MULTIPLIERS[0], c0)
+        high1, low1 = _mul32(MULTIPLIERS[1], c2)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + WEYL[0]) & MASK, (k1 + WEYL[1]) & MASK
+    return [c0, c1, c2, c3]
+
+
+def draws(rng: Tensor, rows: int, cols: int, stream: int) -> Tensor:
+    """The 16-bit draws, int64 [rows, cols], of an operand with ``cols`` padded columns.
+
+    ``rng`` is int64 [2]: (seed, offset). ``cols`` must be a multiple of 8. ``stream`` is 0 for the
+    row operand and 1 for the transposed one. Group g = (r * cols + k) // 8 has the counter (low
+    word of g, high word of g, low word of offset, stream) and the key (low, high word of seed); its
+    element j takes half j % 2 (low half first) of word j // 2.
+    """
+    if rng.dtype != torch.int64 or rng.shape != (2,):
+        raise ValueError(
+            f"mxtrain::reference.draws: rng must be int64 [2], got {rng.dtype} {list(rng.shape)} "
+            "(seed, offset)."
+        )
+    if cols % 8:
+        raise ValueError(f"mxtrain::reference.draws: cols must be a multiple of 8, got {cols}.")
+    seed, offset = rng[0], rng[1]
+    g = torch.arange(rows * cols // 8, dtype=torch.int64, device=rng.device)
+    counter = [g & MASK, (g >> 32) & MASK, offset & MASK, torch.full_like(offset, stream)]
+    words = philox4x32_10(counter, [seed & MASK, (seed >> 32) & MASK])
+    halves = [h for word in words for h in (word & 0xFFFF, word >> 16)]
+    return torch.stack(halves, dim=-1).reshape(rows, cols)
