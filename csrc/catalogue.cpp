@@ -41,8 +41,9 @@ static std::string make_catalogue() {
   }
   s << "], \"scale_rules\": " << names(kScaleRuleNames, kScaleRules)
     << ", \"roundings\": " << names(kRoundingNames, kRoundings)
-    << ", \"accumulate\": " << names(kAccumulateNames, kAccumulates) << ", \"hadamard_groups\": " << groups() << ", \"build\": {\"version\": \""
-    << MXT_VERSION << "\", \"torch_abi\": \"" << MXT_TORCH_ABI << "\", \"built_with_torch\": \""
+    << ", \"accumulate\": " << names(kAccumulateNames, kAccumulates)
+    << ", \"hadamard_groups\": " << groups() << ", \"build\": {\"version\": \"" << MXT_VERSION
+    << "\", \"torch_abi\": \"" << MXT_TORCH_ABI << "\", \"built_with_torch\": \""
     << MXT_BUILT_WITH_TORCH << "\", \"cxx\": \"" << MXT_CXX_COMPILER << "\", \"nvcc\": \""
     << MXT_CUDA_COMPILER << "\", \"cuda_archs\": \"" << MXT_CUDA_ARCHS << "\", \"cpu_isa\": \""
     << cpu::kernels().isa << "\"}}";

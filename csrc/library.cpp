@@ -59,6 +59,14 @@ STABLE_TORCH_LIBRARY_IMPL(mxtrain, CPU, m) {
 
 #ifdef MXT_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(mxtrain, CUDA, m) {
-  m.impl("dequantize", TORCH_BOX(&mxtrain::cuda::dequantize));
+  using namespace mxtrain::cuda;
+  m.impl("quantize", TORCH_BOX(&quantize));
+  m.impl("quantize_dual", TORCH_BOX(&quantize_dual));
+  m.impl("requantize", TORCH_BOX(&requantize));
+  m.impl("dequantize", TORCH_BOX(&dequantize));
+  m.impl("hadamard", TORCH_BOX(&hadamard));
+  m.impl("stochastic_round", TORCH_BOX(&stochastic_round));
+  m.impl("swizzle_scale", TORCH_BOX(&swizzle_scale));
+  m.impl("unswizzle_scale", TORCH_BOX(&unswizzle_scale));
 }
 #endif

@@ -40,9 +40,16 @@ from .formats import FORMATS, Format
 
 _BY_CODE: list[Format] = list(FORMATS.values())
 OP_NAMES = (
-    "quantize", "quantize_dual", "requantize", "dequantize", "hadamard", "stochastic_round",
-    "swizzle_scale", "unswizzle_scale", "gemm",
-)  # fmt: skip
+    "quantize",
+    "quantize_dual",
+    "requantize",
+    "dequantize",
+    "hadamard",
+    "stochastic_round",
+    "swizzle_scale",
+    "unswizzle_scale",
+    "gemm",
+)
 
 
 # ---- fake kernels: shapes only; the real kernels check the arguments ----
@@ -52,7 +59,9 @@ def _swizzled_shape(rows, cols) -> tuple:
     return ((rows + 127) // 128, (cols + 3) // 4, 512)
 
 
-def _empty_operand(like: Tensor, rows, cols, format: int, swizzle: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _empty_operand(
+    like: Tensor, rows, cols, format: int, swizzle: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     fmt = _BY_CODE[format]
     blocks = (cols + fmt.block - 1) // fmt.block
     scale_shape = _swizzled_shape(rows, blocks) if swizzle else (rows, blocks)
@@ -64,22 +73,63 @@ def _empty_operand(like: Tensor, rows, cols, format: int, swizzle: bool) -> tupl
 
 
 @torch.library.register_fake("mxtrain::quantize")
-def _(x, format, scale_rule=1, rounding=0, transpose=False, rng=None, hadamard=0, signs=None, prescale=1.0, toward=None,
-      swizzle=False):  # fmt: skip
+def _(
+    x,
+    format,
+    scale_rule=1,
+    rounding=0,
+    transpose=False,
+    rng=None,
+    hadamard=0,
+    signs=None,
+    prescale=1.0,
+    toward=None,
+    swizzle=False,
+):
     rows, cols = (x.shape[1], x.shape[0]) if transpose else (x.shape[0], x.shape[1])
     return _empty_operand(x, rows, cols, format, swizzle)
 
 
 @torch.library.register_fake("mxtrain::quantize_dual")
-def _(x, rng, row_format, row_scale_rule, row_rounding, row_hadamard, row_signs, row_prescale, row_toward,
-      col_format, col_scale_rule, col_rounding, col_hadamard, col_signs, col_prescale, col_toward, swizzle=False):  # fmt: skip
+def _(
+    x,
+    rng,
+    row_format,
+    row_scale_rule,
+    row_rounding,
+    row_hadamard,
+    row_signs,
+    row_prescale,
+    row_toward,
+    col_format,
+    col_scale_rule,
+    col_rounding,
+    col_hadamard,
+    col_signs,
+    col_prescale,
+    col_toward,
+    swizzle=False,
+):
     row = _empty_operand(x, x.shape[0], x.shape[1], row_format, swizzle)
     return row + _empty_operand(x, x.shape[1], x.shape[0], col_format, swizzle)
 
 
 @torch.library.register_fake("mxtrain::requantize")
-def _(data, scale, tensor_scale, format, cols, out_format, scale_rule=1, rounding=0, rng=None, hadamard=0, signs=None,
-      prescale=1.0, swizzle=False):  # fmt: skip
+def _(
+    data,
+    scale,
+    tensor_scale,
+    format,
+    cols,
+    out_format,
+    scale_rule=1,
+    rounding=0,
+    rng=None,
+    hadamard=0,
+    signs=None,
+    prescale=1.0,
+    swizzle=False,
+):
     return _empty_operand(data, cols, data.shape[0], out_format, swizzle)
 
 
@@ -109,7 +159,19 @@ def _(scale, rows, cols):
 
 
 @torch.library.register_fake("mxtrain::gemm")
-def _(a, a_scale, a_tensor_scale, b, b_scale, b_tensor_scale, format, bias, alpha, out_dtype, accumulate=0):
+def _(
+    a,
+    a_scale,
+    a_tensor_scale,
+    b,
+    b_scale,
+    b_tensor_scale,
+    format,
+    bias,
+    alpha,
+    out_dtype,
+    accumulate=0,
+):
     return a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype)
 
 

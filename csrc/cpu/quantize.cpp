@@ -122,10 +122,10 @@ static void quantize_block(const QuantizeParams& p, const float* v, const float*
   if (factor != 0.0f) {
     float u[n], z[n];
     const float pre = p.prescale;
-    for (int i = 0; i < n; ++i)
-      u[i] = F::kE4M3Scale ? v[i] * pre / factor : v[i] * pre * factor;
+    for (int i = 0; i < n; ++i) u[i] = F::kE4M3Scale ? v[i] * pre / factor : v[i] * pre * factor;
     if (R == Rounding::kToward)
-      for (int i = 0; i < n; ++i) z[i] = F::kE4M3Scale ? toward[i] * pre / factor : toward[i] * pre * factor;
+      for (int i = 0; i < n; ++i)
+        z[i] = F::kE4M3Scale ? toward[i] * pre / factor : toward[i] * pre * factor;
     for (int i = 0; i < n; ++i)
       codes[i] = static_cast<uint8_t>(encode<E, R>(u[i], R == Rounding::kToward ? z[i] : 0.0f,
                                                    R == Rounding::kStochastic ? draws[i] : 0u));

@@ -1,13 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <cuda_runtime_api.h>
-
-#include <cstdint>
+#include "cuda/quantize.h"
 
 namespace mxtrain::cuda {
-
-enum class FloatType : int { kFloat32, kBfloat16, kFloat16 };
 
 struct DequantizeParams {
   const uint8_t* data;        // [rows, kp * bits / 8]

@@ -7,21 +7,9 @@
 #include "formats/layout.h"
 #include "ops/cpu_common.h"
 #include "ops/ops.h"
+#include "ops/targets.h"
 
-namespace mxtrain {
-
-PackedShape check_dequantize(const Tensor& data, const Tensor& scale,
-                             const OptionalTensor& tensor_scale, int64_t format, int64_t cols,
-                             ScalarType dtype) {
-  const char* op = "dequantize";
-  const PackedShape s = check_operand(op, "operand", data, scale, tensor_scale, format);
-  check_logical_cols(op, cols, s, format);
-  MXT_CHECK(is_input_float(dtype), op, "dtype must be bfloat16, float16 or float32, got ",
-            dtype_name(dtype), " (data ", shape_of(data), "). Convert afterwards.");
-  return s;
-}
-
-namespace cpu {
+namespace mxtrain::cpu {
 
 Tensor dequantize(Tensor data, Tensor scale, OptionalTensor tensor_scale, int64_t format,
                   int64_t cols, ScalarType dtype) {
@@ -44,15 +32,8 @@ Tensor dequantize(Tensor data, Tensor scale, OptionalTensor tensor_scale, int64_
 }
 
 Tensor hadamard(Tensor x, int64_t group, OptionalTensor signs) {
-  const char* op = "hadamard";
-  MXT_CHECK(is_input_float(x.scalar_type()), op, "x must be bfloat16, float16 or float32, got ",
-            dtype_name(x.scalar_type()), " (shape ", shape_of(x), "). Convert it first.");
-  MXT_CHECK(x.dim() >= 1, op, "x must have at least 1 dimension, got 0 (shape []). Reshape it.");
-  MXT_CHECK(group != 0, op, "hadamard must be 16, 32, 64, 128 or 256, got 0 (x has shape ",
-            shape_of(x), ").");
-  check_hadamard(op, group, signs, x);
+  check_hadamard_op(x, group, signs);
   const int64_t k = x.size(x.dim() - 1);
-  check_divides(op, group, k, k);
   const Tensor in = torch::stable::contiguous(x);
   Tensor out = torch::stable::empty_like(in);
   if (x.numel() == 0) return out;
@@ -72,14 +53,7 @@ Tensor hadamard(Tensor x, int64_t group, OptionalTensor signs) {
 }
 
 Tensor stochastic_round(Tensor x, ScalarType dtype, Tensor rng) {
-  const char* op = "stochastic_round";
-  MXT_CHECK(x.scalar_type() == ScalarType::Float, op, "x must be float32, got ",
-            dtype_name(x.scalar_type()), " (shape ", shape_of(x), "). Convert it first.");
-  const bool bf16 = dtype == ScalarType::BFloat16, e4m3 = dtype == ScalarType::Float8_e4m3fn,
-             e5m2 = dtype == ScalarType::Float8_e5m2;
-  MXT_CHECK(bf16 || e4m3 || e5m2, op, "dtype must be bfloat16, float8_e4m3fn or float8_e5m2, got ",
-            dtype_name(dtype), " (x has shape ", shape_of(x), ").");
-  check_rng(op, rng, x);
+  check_stochastic_round(x, dtype, rng);
   const Tensor in = torch::stable::contiguous(x);
   Tensor out = torch::stable::new_empty(in, in.sizes(), dtype);
   const auto* r = static_cast<const int64_t*>(rng.const_data_ptr());
@@ -87,7 +61,9 @@ Tensor stochastic_round(Tensor x, ScalarType dtype, Tensor rng) {
   p.x = in.const_data_ptr<float>();
   p.n = in.numel();
   p.key = {static_cast<uint64_t>(r[0]), static_cast<uint32_t>(r[rng.stride(0)]), kRowStream};
-  p.target = bf16 ? RoundTarget::kBfloat16 : e4m3 ? RoundTarget::kE4M3 : RoundTarget::kE5M2;
+  p.target = dtype == ScalarType::BFloat16        ? RoundTarget::kBfloat16
+             : dtype == ScalarType::Float8_e4m3fn ? RoundTarget::kE4M3
+                                                  : RoundTarget::kE5M2;
   p.out = out.mutable_data_ptr();
   torch::stable::parallel_for(
       0, tiles(p.n, kDrawGroup), grain(kDrawGroup),
@@ -96,10 +72,7 @@ Tensor stochastic_round(Tensor x, ScalarType dtype, Tensor rng) {
 }
 
 Tensor swizzle_scale(Tensor scale) {
-  const char* op = "swizzle_scale";
-  MXT_CHECK(scale.scalar_type() == ScalarType::Byte && scale.dim() == 2, op,
-            "scale must be uint8 with 2 dimensions, got ", dtype_name(scale.scalar_type()),
-            " (shape ", shape_of(scale), "). Pass the scale of an unswizzled operand.");
+  check_swizzle(scale);
   const Tensor in = torch::stable::contiguous(scale);
   const int64_t rows = in.size(0), cols = in.size(1), row_tiles = tiles(rows, kTileRows),
                 col_tiles = tiles(cols, kTileCols);
@@ -114,16 +87,8 @@ Tensor swizzle_scale(Tensor scale) {
 }
 
 Tensor unswizzle_scale(Tensor scale, int64_t rows, int64_t cols) {
-  const char* op = "unswizzle_scale";
-  const int64_t row_tiles = tiles(rows, kTileRows), col_tiles = tiles(cols, kTileCols);
-  MXT_CHECK(rows >= 0 && cols >= 0, op, "rows and cols must not be negative, got ", rows, " and ",
-            cols, " (scale ", shape_of(scale), ").");
-  MXT_CHECK(scale.scalar_type() == ScalarType::Byte && scale.dim() == 3 &&
-                scale.size(0) == row_tiles && scale.size(1) == col_tiles &&
-                scale.size(2) == kTileBytes,
-            op, "scale must be uint8 of shape [", row_tiles, ", ", col_tiles, ", ", kTileBytes,
-            "], got ", dtype_name(scale.scalar_type()), " ", shape_of(scale), " (for ", rows, " x ",
-            cols, " scales). Pass what swizzle_scale returned.");
+  check_unswizzle(scale, rows, cols);
+  const int64_t col_tiles = tiles(cols, kTileCols);
   const Tensor in = torch::stable::contiguous(scale);
   Tensor out = empty_bytes(in, rows, cols);
   const uint8_t* from = bytes(in);
@@ -135,6 +100,4 @@ Tensor unswizzle_scale(Tensor scale, int64_t rows, int64_t cols) {
   return out;
 }
 
-}  // namespace cpu
-
-}  // namespace mxtrain
+}  // namespace mxtrain::cpu

@@ -13,42 +13,42 @@ using Operand3 = std::tuple<Tensor, Tensor, Tensor>;  // data, scale, tensor_sca
 using Operand6 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // Checks that every backend of an op shares.
-PackedShape check_dequantize(const Tensor& data, const Tensor& scale,
-                             const OptionalTensor& tensor_scale, int64_t format, int64_t cols,
-                             ScalarType dtype);
 void check_gemm(const Tensor& a, const Tensor& a_scale, const OptionalTensor& a_tensor_scale,
                 const Tensor& b, const Tensor& b_scale, const OptionalTensor& b_tensor_scale,
                 int64_t format, const OptionalTensor& bias, double alpha, ScalarType out_dtype,
                 int64_t accumulate);
 
+// One declaration list for every device.
+#define MXT_DECLARE_OPS                                                                            \
+  Operand3 quantize(Tensor x, int64_t format, int64_t scale_rule, int64_t rounding,                \
+                    bool transpose, OptionalTensor rng, int64_t hadamard, OptionalTensor signs,    \
+                    double prescale, OptionalTensor toward, bool swizzle);                         \
+  Operand6 quantize_dual(Tensor x, OptionalTensor rng, int64_t row_format, int64_t row_scale_rule, \
+                         int64_t row_rounding, int64_t row_hadamard, OptionalTensor row_signs,     \
+                         double row_prescale, OptionalTensor row_toward, int64_t col_format,       \
+                         int64_t col_scale_rule, int64_t col_rounding, int64_t col_hadamard,       \
+                         OptionalTensor col_signs, double col_prescale, OptionalTensor col_toward, \
+                         bool swizzle);                                                            \
+  Operand3 requantize(Tensor data, Tensor scale, OptionalTensor tensor_scale, int64_t format,      \
+                      int64_t cols, int64_t out_format, int64_t scale_rule, int64_t rounding,      \
+                      OptionalTensor rng, int64_t hadamard, OptionalTensor signs, double prescale, \
+                      bool swizzle);                                                               \
+  Tensor dequantize(Tensor data, Tensor scale, OptionalTensor tensor_scale, int64_t format,        \
+                    int64_t cols, ScalarType dtype);                                               \
+  Tensor hadamard(Tensor x, int64_t group, OptionalTensor signs);                                  \
+  Tensor stochastic_round(Tensor x, ScalarType dtype, Tensor rng);                                 \
+  Tensor swizzle_scale(Tensor scale);                                                              \
+  Tensor unswizzle_scale(Tensor scale, int64_t rows, int64_t cols);
+
 namespace cpu {
-Operand3 quantize(Tensor x, int64_t format, int64_t scale_rule, int64_t rounding, bool transpose,
-                  OptionalTensor rng, int64_t hadamard, OptionalTensor signs, double prescale,
-                  OptionalTensor toward, bool swizzle);
-Operand6 quantize_dual(Tensor x, OptionalTensor rng, int64_t row_format, int64_t row_scale_rule,
-                       int64_t row_rounding, int64_t row_hadamard, OptionalTensor row_signs,
-                       double row_prescale, OptionalTensor row_toward, int64_t col_format,
-                       int64_t col_scale_rule, int64_t col_rounding, int64_t col_hadamard,
-                       OptionalTensor col_signs, double col_prescale, OptionalTensor col_toward,
-                       bool swizzle);
-Operand3 requantize(Tensor data, Tensor scale, OptionalTensor tensor_scale, int64_t format,
-                    int64_t cols, int64_t out_format, int64_t scale_rule, int64_t rounding,
-                    OptionalTensor rng, int64_t hadamard, OptionalTensor signs, double prescale,
-                    bool swizzle);
-Tensor dequantize(Tensor data, Tensor scale, OptionalTensor tensor_scale, int64_t format,
-                  int64_t cols, ScalarType dtype);
-Tensor hadamard(Tensor x, int64_t group, OptionalTensor signs);
-Tensor stochastic_round(Tensor x, ScalarType dtype, Tensor rng);
-Tensor swizzle_scale(Tensor scale);
-Tensor unswizzle_scale(Tensor scale, int64_t rows, int64_t cols);
+MXT_DECLARE_OPS
 Tensor gemm(Tensor a, Tensor a_scale, OptionalTensor a_tensor_scale, Tensor b, Tensor b_scale,
             OptionalTensor b_tensor_scale, int64_t format, OptionalTensor bias, double alpha,
             ScalarType out_dtype, int64_t accumulate);
 }  // namespace cpu
 
 namespace cuda {
-Tensor dequantize(Tensor data, Tensor scale, OptionalTensor tensor_scale, int64_t format,
-                  int64_t cols, ScalarType dtype);
+MXT_DECLARE_OPS
 }  // namespace cuda
 
 }  // namespace mxtrain

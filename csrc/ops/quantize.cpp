@@ -2,51 +2,16 @@
 // quantize, quantize_dual and requantize on the CPU: check, allocate, split tiles over torch's
 // threads.
 #include <algorithm>
-#include <cmath>
 #include <vector>
 
 #include "formats/layout.h"
 #include "ops/cpu_common.h"
 #include "ops/ops.h"
+#include "ops/targets.h"
 
 namespace mxtrain::cpu {
 
 namespace {
-
-// What one operand is quantized to, as the schemas give it.
-struct Target {
-  int64_t format, scale_rule, rounding, hadamard;
-  const OptionalTensor& signs;
-  double prescale;
-  const OptionalTensor& toward;
-};
-
-const OptionalTensor kNone;
-
-void check_target(const char* op, const Tensor& x, const Target& t, const OptionalTensor& rng,
-                  int64_t k) {
-  const FormatInfo& f = check_format(op, "format", t.format);
-  check_choice(op, "scale_rule", t.scale_rule, kScaleRuleNames, kScaleRules);
-  check_choice(op, "rounding", t.rounding, kRoundingNames, kRoundings);
-  MXT_CHECK(k > 0, op, "x must have a block axis longer than 0, got 0 (shape ", shape_of(x),
-            "). A product over no elements is zero; handle it before quantizing.");
-  check_hadamard(op, t.hadamard, t.signs, x);
-  check_divides(op, t.hadamard, k, f.padded(k));
-  MXT_CHECK(std::isfinite(t.prescale) && t.prescale > 0, op,
-            "prescale must be finite and positive, got ", t.prescale, " (x has shape ", shape_of(x),
-            "). Use 1 for none.");
-  const auto rounding = static_cast<Rounding>(t.rounding);
-  if (rounding == Rounding::kStochastic) check_rng(op, rng, x);
-  MXT_CHECK((rounding == Rounding::kToward) == t.toward.has_value(), op,
-            "toward must be given with rounding 'toward' and only then, got ",
-            t.toward ? "a tensor" : "None", " (rounding is ", kRoundingNames[t.rounding], ").");
-  if (!t.toward) return;
-  check_matrix(op, "toward", *t.toward);
-  MXT_CHECK(t.toward->size(0) == x.size(0) && t.toward->size(1) == x.size(1), op,
-            "toward must have x's shape, got ", shape_of(*t.toward), " (x has shape ", shape_of(x),
-            ").");
-  check_same_device(op, "toward", *t.toward, x);
-}
 
 Source strided_source(const Tensor& t, bool transpose) {
   Source s = {};
@@ -69,8 +34,7 @@ QuantizeParams make_params(const Source& x, int64_t rows, int64_t cols, const Ta
   p.rounding = static_cast<Rounding>(t.rounding);
   p.hadamard = static_cast<int>(t.hadamard);
   p.signs = t.signs ? t.signs->const_data_ptr<int8_t>() : nullptr;
-  p.hadamard_norm =
-      t.hadamard ? static_cast<float>(1.0 / std::sqrt(static_cast<double>(t.hadamard))) : 1.0f;
+  p.hadamard_norm = t.hadamard_norm();
   p.prescale = static_cast<float>(t.prescale);
   if (p.rounding == Rounding::kToward)
     p.toward = strided_source(*t.toward, stream == kTransposedStream);
@@ -184,14 +148,9 @@ Operand3 requantize(Tensor data, Tensor scale, OptionalTensor tensor_scale, int6
                     int64_t cols, int64_t out_format, int64_t scale_rule, int64_t rounding,
                     OptionalTensor rng, int64_t hadamard, OptionalTensor signs, double prescale,
                     bool swizzle) {
-  const char* op = "requantize";
-  const PackedShape s = check_operand(op, "operand", data, scale, tensor_scale, format);
-  check_logical_cols(op, cols, s, format);
-  MXT_CHECK(rounding != static_cast<int64_t>(Rounding::kToward), op,
-            "rounding must be nearest or stochastic, got toward (format ", kFormats[format].name,
-            "). Quantize from the original for Q-EMA.");
-  const Target t = {out_format, scale_rule, rounding, hadamard, signs, prescale, kNone};
-  check_target(op, data, t, rng, s.rows);
+  const OptionalTensor none;
+  const Target t = {out_format, scale_rule, rounding, hadamard, signs, prescale, none};
+  const int64_t rows = check_requantize(data, scale, tensor_scale, format, cols, t, rng).rows;
   const Tensor codes = torch::stable::contiguous(data), scales = torch::stable::contiguous(scale);
   Source x = {};
   x.type = SourceType::kPacked;
@@ -201,7 +160,7 @@ Operand3 requantize(Tensor data, Tensor scale, OptionalTensor tensor_scale, int6
   x.data_cols = codes.size(1);
   x.scale_cols = scales.size(1);
   x.tensor_scale = scale_of(tensor_scale);
-  return run(codes, make_params(x, cols, s.rows, t, rng, kTransposedStream), swizzle);
+  return run(codes, make_params(x, cols, rows, t, rng, kTransposedStream), swizzle);
 }
 
 }  // namespace mxtrain::cpu

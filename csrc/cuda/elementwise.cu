@@ -1,0 +1,174 @@
+// SPDX-License-Identifier: Apache-2.0
+// hadamard:          out = (x * signs) H_g / sqrt(g) on consecutive groups of g, float32 inside,
+// x's type outside. stochastic_round:  float32 to bfloat16, E4M3 or E5M2 with one 16-bit draw an
+// element; finite stays finite, Inf stays (NaN for E4M3). swizzle:           block scales [rows,
+// cols] to the 128x4 tile layout and back; padding bytes 0. A thread takes groups of 8 consecutive
+// elements (swizzle: one byte of the output); grid.x covers them all.
+#include "cuda/group.cuh"
+#include "cuda/store.cuh"
+
+namespace mxtrain::cuda {
+
+// ---- traits ----
+
+struct ElementwiseTraits {
+  static constexpr int kThreads = 256;
+  static constexpr int kGroups = 4;  // of 8 elements, per thread
+  static constexpr int kPerCta = kThreads * kGroups;
+};
+
+static unsigned grid_for(int64_t items, int64_t per_cta) {
+  return static_cast<unsigned>((items + per_cta - 1) / per_cta);
+}
+
+// ---- hadamard ----
+
+template <class Source, FloatType kType>
+__global__ void __launch_bounds__(ElementwiseTraits::kThreads)
+    hadamard_kernel(const HadamardParams p, int64_t groups, bool vector) {
+  constexpr int N = ElementwiseTraits::kGroups;
+  const int lane = threadIdx.x % 32;
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * ElementwiseTraits::kPerCta + threadIdx.x;
+  QuantizeParams q = {};
+  q.hadamard = p.group;
+  q.signs = p.signs;
+  const Rotation rotation = make_rotation(q, lane);
+  using Type = typename Source::Type;
+  uint4 raw[N][Source::kVectors] = {};
+#pragma unroll
+  for (int n = 0; n < N; ++n) {
+    const int64_t group = first + n * ElementwiseTraits::kThreads;
+    if (group >= groups) continue;
+    const Type* from = static_cast<const Type*>(p.x) + group * 8;
+    if (vector)
+#pragma unroll
+      for (int i = 0; i < Source::kVectors; ++i)
+        raw[n][i] = ptx::ld_global_nc_v4(reinterpret_cast<const uint4*>(from) + i);
+    else
+      memcpy(raw[n], from, 8 * sizeof(Type));
+  }
+#pragma unroll
+  for (int n = 0; n < N; ++n) {
+    const int64_t group = first + n * ElementwiseTraits::kThreads;
+    float v[8];
+    Source::unpack(raw[n], v);
+    rotate8(v, rotation, p.norm, lane);
+    if (group < groups) store_floats8<kType>(p.out, group * 8, v, vector, 8);
+  }
+}
+
+cudaError_t launch_hadamard(const HadamardParams& p, cudaStream_t stream) {
+  if (p.n == 0) return cudaSuccess;
+  const int64_t groups = p.n / 8;
+  const unsigned grid = grid_for(groups, ElementwiseTraits::kPerCta);
+  const bool vector =
+      reinterpret_cast<uintptr_t>(p.x) % 16 == 0 && reinterpret_cast<uintptr_t>(p.out) % 16 == 0;
+  switch (p.type) {
+    case FloatType::kFloat32:
+      hadamard_kernel<Float32Source, FloatType::kFloat32>
+          <<<grid, ElementwiseTraits::kThreads, 0, stream>>>(p, groups, vector);
+      break;
+    case FloatType::kBfloat16:
+      hadamard_kernel<Bfloat16Source, FloatType::kBfloat16>
+          <<<grid, ElementwiseTraits::kThreads, 0, stream>>>(p, groups, vector);
+      break;
+    case FloatType::kFloat16:
+      hadamard_kernel<Float16Source, FloatType::kFloat16>
+          <<<grid, ElementwiseTraits::kThreads, 0, stream>>>(p, groups, vector);
+      break;
+  }
+  return cudaGetLastError();
+}
+
+// ---- stochastic_round ----
+
+__device__ __forceinline__ uint32_t round_element(float v, uint32_t draw, RoundTarget target) {
+  const uint32_t b = float_bits(v), magnitude = b & ~kSignBit;
+  if (target == RoundTarget::kBfloat16) {
+    const uint32_t sign = (b >> 16) & 0x8000u;
+    if (magnitude > kInfBits) return 0x7FC0u;
+    if (magnitude == kInfBits) return sign | 0x7F80u;
+    return sign | min((magnitude >> 16) + ((b & 0xFFFFu) > draw ? 1u : 0u), 0x7F7Fu);
+  }
+  if (magnitude > kInfBits) return 0x7Fu;
+  const bool e4m3 = target == RoundTarget::kE4M3;
+  if (magnitude == kInfBits)
+    return ((b >> 24) & 0x80u) | (e4m3 ? E4M3::kMaxCode + 1 : E5M2::kMaxCode + 1);
+  return e4m3 ? encode_stochastic<E4M3>(v, draw) : encode_stochastic<E5M2>(v, draw);
+}
+
+__global__ void __launch_bounds__(ElementwiseTraits::kThreads)
+    stochastic_round_kernel(const StochasticRoundParams p, bool vector) {
+  const int64_t group =
+      static_cast<int64_t>(blockIdx.x) * ElementwiseTraits::kThreads + threadIdx.x;
+  const int64_t i0 = group * kDrawGroup;
+  if (i0 >= p.n) return;
+  const PhiloxKey key = {static_cast<uint64_t>(p.rng[0]),
+                         static_cast<uint32_t>(p.rng[p.rng_stride]), kRowStream};
+  const bool whole = vector && i0 + 8 <= p.n;
+  float v[8];
+  uint32_t codes[8];
+  if (whole) {
+    uint4 raw[2] = {ptx::ld_global_nc_v4(p.x + i0), ptx::ld_global_nc_v4(p.x + i0 + 4)};
+    Float32Source::unpack(raw, v);
+  } else {
+    for (int i = 0; i < 8; ++i) v[i] = i0 + i < p.n ? p.x[i0 + i] : 0.0f;
+  }
+  const Philox4 draws = philox_group(key, static_cast<uint64_t>(group));
+#pragma unroll
+  for (int i = 0; i < 8; ++i) codes[i] = round_element(v[i], draw16(draws, i), p.target);
+  if (p.target == RoundTarget::kBfloat16) {
+    uint16_t* out = static_cast<uint16_t*>(p.out) + i0;
+    if (whole)
+      *reinterpret_cast<uint4*>(out) =
+          make_uint4(codes[0] | (codes[1] << 16), codes[2] | (codes[3] << 16),
+                     codes[4] | (codes[5] << 16), codes[6] | (codes[7] << 16));
+    else
+      for (int i = 0; i < 8 && i0 + i < p.n; ++i) out[i] = static_cast<uint16_t>(codes[i]);
+    return;
+  }
+  uint8_t* out = static_cast<uint8_t*>(p.out) + i0;
+  if (whole)
+    *reinterpret_cast<uint2*>(out) =
+        make_uint2(codes[0] | (codes[1] << 8) | (codes[2] << 16) | (codes[3] << 24),
+                   codes[4] | (codes[5] << 8) | (codes[6] << 16) | (codes[7] << 24));
+  else
+    for (int i = 0; i < 8 && i0 + i < p.n; ++i) out[i] = static_cast<uint8_t>(codes[i]);
+}
+
+cudaError_t launch_stochastic_round(const StochasticRoundParams& p, cudaStream_t stream) {
+  if (p.n == 0) return cudaSuccess;
+  const bool vector =
+      reinterpret_cast<uintptr_t>(p.x) % 16 == 0 && reinterpret_cast<uintptr_t>(p.out) % 16 == 0;
+  const unsigned grid = grid_for(p.n, ElementwiseTraits::kThreads * kDrawGroup);
+  stochastic_round_kernel<<<grid, ElementwiseTraits::kThreads, 0, stream>>>(p, vector);
+  return cudaGetLastError();
+}
+
+// ---- swizzle ----
+
+__global__ void __launch_bounds__(ElementwiseTraits::kThreads)
+    swizzle_kernel(const SwizzleParams p, int64_t n) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * ElementwiseTraits::kThreads + threadIdx.x;
+  if (i >= n) return;
+  const int64_t col_tiles = tiles(p.cols, kTileCols);
+  if (!p.forward) {
+    p.out[i] = p.in[swizzled_offset(i / p.cols, i % p.cols, col_tiles)];
+    return;
+  }
+  const int64_t tile = i / kTileBytes, in_tile = i % kTileBytes;
+  const int64_t r = tile / col_tiles * kTileRows + in_tile / 16 + in_tile % 16 / 4 * 32,
+                c = tile % col_tiles * kTileCols + in_tile % 4;
+  p.out[i] = r < p.rows && c < p.cols ? p.in[r * p.cols + c] : 0;
+}
+
+cudaError_t launch_swizzle(const SwizzleParams& p, cudaStream_t stream) {
+  const int64_t n = p.forward ? tiles(p.rows, kTileRows) * tiles(p.cols, kTileCols) * kTileBytes
+                              : p.rows * p.cols;
+  if (n == 0) return cudaSuccess;
+  swizzle_kernel<<<grid_for(n, ElementwiseTraits::kThreads), ElementwiseTraits::kThreads, 0,
+                   stream>>>(p, n);
+  return cudaGetLastError();
+}
+
+}  // namespace mxtrain::cuda

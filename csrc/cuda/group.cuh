@@ -1,0 +1,247 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the quantization kernels do with one group: 8 consecutive elements of an operand row in one
+// thread's registers.
+//   load -> Hadamard (strides 1, 2, 4 in registers, 8 and up across lanes) -> block maximum across
+//   lanes -> scale -> prescale -> codes -> packed bytes.
+// A group is also what one Philox call serves. `lane_in_row` is the group's index modulo 32 along
+// the row, so that groups of one block, and of one Hadamard group, sit in neighbouring lanes of a
+// warp, aligned to their number.
+#pragma once
+
+#include "cuda/encode.cuh"
+#include "cuda/quantize.h"
+#include "formats/float16.h"
+#include "formats/layout.h"
+#include "ptx/memory.cuh"
+
+namespace mxtrain::cuda {
+
+constexpr unsigned kAllLanes = 0xFFFFFFFFu;
+
+// ---- sources: floats in memory ----
+
+struct Float32Source {
+  using Type = float;
+  static constexpr int kVectors = 2;  // 16-byte loads in a group
+  __device__ static __forceinline__ float widen(float v) { return v; }
+  __device__ static __forceinline__ void unpack(const uint4 (&raw)[2], float (&v)[8]) {
+    const uint32_t w[8] = {raw[0].x, raw[0].y, raw[0].z, raw[0].w,
+                           raw[1].x, raw[1].y, raw[1].z, raw[1].w};
+#pragma unroll
+    for (int i = 0; i < 8; ++i) v[i] = bits_float(w[i]);
+  }
+};
+
+struct Bfloat16Source {
+  using Type = uint16_t;
+  static constexpr int kVectors = 1;
+  __device__ static __forceinline__ float widen(uint16_t v) { return bf16_to_float(v); }
+  __device__ static __forceinline__ void unpack(const uint4 (&raw)[1], float (&v)[8]) {
+    const uint32_t w[4] = {raw[0].x, raw[0].y, raw[0].z, raw[0].w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      v[2 * i] = bits_float(w[i] << 16);
+      v[2 * i + 1] = bits_float(w[i] & 0xFFFF0000u);
+    }
+  }
+};
+
+struct Float16Source {
+  using Type = uint16_t;
+  static constexpr int kVectors = 1;
+  __device__ static __forceinline__ float widen(uint16_t v) { return half_to_float(v); }
+  __device__ static __forceinline__ void unpack(const uint4 (&raw)[1], float (&v)[8]) {
+    const uint32_t w[4] = {raw[0].x, raw[0].y, raw[0].z, raw[0].w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      v[2 * i] = half_to_float(static_cast<uint16_t>(w[i]));
+      v[2 * i + 1] = half_to_float(static_cast<uint16_t>(w[i] >> 16));
+    }
+  }
+};
+
+__device__ __forceinline__ float load_any(const void* p, FloatType type, int64_t i) {
+  if (type == FloatType::kFloat32) return static_cast<const float*>(p)[i];
+  const uint16_t h = static_cast<const uint16_t*>(p)[i];
+  return type == FloatType::kBfloat16 ? bf16_to_float(h) : half_to_float(h);
+}
+
+// ---- transforms ----
+
+// What stays the same for every group of a thread: its place in the Hadamard group and the signs
+// there.
+struct Rotation {
+  int lanes;       // lanes that hold one Hadamard group; 0: none
+  uint32_t signs;  // bit i: element i of the thread's groups is negated
+};
+
+__device__ __forceinline__ Rotation make_rotation(const QuantizeParams& p, int lane_in_row) {
+  Rotation r = {p.hadamard / 8, 0};
+  if (p.signs)
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+      r.signs |= (p.signs[lane_in_row % r.lanes * 8 + i] < 0 ? 1u : 0u) << i;
+  return r;
+}
+
+template <int Stride>
+__device__ __forceinline__ void butterfly8(float (&v)[8]) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i)
+    if (!(i & Stride)) {
+      const float a = v[i], b = v[i + Stride];
+      v[i] = a + b;
+      v[i + Stride] = a - b;
+    }
+}
+
+// Across lanes: the lower lane keeps a + b, the upper a - b. `stride` counts lanes of the same row.
+__device__ __forceinline__ void butterfly_lanes(float (&v)[8], int stride, int lane_in_row) {
+  const float sign = lane_in_row & stride ? -1.0f : 1.0f;
+#pragma unroll
+  for (int i = 0; i < 8; ++i)
+    v[i] = __fmaf_rn(v[i], sign, __shfl_xor_sync(kAllLanes, v[i], stride));
+}
+
+__device__ __forceinline__ void rotate8(float (&v)[8], const Rotation& r, float norm,
+                                        int lane_in_row) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i) v[i] = bits_float(float_bits(v[i]) ^ ((r.signs >> i) << 31));
+  butterfly8<1>(v);
+  butterfly8<2>(v);
+  butterfly8<4>(v);
+  for (int stride = 1; stride < r.lanes; stride *= 2) butterfly_lanes(v, stride, lane_in_row);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) v[i] *= norm;
+}
+
+__device__ __forceinline__ void transform8(float (&v)[8], const QuantizeParams& p,
+                                           const Rotation& r, int lane_in_row) {
+  if (r.lanes) rotate8(v, r, p.hadamard_norm, lane_in_row);
+}
+
+// ---- scales ----
+
+// Largest |v| bits of the group: integer maxima, in which NaN and Inf win.
+__device__ __forceinline__ uint32_t amax_bits8(const float (&v)[8]) {
+  uint32_t m = 0;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) m = max(m, float_bits(v[i]) & ~kSignBit);
+  return m;
+}
+
+// ... of the block, over the lanes that share it.
+template <class F>
+__device__ __forceinline__ uint32_t block_amax_bits(uint32_t m) {
+  static_assert(F::kBlock == 16 || F::kBlock == 32, "a block is 2 or 4 neighbouring lanes");
+  m = max(m, __shfl_xor_sync(kAllLanes, m, 1));
+  if (F::kBlock == 32) m = max(m, __shfl_xor_sync(kAllLanes, m, 2));
+  return m;
+}
+
+struct BlockScale {
+  uint32_t code;
+  float factor;  // elements are multiplied (E8M0) or divided (E4M3) by it; 0: all codes are 0
+};
+
+template <class F>
+__device__ __forceinline__ BlockScale choose_scale(uint32_t max_bits, ScaleRule rule,
+                                                   float tensor_scale) {
+  if (max_bits >= kInfBits) return {F::kE4M3Scale ? kE4M3Nan : kE8M0Nan, 0.0f};
+  if (max_bits == 0) return {0, 0.0f};
+  if (F::kE4M3Scale) {
+    const uint32_t code = nvfp4_scale(bits_float(max_bits), tensor_scale, rule);
+    return {code, decode<E4M3>(code) * tensor_scale};
+  }
+  const uint32_t code = e8m0_scale<typename F::Element>(max_bits, rule);
+  return {code, e8m0_reciprocal(code)};
+}
+
+template <class F>
+__device__ __forceinline__ void to_grid8(float (&v)[8], float factor, float prescale) {
+  if (prescale != 1.0f)
+#pragma unroll
+    for (int i = 0; i < 8; ++i) v[i] *= prescale;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) v[i] = F::kE4M3Scale ? __fdiv_rn(v[i], factor) : v[i] * factor;
+}
+
+// ---- codes ----
+
+// v: transformed elements; z: the transformed `toward` elements, read only with Rounding::kToward.
+template <class F, bool kToward>
+__device__ __forceinline__ Packed8 encode_group(float (&v)[8], float (&z)[8], const BlockScale& s,
+                                                const QuantizeParams& p, const Philox4& draws) {
+  using E = typename F::Element;
+  if (s.factor == 0.0f) return {0, 0};
+  to_grid8<F>(v, s.factor, p.prescale);
+  // The ceil rule of the E8M0 formats never exceeds the element's maximum: nothing to limit.
+  const bool fits =
+      !F::kE4M3Scale && p.scale_rule == static_cast<int>(ScaleRule::kCeil) && p.prescale <= 1.0f;
+  if (!fits) clamp8<E>(v);
+  if (kToward) {
+    to_grid8<F>(z, s.factor, p.prescale);
+    return encode8_toward<E>(v, z);
+  }
+  if (p.rounding == static_cast<int>(Rounding::kStochastic)) return encode8_stochastic<E>(v, draws);
+  return encode8_nearest<E>(v);
+}
+
+// ---- stores ----
+
+template <class F>
+__device__ __forceinline__ void store_codes(const QuantizeParams& p, int64_t row, int64_t k0,
+                                            Packed8 codes) {
+  uint8_t* out = p.data + (row * p.kp + k0) / 8 * F::kBits;
+  if (F::kBits == 4) *reinterpret_cast<uint32_t*>(out) = codes.low;
+  if (F::kBits == 8) *reinterpret_cast<uint2*>(out) = make_uint2(codes.low, codes.high);
+  if (F::kBits == 6) {  // 6 bytes, aligned to 2
+    auto* half = reinterpret_cast<uint16_t*>(out);
+    half[0] = static_cast<uint16_t>(codes.low);
+    half[1] = static_cast<uint16_t>(codes.low >> 16);
+    half[2] = static_cast<uint16_t>(codes.high);
+  }
+}
+
+template <class F>
+__device__ __forceinline__ void store_scale(const QuantizeParams& p, int64_t row, int64_t k0,
+                                            uint32_t code) {
+  const int64_t block = k0 / F::kBlock;
+  const int64_t at =
+      p.swizzled ? swizzled_offset(row, block, p.scale_tiles) : row * (p.kp / F::kBlock) + block;
+  p.scale[at] = static_cast<uint8_t>(code);
+}
+
+// ---- draws ----
+
+struct DrawKey {
+  PhiloxKey key;
+  bool on;
+};
+
+__device__ __forceinline__ DrawKey make_draw_key(const QuantizeParams& p) {
+  if (p.rounding != static_cast<int>(Rounding::kStochastic)) return {{0, 0, 0}, false};
+  return {{static_cast<uint64_t>(p.rng[0]), static_cast<uint32_t>(p.rng[p.rng_stride]), p.stream},
+          true};
+}
+
+// Draws of N groups at once: the key schedule is shared and the calls overlap.
+template <int N>
+__device__ __forceinline__ void draw_groups(const DrawKey& k, const int64_t (&group)[N],
+                                            Philox4 (&draws)[N]) {
+  if (!k.on) return;
+  uint32_t k0 = static_cast<uint32_t>(k.key.seed), k1 = static_cast<uint32_t>(k.key.seed >> 32);
+#pragma unroll
+  for (int n = 0; n < N; ++n)
+    draws[n] = {{static_cast<uint32_t>(group[n]), static_cast<uint32_t>(group[n] >> 32),
+                 k.key.offset, k.key.stream}};
+#pragma unroll
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+#pragma unroll
+    for (int n = 0; n < N; ++n) draws[n] = philox_round(draws[n], k0, k1);
+    k0 += kPhiloxW0;
+    k1 += kPhiloxW1;
+  }
+}
+
+}  // namespace mxtrain::cuda

@@ -1,0 +1,204 @@
+// SPDX-License-Identifier: Apache-2.0
+// quantize along rows that are contiguous in memory (or strided in both directions, more slowly):
+// operand [rows, kp] from x. A thread takes kGroups groups of 8 elements; consecutive lanes take
+// consecutive groups, so loads are 16 bytes a lane and coalesced, a block is 2 or 4 lanes and a
+// Hadamard group up to 32 lanes. nvfp4 first finds the tensor's maximum (a second read). Groups
+// number the operand row by row; grid.x covers them all. Zero, NaN and Inf blocks: see
+// docs/numerics.md.
+#include "cuda/group.cuh"
+
+namespace mxtrain::cuda {
+
+// ---- traits ----
+
+struct RowTraits {
+  static constexpr int kThreads = 256;
+  static constexpr int kGroups =
+      4;  // per thread: 64 bytes in flight for 16-bit inputs, enough to cover memory latency
+  static constexpr int kGroupsPerCta = kThreads * kGroups;
+  static_assert(kGroupsPerCta % 32 == 0, "groups of a block and of a Hadamard group share a warp");
+};
+
+// ---- device helpers ----
+
+struct GroupPlace {
+  int64_t row, k0;
+};
+
+__device__ __forceinline__ GroupPlace place_of(const QuantizeParams& p, int64_t group) {
+  const int64_t per_row = p.kp / 8;
+  if (p.rows == 1) return {0, group * 8};
+  if (per_row <= 0x7FFFFFFF && group <= 0x7FFFFFFF) {
+    const uint32_t row = static_cast<uint32_t>(group) / static_cast<uint32_t>(per_row);
+    return {row, static_cast<int64_t>(static_cast<uint32_t>(group) -
+                                      row * static_cast<uint32_t>(per_row)) *
+                     8};
+  }
+  const int64_t row = group / per_row;
+  return {row, (group - row * per_row) * 8};
+}
+
+// The group's elements, widened; zeros beyond the row's end. `vector`: 16-byte loads are aligned
+// and whole.
+template <class Source>
+__device__ __forceinline__ void load_raw(const QuantizeParams& p, GroupPlace at, bool vector,
+                                         uint4 (&raw)[Source::kVectors]) {
+  using Type = typename Source::Type;
+  const Type* base = static_cast<const Type*>(p.x) + at.row * p.stride_row + at.k0 * p.stride_k;
+  if (vector) {
+#pragma unroll
+    for (int i = 0; i < Source::kVectors; ++i)
+      raw[i] = ptx::ld_global_nc_v4(reinterpret_cast<const uint4*>(base) + i);
+    return;
+  }
+  Type element[8];
+#pragma unroll
+  for (int i = 0; i < 8; ++i) element[i] = at.k0 + i < p.cols ? base[i * p.stride_k] : Type(0);
+  memcpy(raw, element, sizeof element);
+}
+
+__device__ __forceinline__ void load_toward(const QuantizeParams& p, GroupPlace at, float (&z)[8]) {
+  const int64_t base = at.row * p.toward_stride_row + at.k0 * p.toward_stride_k;
+#pragma unroll
+  for (int i = 0; i < 8; ++i)
+    z[i] =
+        at.k0 + i < p.cols ? load_any(p.toward, p.toward_type, base + i * p.toward_stride_k) : 0.0f;
+}
+
+// ---- kernels ----
+
+template <class Source, class F, bool kToward>
+__global__ void __launch_bounds__(RowTraits::kThreads)
+    quantize_rows_kernel(const QuantizeParams p, int64_t groups, bool vector) {
+  constexpr int N = RowTraits::kGroups;
+  const int lane = threadIdx.x % 32;
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * RowTraits::kGroupsPerCta + threadIdx.x;
+  uint4 raw[N][Source::kVectors] = {};
+  GroupPlace at[N];
+  int64_t group[N];
+#pragma unroll
+  for (int n = 0; n < N; ++n) {
+    group[n] = first + n * RowTraits::kThreads;
+    at[n] = place_of(p, group[n]);
+    if (group[n] < groups) load_raw<Source>(p, at[n], vector, raw[n]);
+  }
+  Philox4 draws[N] = {};
+  draw_groups<N>(make_draw_key(p), group, draws);
+  const Rotation rotation = make_rotation(p, lane);
+  const float tensor_scale = F::kE4M3Scale ? *p.tensor_scale : 1.0f;
+#pragma unroll
+  for (int n = 0; n < N; ++n) {
+    float v[8], z[8] = {};
+    Source::unpack(raw[n], v);
+    transform8(v, p, rotation, lane);
+    uint32_t m = amax_bits8(v);
+    uint32_t block_max = block_amax_bits<F>(m);
+    if (kToward) {
+      if (group[n] < groups) load_toward(p, at[n], z);
+      transform8(z, p, rotation, lane);
+      const uint32_t toward_max = block_amax_bits<F>(amax_bits8(z));
+      block_max =
+          toward_max >= kInfBits ? toward_max : block_max;  // a poisoned EMA poisons its block
+    }
+    const BlockScale s =
+        choose_scale<F>(block_max, static_cast<ScaleRule>(p.scale_rule), tensor_scale);
+    const Packed8 codes = encode_group<F, kToward>(v, z, s, p, draws[n]);
+    if (group[n] >= groups) continue;
+    store_codes<F>(p, at[n].row, at[n].k0, codes);
+    if (lane % (F::kBlock / 8) == 0) store_scale<F>(p, at[n].row, at[n].k0, s.code);
+  }
+}
+
+// Largest finite |v| after the transforms, as float bits, into *p.tensor_scale (zeroed before).
+template <class Source>
+__global__ void __launch_bounds__(RowTraits::kThreads)
+    amax_rows_kernel(const QuantizeParams p, int64_t groups, bool vector) {
+  const int lane = threadIdx.x % 32;
+  const Rotation rotation = make_rotation(p, lane);
+  uint32_t m = 0;
+  for (int64_t base = static_cast<int64_t>(blockIdx.x) * RowTraits::kThreads; base < groups;
+       base += static_cast<int64_t>(gridDim.x) * RowTraits::kThreads) {
+    const int64_t group = base + threadIdx.x;
+    uint4 raw[Source::kVectors] = {};
+    if (group < groups) load_raw<Source>(p, place_of(p, group), vector, raw);
+    float v[8];
+    Source::unpack(raw, v);
+    transform8(v, p, rotation, lane);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const uint32_t a = float_bits(v[i]) & ~kSignBit;
+      m = a < kInfBits ? max(m, a) : m;
+    }
+  }
+  m = __reduce_max_sync(kAllLanes, m);
+  if (lane == 0 && m) atomicMax(reinterpret_cast<unsigned*>(p.tensor_scale), m);
+}
+
+__global__ void finish_tensor_scale_kernel(float* tensor_scale) {
+  *tensor_scale = nvfp4_tensor_scale(*tensor_scale);
+}
+
+// ---- launchers ----
+
+cudaError_t launch_finish_tensor_scale(const QuantizeParams& p, cudaStream_t stream) {
+  finish_tensor_scale_kernel<<<1, 1, 0, stream>>>(p.tensor_scale);
+  return cudaGetLastError();
+}
+
+template <class Source>
+static bool vector_loads(const QuantizeParams& p) {
+  const int64_t size = sizeof(typename Source::Type);
+  return p.stride_k == 1 && p.cols == p.kp && reinterpret_cast<uintptr_t>(p.x) % 16 == 0 &&
+         (p.rows == 1 || p.stride_row * size % 16 == 0);
+}
+
+template <class Source, class F>
+static cudaError_t launch_rows(QuantizeParams p, cudaStream_t stream) {
+  const bool whole =
+      p.cols == p.kp && p.stride_k == 1 && p.stride_row == p.cols && !p.swizzled && !p.toward;
+  if (whole) {  // without padding the operand is one long row: no division per group
+    p.cols = p.kp = p.rows * p.cols;
+    p.rows = 1;
+  }
+  const int64_t groups = p.rows * (p.kp / 8);
+  const bool vector = vector_loads<Source>(p);
+  const unsigned grid =
+      static_cast<unsigned>((groups + RowTraits::kGroupsPerCta - 1) / RowTraits::kGroupsPerCta);
+  if (F::kE4M3Scale) {
+    const unsigned amax_grid = grid < 4096 ? grid : 4096;
+    amax_rows_kernel<Source><<<amax_grid, RowTraits::kThreads, 0, stream>>>(p, groups, vector);
+    const cudaError_t error = launch_finish_tensor_scale(p, stream);
+    if (error != cudaSuccess) return error;
+  }
+  if (p.toward)
+    quantize_rows_kernel<Source, F, true>
+        <<<grid, RowTraits::kThreads, 0, stream>>>(p, groups, vector);
+  else
+    quantize_rows_kernel<Source, F, false>
+        <<<grid, RowTraits::kThreads, 0, stream>>>(p, groups, vector);
+  return cudaGetLastError();
+}
+
+template <class Source>
+static cudaError_t launch_rows_of(const QuantizeParams& p, cudaStream_t stream) {
+  using Launcher = cudaError_t (*)(QuantizeParams, cudaStream_t);
+#define MXT_ROW(code, traits, name) launch_rows<Source, traits>,
+  static constexpr Launcher kLaunchers[] = {MXT_FORMATS(MXT_ROW)};
+#undef MXT_ROW
+  return kLaunchers[p.format](p, stream);
+}
+
+cudaError_t launch_quantize_rows(const QuantizeParams& p, cudaStream_t stream) {
+  if (p.rows == 0) return cudaSuccess;
+  switch (p.x_type) {
+    case FloatType::kFloat32:
+      return launch_rows_of<Float32Source>(p, stream);
+    case FloatType::kBfloat16:
+      return launch_rows_of<Bfloat16Source>(p, stream);
+    case FloatType::kFloat16:
+      return launch_rows_of<Float16Source>(p, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace mxtrain::cuda

@@ -1,0 +1,139 @@
+// SPDX-License-Identifier: Apache-2.0
+// A tile of x in shared memory: kTileK rows of x (the K axis of the transposed operand) x
+// kTileBytes of columns, raw elements. Each row of 128 bytes is 8 chunks of 16; chunk j of row k
+// lies at j ^ (k / 8 % 8). So a warp whose lanes take 8 groups along K of 4 columns each, and one
+// whose lanes take the chunks of rows, both touch every bank once.
+#pragma once
+
+#include <type_traits>
+
+#include "cuda/group.cuh"
+
+namespace mxtrain::cuda {
+
+struct TileTraits {
+  static constexpr int kThreads = 256;
+  static constexpr int kTileK = 256;  // holds the largest Hadamard group
+  static constexpr int kRowBytes = 128;
+  static constexpr int kChunks = kRowBytes / 16;
+  static constexpr int kBytes = kTileK * kRowBytes;
+  static_assert(kBytes <= 48 * 1024, "static shared memory; 6 tiles fit a Hopper SM");
+};
+
+// Sources of tiles: what one stored element is, and how a 16-byte chunk of them is filled from
+// memory.
+template <class S>
+struct FloatTile {
+  using Source = S;
+  using Type = typename S::Type;
+  static constexpr int kPerChunk = 16 / sizeof(Type);
+  static constexpr bool kPacked = false;
+};
+
+// An operand's codes, decoded on the way in: bfloat16 holds every mxfp4 and mxfp6 value with its
+// E8M0 scale exactly; the others need float32.
+template <class F>
+struct PackedTile {
+  static constexpr bool kNarrow = !F::kE4M3Scale && F::kBits < 8;
+  using Format = F;
+  using Source = typename std::conditional<kNarrow, Bfloat16Source, Float32Source>::type;
+  using Type = typename Source::Type;
+  static constexpr int kPerChunk = 16 / sizeof(Type);
+  static constexpr bool kPacked = true;
+};
+
+__device__ __forceinline__ uint32_t chunk_offset(int k, int chunk) {
+  return k * TileTraits::kRowBytes + ((chunk ^ (k / 8 % 8)) * 16);
+}
+
+// Element (k, column) of the tile, widened; 8 consecutive k.
+template <class T>
+__device__ __forceinline__ void read_column8(const uint8_t* tile, int k0, int column,
+                                             float (&v)[8]) {
+  using Type = typename T::Type;
+  const int chunk = column / T::kPerChunk, in_chunk = column % T::kPerChunk;
+  const uint8_t* base = tile + chunk_offset(k0, chunk) + in_chunk * sizeof(Type);
+#pragma unroll
+  for (int i = 0; i < 8; ++i)
+    v[i] = T::Source::widen(*reinterpret_cast<const Type*>(base + i * TileTraits::kRowBytes));
+}
+
+// 8 consecutive columns of row k.
+template <class T>
+__device__ __forceinline__ void read_row8(const uint8_t* tile, int k, int column, float (&v)[8]) {
+  constexpr int kVectors = T::Source::kVectors;
+  uint4 raw[kVectors];
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i)
+    raw[i] = *reinterpret_cast<const uint4*>(tile + chunk_offset(k, column / T::kPerChunk + i));
+  T::Source::unpack(raw, v);
+}
+
+// Fill the tile at (k_base, r_base) of x; zeros outside. `vector`: 16-byte copies are aligned.
+template <class T>
+__device__ __forceinline__ void load_float_tile(const QuantizeParams& p, int64_t k_base,
+                                                int64_t r_base, bool vector, uint8_t* tile) {
+  using Type = typename T::Type;
+  const Type* x = static_cast<const Type*>(p.x);
+  for (int i = threadIdx.x; i < TileTraits::kTileK * TileTraits::kChunks;
+       i += TileTraits::kThreads) {
+    const int k = i / TileTraits::kChunks, chunk = i % TileTraits::kChunks;
+    const int64_t r = r_base + chunk * T::kPerChunk, row = k_base + k;
+    uint8_t* to = tile + chunk_offset(k, chunk);
+    const Type* from = x + row * p.stride_k + r * p.stride_row;
+    const int64_t left = row < p.cols ? p.rows - r : 0;
+    const int valid = left <= 0 ? 0 : left < T::kPerChunk ? static_cast<int>(left) : T::kPerChunk;
+    if (vector) {
+      ptx::cp_async_16(ptx::shared_address(to), valid ? from : x,
+                       valid * static_cast<int>(sizeof(Type)));
+    } else {
+#pragma unroll
+      for (int e = 0; e < T::kPerChunk; ++e)
+        reinterpret_cast<Type*>(to)[e] = e < valid ? from[e * p.stride_row] : Type(0);
+    }
+  }
+  if (vector) ptx::cp_async_wait_all();
+}
+
+// 8 codes of an operand's row as two halves of 4 bf16 or 8 floats. Exact: see PackedTile.
+template <class T>
+__device__ __forceinline__ void load_packed_tile(const QuantizeParams& p, int64_t k_base,
+                                                 int64_t r_base, uint8_t* tile) {
+  using F = typename T::Format;
+  using E = typename F::Element;
+  constexpr int kColumns = TileTraits::kChunks * T::kPerChunk, kGroupsPerRow = kColumns / 8;
+  const uint8_t* codes = static_cast<const uint8_t*>(p.x);
+  for (int i = threadIdx.x; i < TileTraits::kTileK * kGroupsPerRow; i += TileTraits::kThreads) {
+    const int k = i / kGroupsPerRow, group = i % kGroupsPerRow;
+    const int64_t row = k_base + k, r = r_base + group * 8;
+    uint64_t bits = 0;
+    float scale = 0.0f;
+    if (row < p.cols && r < p.rows) {  // p.in_row_bytes covers whole blocks, so whole groups
+      const uint8_t* from = codes + row * p.in_row_bytes + r / 8 * F::kBits;
+#pragma unroll
+      for (int b = 0; b < F::kBits; ++b) bits |= static_cast<uint64_t>(from[b]) << (8 * b);
+      const uint8_t s = p.in_scale[row * p.in_blocks + r / F::kBlock];
+      scale = F::kE4M3Scale ? decode<E4M3>(s) * *p.in_tensor_scale : e8m0_value(s);
+    }
+    float v[8];
+#pragma unroll
+    for (int e = 0; e < 8; ++e)
+      v[e] =
+          decode<E>(static_cast<uint32_t>(bits >> (F::kBits * e)) & ((1u << F::kBits) - 1)) * scale;
+    if (T::kNarrow) {
+      uint32_t w[4];
+#pragma unroll
+      for (int e = 0; e < 4; ++e)
+        w[e] = (float_bits(v[2 * e]) >> 16) | (float_bits(v[2 * e + 1]) & 0xFFFF0000u);
+      *reinterpret_cast<uint4*>(tile + chunk_offset(k, group)) = make_uint4(w[0], w[1], w[2], w[3]);
+    } else {
+      const uint32_t* w = reinterpret_cast<const uint32_t*>(v);
+      *reinterpret_cast<uint4*>(tile + chunk_offset(k, 2 * group)) =
+          make_uint4(w[0], w[1], w[2], w[3]);
+      *reinterpret_cast<uint4*>(tile + chunk_offset(k, 2 * group + 1)) =
+          make_uint4(w[4], w[5], w[6], w[7]);
+    }
+  }
+}
+
+}  // namespace mxtrain::cuda

@@ -1,0 +1,35 @@
+// SPDX-License-Identifier: Apache-2.0
+// Loads, stores and asynchronous copies (PTX ISA, "Data Movement and Conversion Instructions");
+// sm_80 and up.
+#pragma once
+
+#include <cstdint>
+
+namespace mxtrain::ptx {
+
+// ld.global.nc.L1::no_allocate.v4.b32: 16 bytes, read once. p is 16-byte aligned.
+__device__ __forceinline__ uint4 ld_global_nc_v4(const void* p) {
+  uint4 v;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(p));
+  return v;
+}
+
+// cp.async.cg.shared.global: 16 bytes into shared memory, of which the first `bytes` come from p
+// and the rest are zero.
+__device__ __forceinline__ void cp_async_16(uint32_t shared, const void* p, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(p), "r"(bytes));
+}
+
+// cp.async.wait_all: this thread's copies are done; a barrier makes them visible to the others.
+__device__ __forceinline__ void cp_async_wait_all() {
+  asm volatile("cp.async.wait_all;" ::: "memory");
+}
+
+// cvta to the shared window: the address form that cp.async takes.
+__device__ __forceinline__ uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
+}  // namespace mxtrain::ptx
