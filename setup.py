@@ -80,7 +80,9 @@ def cuda_archs() -> str:
     if archs and (asked or shutil.which(os.environ.get("CUDACXX", "nvcc"))):
         return ";".join(archs)
     if asked:
-        raise SystemExit('mxtrain: MXTRAIN_CUDA_ARCHS=native needs a visible GPU. Name the architecture: "90a".')
+        raise SystemExit(
+            'mxtrain: MXTRAIN_CUDA_ARCHS=native needs a visible GPU. Name the architecture: "90a".'
+        )
     why = "nvcc was not found" if archs else "no GPU is visible"
     print(
         f"mxtrain: CPU-ONLY BUILD, because {why}. For CUDA: MXTRAIN_CUDA_ARCHS=90a pip install .",
@@ -114,13 +116,20 @@ class CMakeBuild(build_ext):
         output.mkdir(parents=True, exist_ok=True)
         cmake, ninja = shutil.which("cmake"), shutil.which("ninja")
         if not cmake or not ninja:
-            raise SystemExit("mxtrain: cmake and ninja must be on the PATH. pip install cmake ninja pybind11")
+            raise SystemExit(
+                "mxtrain: cmake and ninja must be on the PATH. pip install cmake ninja pybind11"
+            )
         launchers = []
         if ccache := shutil.which("ccache"):
             launchers = [f"-DCMAKE_{lang}_COMPILER_LAUNCHER={ccache}" for lang in ("CXX", "CUDA")]
         subprocess.run(
             [
-                cmake, "-S", str(ROOT), "-B", str(build), "-GNinja",
+                cmake,
+                "-S",
+                str(ROOT),
+                "-B",
+                str(build),
+                "-GNinja",
                 # pip's isolated environments are temporary: a cached path to their ninja goes stale.
                 f"-DCMAKE_MAKE_PROGRAM={ninja}",
                 f"-DPython_EXECUTABLE={sys.executable}",
@@ -134,7 +143,7 @@ class CMakeBuild(build_ext):
                 *launchers,
             ],
             check=True,
-        )  # fmt: skip
+        )
         subprocess.run([cmake, "--build", str(build), "--parallel", str(jobs())], check=True)
 
     @staticmethod

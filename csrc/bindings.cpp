@@ -67,8 +67,8 @@ Array<uint8_t> scale_codes(const std::string& element, const Array<float>& block
       if (bits >= kInfBits)
         throw py::value_error(
             "mxtrain::_host.e8m0_scale: block_max must be finite and not negative.");
-      out.mutable_data()[i] =
-          static_cast<uint8_t>(e8m0_scale<decltype(e)>(bits, static_cast<ScaleRule>(rule)));
+      out.mutable_data()[i] = static_cast<uint8_t>(
+          e8m0_scale<decltype(e)>(bits, e8m0_round_up<decltype(e)>(static_cast<ScaleRule>(rule))));
     }
   });
   return out;

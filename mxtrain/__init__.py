@@ -9,7 +9,9 @@ machine and build can do; docs/numerics.md says what every byte means.
 
 from .version import __version__  # isort: skip
 from . import ops as ops  # registers the fake kernels and autograd
+from .convert import ConversionReport, convert
 from .formats import FORMATS, Format
+from .linear import MXLinear, linear
 from .operand import (
     Operand,
     dequantize,
@@ -24,17 +26,26 @@ from .operand import (
     swizzle_scale,
     unswizzle_scale,
 )
+from .recipe import RECIPES, Quantizer, Recipe, get_recipe
 
 __all__ = [
     "FORMATS",
+    "RECIPES",
+    "ConversionReport",
     "Format",
+    "MXLinear",
     "Operand",
+    "Quantizer",
+    "Recipe",
     "__version__",
+    "convert",
     "dequantize",
     "draw_rng",
     "draw_signs",
     "gemm",
+    "get_recipe",
     "hadamard",
+    "linear",
     "quantize",
     "quantize_dual",
     "requantize",

@@ -18,14 +18,20 @@ def every_code_and_scale(format: str) -> tuple:
     codes = torch.arange(2**fmt.bits, dtype=torch.uint8)
     codes = codes.repeat(-(-fmt.block // len(codes)))
     data = reference.pack(codes[None], fmt.bits).expand(256, -1).contiguous()
-    scale = torch.arange(256, dtype=torch.uint8)[:, None].expand(256, len(codes) // fmt.block).contiguous()
+    scale = (
+        torch.arange(256, dtype=torch.uint8)[:, None]
+        .expand(256, len(codes) // fmt.block)
+        .contiguous()
+    )
     return data, scale, torch.tensor([0.37]) if fmt.two_level else None, len(codes)
 
 
 def same_values(got, expected, what):
     """Bytes, with every NaN taken as one: a NaN's payload is not part of the contract."""
     assert torch.equal(got.isnan().cpu(), expected.isnan()), what
-    assert_same_bytes(got.cpu().nan_to_num(nan=0.0, posinf=None), expected.nan_to_num(nan=0.0, posinf=None), what)
+    assert_same_bytes(
+        got.cpu().nan_to_num(nan=0.0, posinf=None), expected.nan_to_num(nan=0.0, posinf=None), what
+    )
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -57,7 +63,10 @@ def test_hadamard(group, dtype, device):
     for s in (None, signs):
         got = mxtrain.hadamard(x.to(device), group, None if s is None else s.to(device))
         assert_same_bytes(got, reference.hadamard(x, group, s))
-    assert_same_bytes(mxtrain.hadamard(x.to(device).transpose(0, 1), group), reference.hadamard(x.transpose(0, 1), group))
+    assert_same_bytes(
+        mxtrain.hadamard(x.to(device).transpose(0, 1), group),
+        reference.hadamard(x.transpose(0, 1), group),
+    )
     assert mxtrain.hadamard(x[:0].to(device), group).shape == (0, 7, 768)
 
 
@@ -76,14 +85,31 @@ def test_hadamard_gradient(device):
 @pytest.mark.ops("stochastic_round")
 def test_stochastic_round(dtype, device):
     x = torch.randn(999) * torch.exp2(torch.randint(-140, 127, (999,)).float())
-    x[:10] = torch.tensor([0.0, -0.0, float("inf"), -float("inf"), float("nan"), 3.4e38, -3.4e38, 1e-45, 448.0, 57344.0])
+    x[:10] = torch.tensor(
+        [
+            0.0,
+            -0.0,
+            float("inf"),
+            -float("inf"),
+            float("nan"),
+            3.4e38,
+            -3.4e38,
+            1e-45,
+            448.0,
+            57344.0,
+        ]
+    )
     for view in (x, x.reshape(27, 37).T):
         got = mxtrain.stochastic_round(view.to(device), dtype, RNG.to(device))
         expected = reference.stochastic_round(view, dtype, RNG)
         nan = expected.float().isnan()
         assert torch.equal(got.float().isnan().cpu(), nan)
-        assert_same_bytes(got.float().cpu().masked_fill(nan, 0), expected.float().masked_fill(nan, 0))
-    finite = mxtrain.stochastic_round(x.to(device), dtype, RNG.to(device)).float().cpu()[x.isfinite()]
+        assert_same_bytes(
+            got.float().cpu().masked_fill(nan, 0), expected.float().masked_fill(nan, 0)
+        )
+    finite = (
+        mxtrain.stochastic_round(x.to(device), dtype, RNG.to(device)).float().cpu()[x.isfinite()]
+    )
     assert finite.isfinite().all()
 
 

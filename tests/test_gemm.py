@@ -18,7 +18,10 @@ SHAPES = [(1, 1, 1), (16, 16, 32), (33, 65, 100), (128, 96, 512), (5, 300, 1000)
 def test_error_bound(format, shape, device):
     """|D - D64| <= c |A||B|^T with c = K 2^-24: the worst case of a float32 sum of K exact products."""
     m, n, k = shape
-    a, b = operand(m, k, format, seed=1, device=device), operand(n, k, format, seed=2, device=device)
+    a, b = (
+        operand(m, k, format, seed=1, device=device),
+        operand(n, k, format, seed=2, device=device),
+    )
     got = mxtrain.gemm(a, b, out_dtype=torch.float32).double().cpu()
     exact = reference.gemm_float64(*parts(a), *parts(b), format)
     magnitude = reference.gemm_magnitude(*parts(a), *parts(b), format)
@@ -35,14 +38,21 @@ def test_exact_where_sums_are_exact(format, out_dtype, device):
     a[:, ::32] = b[:, ::32] = 4.0  # one scale for every block
     bias = torch.randint(-8, 9, (24,)).float()
     got = mxtrain.gemm(
-        mxtrain.quantize(a.to(device), format), mxtrain.quantize(b.to(device), format), bias.to(device), alpha=0.5, out_dtype=out_dtype
+        mxtrain.quantize(a.to(device), format),
+        mxtrain.quantize(b.to(device), format),
+        bias.to(device),
+        alpha=0.5,
+        out_dtype=out_dtype,
     )
     assert_same_bytes(got, (0.5 * (a @ b.T) + bias).to(out_dtype))
 
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_alpha_and_bias(format, device):
-    a, b = operand(20, 64, format, seed=1, device=device), operand(30, 64, format, seed=2, device=device)
+    a, b = (
+        operand(20, 64, format, seed=1, device=device),
+        operand(30, 64, format, seed=2, device=device),
+    )
     bias = torch.randn(30, device=device)
     plain = mxtrain.gemm(a, b, out_dtype=torch.float32)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -56,7 +66,11 @@ def test_a_nan_block_reaches_its_row_or_column_and_nothing_else(format, device):
     x, y = torch.randn(16, 96), torch.randn(24, 96)
     x[3, 40] = float("nan")
     y[7, 90] = float("inf")
-    got = mxtrain.gemm(mxtrain.quantize(x.to(device), format), mxtrain.quantize(y.to(device), format)).isnan().cpu()
+    got = (
+        mxtrain.gemm(mxtrain.quantize(x.to(device), format), mxtrain.quantize(y.to(device), format))
+        .isnan()
+        .cpu()
+    )
     expected = torch.zeros(16, 24, dtype=torch.bool)
     expected[3, :] = expected[:, 7] = True
     assert torch.equal(got, expected)
@@ -64,9 +78,17 @@ def test_a_nan_block_reaches_its_row_or_column_and_nothing_else(format, device):
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_agrees_with_the_reference_gemm(format, device):
-    a, b = operand(20, 100, format, seed=1, device=device), operand(30, 100, format, seed=2, device=device)
+    a, b = (
+        operand(20, 100, format, seed=1, device=device),
+        operand(30, 100, format, seed=2, device=device),
+    )
     expected = reference.gemm(*parts(a), *parts(b), format, out_dtype=torch.float32)
-    torch.testing.assert_close(mxtrain.gemm(a, b, out_dtype=torch.float32).cpu(), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    torch.testing.assert_close(
+        mxtrain.gemm(a, b, out_dtype=torch.float32).cpu(),
+        expected,
+        rtol=1e-4,
+        atol=1e-4 * float(expected.abs().max()),
+    )
 
 
 def test_empty_and_deterministic(device):
@@ -91,4 +113,6 @@ def test_hadamard_cancels(device):
     error = (mxtrain.gemm(a, b, out_dtype=torch.float32) - x @ y.T).norm() / (x @ y.T).norm()
     assert error < 0.05
     other = mxtrain.quantize(y, "mxfp8_e4m3", hadamard=64, signs=-signs.roll(1))
-    assert (mxtrain.gemm(a, other, out_dtype=torch.float32) - x @ y.T).norm() / (x @ y.T).norm() > 0.5
+    assert (mxtrain.gemm(a, other, out_dtype=torch.float32) - x @ y.T).norm() / (
+        x @ y.T
+    ).norm() > 0.5

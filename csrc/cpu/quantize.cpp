@@ -97,7 +97,8 @@ MXT_HD uint32_t scale_code(uint32_t max_bits, float tensor_scale, ScaleRule rule
     *factor = decode<E4M3>(code) * tensor_scale;
     return code;
   }
-  const uint32_t code = e8m0_scale<typename F::Element>(max_bits, rule);
+  const uint32_t code =
+      e8m0_scale<typename F::Element>(max_bits, e8m0_round_up<typename F::Element>(rule));
   *factor = e8m0_reciprocal(code);
   return code;
 }

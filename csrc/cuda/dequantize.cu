@@ -4,7 +4,10 @@
 // scale makes its block NaN. A thread decodes kGroups groups of 8 consecutive elements, whose codes
 // are whole bytes in every format; consecutive lanes take consecutive groups. Groups number the
 // operand row by row; grid.x covers them all.
+#include <type_traits>
+
 #include "cuda/dequantize.h"
+#include "cuda/encode_pairs.cuh"
 #include "cuda/store.cuh"
 #include "formats/block.h"
 
@@ -62,6 +65,14 @@ __global__ void __launch_bounds__(DequantizeTraits::kThreads)
     const int64_t group = first + n * DequantizeTraits::kThreads;
     if (group >= groups) continue;
     const int64_t row = p.rows == 1 ? 0 : group / per_row, k0 = (group - row * per_row) * 8;
+    if constexpr (std::is_same<F, Mxfp4>::value && kType == FloatType::kBfloat16) {
+      if (vector) {
+        uint32_t w[4];
+        decode8_e2m1(static_cast<uint32_t>(codes[n]), scale[n], w);
+        reinterpret_cast<uint4*>(p.out)[group] = make_uint4(w[0], w[1], w[2], w[3]);
+        continue;
+      }
+    }
     const float s = scale_value<F>(scale[n], p.tensor_scale);
     float v[8];
 #pragma unroll

@@ -37,27 +37,27 @@ __device__ __forceinline__ uint32_t encode_stochastic_fast(float v, uint32_t dra
   return with_sign<E>((sum >> T::kCut) - T::kFirst, v);
 }
 
-// One E2M1 code into the top nibble of a word, for funnel shifts; the rest of the word is garbage.
-__device__ __forceinline__ uint32_t top_nibble(uint32_t code_at_cut, float v) {
-  // code_at_cut holds the magnitude in bits 22..24 and zero in bit 25.
-  const uint32_t t = code_at_cut << 6;
-  return (float_bits(v) & kSignBit) | (t & ~kSignBit);
+// A magnitude code in bits 28..30 and its sign in bit 31, for funnel shifts; the rest is garbage.
+__device__ __forceinline__ uint32_t e2m1_top_nibble(uint32_t magnitude, float v) {
+  return (float_bits(v) & kSignBit) | (magnitude & ~kSignBit);
 }
 
-__device__ __forceinline__ uint32_t e2m1_stochastic_at_cut(float v, uint32_t draw) {
+// b's field of code 0 is 254: two more make its low bits the code itself. Shifted up by 6, the code
+// is at bit 28.
+__device__ __forceinline__ uint32_t e2m1_stochastic_top(float v, uint32_t draw) {
   using T = EncodeTraits<E2M1>;
   const float a = fabsf(v);
-  const float b = __fadd_ru(a, fmaxf(a, 1.0f));
-  // b's field of code 0 is 254: two more make the low nibble of the field the code itself.
-  return float_bits(b) + (T::kCarry + (2u << T::kCut) - draw * T::kDrawStep);
+  const uint32_t b = float_bits(__fadd_ru(a, fmaxf(a, 1.0f)));
+  return e2m1_top_nibble(
+      b * 64u + (draw * (0u - 64u * T::kDrawStep) + 64u * (T::kCarry + (2u << T::kCut))), v);
 }
 
-__device__ __forceinline__ uint32_t e2m1_nearest_at_cut(float v) {
+__device__ __forceinline__ uint32_t e2m1_nearest_top(float v) {
   const float a = fabsf(v);
   const uint32_t binade = float_bits(fmaxf(a, 1.0f)) & kInfBits;
-  const uint32_t magic = binade + (22u << 23);
-  // n + binade / 2^22 is the code + 254; moved to the cut, two more make the low nibble the code.
-  return (float_bits(a + bits_float(magic)) - magic + (binade >> 22) + 2u) << 22;
+  // magic = 2^22 * 2^binade + 2 steps; n + 2 + binade / 2^22 is the code, modulo 8.
+  const uint32_t n = float_bits(a + bits_float(binade + (22u << 23) + 2u)) - binade;
+  return e2m1_top_nibble((n + (binade >> 22)) << 28, v);
 }
 
 // Eight codes of an element format, packed as the operand's bytes: 4, 6 or 8 bytes in a word pair.
@@ -92,8 +92,7 @@ template <>
 __device__ __forceinline__ Packed8 encode8_nearest<E2M1>(const float (&u)[8]) {
   uint32_t word = 0;
 #pragma unroll
-  for (int i = 7; i >= 0; --i)
-    word = __funnelshift_l(top_nibble(e2m1_nearest_at_cut(u[i]), u[i]), word, 4);
+  for (int i = 7; i >= 0; --i) word = __funnelshift_l(e2m1_nearest_top(u[i]), word, 4);
   return {word, 0};
 }
 
@@ -111,8 +110,7 @@ __device__ __forceinline__ Packed8 encode8_stochastic<E2M1>(const float (&u)[8],
   uint32_t word = 0;
 #pragma unroll
   for (int i = 7; i >= 0; --i)
-    word =
-        __funnelshift_l(top_nibble(e2m1_stochastic_at_cut(u[i], draw16(draws, i)), u[i]), word, 4);
+    word = __funnelshift_l(e2m1_stochastic_top(u[i], draw16(draws, i)), word, 4);
   return {word, 0};
 }
 

@@ -8,7 +8,9 @@
 // warp, aligned to their number.
 #pragma once
 
-#include "cuda/encode.cuh"
+#include <type_traits>
+
+#include "cuda/encode_pairs.cuh"
 #include "cuda/quantize.h"
 #include "formats/float16.h"
 #include "formats/layout.h"
@@ -141,21 +143,39 @@ __device__ __forceinline__ uint32_t block_amax_bits(uint32_t m) {
 
 struct BlockScale {
   uint32_t code;
-  float factor;  // elements are multiplied (E8M0) or divided (E4M3) by it; 0: all codes are 0
+  float factor;  // elements are multiplied (E8M0) or divided (E4M3) by it
+  bool empty;    // all codes are 0: a zero block, or one with NaN or Inf
 };
 
+// What the scales of an operand need, the same for all its blocks.
 template <class F>
-__device__ __forceinline__ BlockScale choose_scale(uint32_t max_bits, ScaleRule rule,
-                                                   float tensor_scale) {
-  if (max_bits >= kInfBits) return {F::kE4M3Scale ? kE4M3Nan : kE8M0Nan, 0.0f};
-  if (max_bits == 0) return {0, 0.0f};
-  if (F::kE4M3Scale) {
-    const uint32_t code = nvfp4_scale(bits_float(max_bits), tensor_scale, rule);
-    return {code, decode<E4M3>(code) * tensor_scale};
+struct ScaleChooser {
+  uint32_t round_up;
+  ScaleRule rule;
+  float tensor_scale;
+
+  __device__ __forceinline__ explicit ScaleChooser(const QuantizeParams& p)
+      : round_up(e8m0_round_up<typename F::Element>(static_cast<ScaleRule>(p.scale_rule))),
+        rule(static_cast<ScaleRule>(p.scale_rule)),
+        tensor_scale(F::kE4M3Scale ? *p.tensor_scale : 1.0f) {}
+
+  __device__ __forceinline__ BlockScale choose(uint32_t max_bits) const {
+    BlockScale s;
+    const bool finite = max_bits < kInfBits;
+    s.empty = max_bits == 0 || !finite;
+    if (F::kE4M3Scale) {
+      s.code = s.empty ? 0u : nvfp4_scale(bits_float(max_bits), tensor_scale, rule);
+      s.factor = decode<E4M3>(s.code) * tensor_scale;
+      s.empty = s.empty || s.factor == 0.0f;
+      s.code = finite ? s.code : kE4M3Nan;
+    } else {
+      s.code = e8m0_scale<typename F::Element>(max_bits, round_up);
+      s.factor = e8m0_reciprocal(s.code);
+      s.code = finite ? s.code : kE8M0Nan;
+    }
+    return s;
   }
-  const uint32_t code = e8m0_scale<typename F::Element>(max_bits, rule);
-  return {code, e8m0_reciprocal(code)};
-}
+};
 
 template <class F>
 __device__ __forceinline__ void to_grid8(float (&v)[8], float factor, float prescale) {
@@ -173,7 +193,7 @@ template <class F, bool kToward>
 __device__ __forceinline__ Packed8 encode_group(float (&v)[8], float (&z)[8], const BlockScale& s,
                                                 const QuantizeParams& p, const Philox4& draws) {
   using E = typename F::Element;
-  if (s.factor == 0.0f) return {0, 0};
+  if (s.empty) return {0, 0};
   to_grid8<F>(v, s.factor, p.prescale);
   // The ceil rule of the E8M0 formats never exceeds the element's maximum: nothing to limit.
   const bool fits =
@@ -189,13 +209,25 @@ __device__ __forceinline__ Packed8 encode_group(float (&v)[8], float (&z)[8], co
 
 // ---- stores ----
 
+// Where a group's codes go: 8 * kBits / 8 bytes, aligned to 4, 2 or 8 bytes for 4-, 6- and 8-bit
+// codes.
 template <class F>
-__device__ __forceinline__ void store_codes(const QuantizeParams& p, int64_t row, int64_t k0,
-                                            Packed8 codes) {
-  uint8_t* out = p.data + (row * p.kp + k0) / 8 * F::kBits;
+__device__ __forceinline__ uint8_t* codes_at(const QuantizeParams& p, int64_t group) {
+  return p.data + group * F::kBits;
+}
+
+template <class F>
+__device__ __forceinline__ uint8_t* scale_at(const QuantizeParams& p, int64_t row, int64_t k0) {
+  const int64_t block = k0 / F::kBlock;
+  return p.scale + (p.swizzled ? swizzled_offset(row, block, p.scale_tiles)
+                               : row * (p.kp / F::kBlock) + block);
+}
+
+template <class F>
+__device__ __forceinline__ void store_codes(uint8_t* out, Packed8 codes) {
   if (F::kBits == 4) *reinterpret_cast<uint32_t*>(out) = codes.low;
   if (F::kBits == 8) *reinterpret_cast<uint2*>(out) = make_uint2(codes.low, codes.high);
-  if (F::kBits == 6) {  // 6 bytes, aligned to 2
+  if (F::kBits == 6) {
     auto* half = reinterpret_cast<uint16_t*>(out);
     half[0] = static_cast<uint16_t>(codes.low);
     half[1] = static_cast<uint16_t>(codes.low >> 16);
@@ -203,13 +235,53 @@ __device__ __forceinline__ void store_codes(const QuantizeParams& p, int64_t row
   }
 }
 
+// ---- two elements a word ----
+
+// Whether encode_pairs.cuh serves: bfloat16 to E2M1 with E8M0 scales, nearest, nothing done to the
+// elements before.
+template <class Source, class F>
+struct Pairs {
+  static constexpr bool kPossible = std::is_same<Source, Bfloat16Source>::value && !F::kE4M3Scale &&
+                                    std::is_same<typename F::Element, E2M1>::value;
+  __device__ static __forceinline__ bool serve(const QuantizeParams& p) {
+    return kPossible && p.rounding == static_cast<int>(Rounding::kNearest) && p.hadamard == 0 &&
+           p.prescale == 1.0f;
+  }
+};
+
+// 8 consecutive elements of an operand row, as 4 words.
 template <class F>
-__device__ __forceinline__ void store_scale(const QuantizeParams& p, int64_t row, int64_t k0,
-                                            uint32_t code) {
-  const int64_t block = k0 / F::kBlock;
-  const int64_t at =
-      p.swizzled ? swizzled_offset(row, block, p.scale_tiles) : row * (p.kp / F::kBlock) + block;
-  p.scale[at] = static_cast<uint8_t>(code);
+__device__ __forceinline__ Packed8 quantize_row_pairs(const uint32_t (&x2)[4],
+                                                      const ScaleChooser<F>& scales,
+                                                      BlockScale& s) {
+  uint32_t ax2[4], c[4];
+  const uint32_t m2 = abs_amax2(x2, ax2);
+  s = scales.choose(block_amax_bits<F>(max(m2 << 16, m2 & 0xFFFF0000u)));
+  const uint32_t inv2 = (float_bits(s.factor) >> 16) * 0x00010001u;
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    c[i] = encode2_nearest(x2[i], ax2[i], inv2, scales.rule == ScaleRule::kCeil);
+  return {s.empty ? 0u : join_nibbles(c), 0};
+}
+
+// 8 consecutive elements of two neighbouring operand rows, as the halves of 8 words.
+template <class F>
+__device__ __forceinline__ void quantize_column_pairs(const uint32_t (&x2)[8],
+                                                      const ScaleChooser<F>& scales,
+                                                      BlockScale (&s)[2], Packed8 (&codes)[2]) {
+  uint32_t ax2[8], c[8], low, high;
+  uint32_t m2 = abs_amax2(x2, ax2);
+  m2 = ptx::max_nan_bf16x2(m2, __shfl_xor_sync(kAllLanes, m2, 1));
+  if (F::kBlock == 32) m2 = ptx::max_nan_bf16x2(m2, __shfl_xor_sync(kAllLanes, m2, 2));
+  s[0] = scales.choose(m2 << 16);
+  s[1] = scales.choose(m2 & 0xFFFF0000u);
+  const uint32_t inv2 = __byte_perm(float_bits(s[0].factor), float_bits(s[1].factor), 0x7632);
+#pragma unroll
+  for (int i = 0; i < 8; ++i)
+    c[i] = encode2_nearest(x2[i], ax2[i], inv2, scales.rule == ScaleRule::kCeil);
+  gather_nibbles(c, low, high);
+  codes[0] = {s[0].empty ? 0u : low, 0};
+  codes[1] = {s[1].empty ? 0u : high, 0};
 }
 
 // ---- draws ----

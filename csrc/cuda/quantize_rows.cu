@@ -67,45 +67,58 @@ __device__ __forceinline__ void load_toward(const QuantizeParams& p, GroupPlace 
 
 // ---- kernels ----
 
-template <class Source, class F, bool kToward>
+// kFlat: the operand is one long row without padding, so every address is a constant step from the
+// thread's first.
+template <class Source, class F, bool kToward, bool kFlat>
 __global__ void __launch_bounds__(RowTraits::kThreads)
     quantize_rows_kernel(const QuantizeParams p, int64_t groups, bool vector) {
-  constexpr int N = RowTraits::kGroups;
+  constexpr int N = RowTraits::kGroups, kLanes = F::kBlock / 8;
   const int lane = threadIdx.x % 32;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * RowTraits::kGroupsPerCta + threadIdx.x;
+  const int left =
+      static_cast<int>(min(groups - first, static_cast<int64_t>(RowTraits::kGroupsPerCta)));
   uint4 raw[N][Source::kVectors] = {};
   GroupPlace at[N];
   int64_t group[N];
 #pragma unroll
   for (int n = 0; n < N; ++n) {
     group[n] = first + n * RowTraits::kThreads;
-    at[n] = place_of(p, group[n]);
-    if (group[n] < groups) load_raw<Source>(p, at[n], vector, raw[n]);
+    at[n] = kFlat ? GroupPlace{0, group[n] * 8} : place_of(p, group[n]);
+    if (n * RowTraits::kThreads < left) load_raw<Source>(p, at[n], kFlat || vector, raw[n]);
   }
   Philox4 draws[N] = {};
   draw_groups<N>(make_draw_key(p), group, draws);
   const Rotation rotation = make_rotation(p, lane);
-  const float tensor_scale = F::kE4M3Scale ? *p.tensor_scale : 1.0f;
+  const ScaleChooser<F> scales(p);
+  const bool pairs = !kToward && Pairs<Source, F>::serve(p);
 #pragma unroll
   for (int n = 0; n < N; ++n) {
-    float v[8], z[8] = {};
-    Source::unpack(raw[n], v);
-    transform8(v, p, rotation, lane);
-    uint32_t m = amax_bits8(v);
-    uint32_t block_max = block_amax_bits<F>(m);
-    if (kToward) {
-      if (group[n] < groups) load_toward(p, at[n], z);
-      transform8(z, p, rotation, lane);
-      const uint32_t toward_max = block_amax_bits<F>(amax_bits8(z));
-      block_max =
-          toward_max >= kInfBits ? toward_max : block_max;  // a poisoned EMA poisons its block
+    Packed8 codes;
+    BlockScale s;
+    if (pairs) {
+      const uint32_t w[4] = {raw[n][0].x, raw[n][0].y, raw[n][0].z, raw[n][0].w};
+      codes = quantize_row_pairs(w, scales, s);
+    } else {
+      float v[8], z[8] = {};
+      Source::unpack(raw[n], v);
+      transform8(v, p, rotation, lane);
+      uint32_t block_max = block_amax_bits<F>(amax_bits8(v));
+      if (kToward) {
+        if (n * RowTraits::kThreads < left) load_toward(p, at[n], z);
+        transform8(z, p, rotation, lane);
+        const uint32_t toward_max = block_amax_bits<F>(amax_bits8(z));
+        block_max =
+            toward_max >= kInfBits ? toward_max : block_max;  // a poisoned EMA poisons its block
+      }
+      s = scales.choose(block_max);
+      codes = encode_group<F, kToward>(v, z, s, p, draws[n]);
     }
-    const BlockScale s =
-        choose_scale<F>(block_max, static_cast<ScaleRule>(p.scale_rule), tensor_scale);
-    const Packed8 codes = encode_group<F, kToward>(v, z, s, p, draws[n]);
-    if (group[n] >= groups) continue;
-    store_codes<F>(p, at[n].row, at[n].k0, codes);
-    if (lane % (F::kBlock / 8) == 0) store_scale<F>(p, at[n].row, at[n].k0, s.code);
+    if (n * RowTraits::kThreads >= left) continue;
+    store_codes<F>(codes_at<F>(p, first) + n * RowTraits::kThreads * F::kBits, codes);
+    if (lane % kLanes != 0) continue;
+    uint8_t* scale = kFlat ? p.scale + first / kLanes + n * (RowTraits::kThreads / kLanes)
+                           : scale_at<F>(p, at[n].row, at[n].k0);
+    *scale = static_cast<uint8_t>(s.code);
   }
 }
 
@@ -154,8 +167,8 @@ static bool vector_loads(const QuantizeParams& p) {
 
 template <class Source, class F>
 static cudaError_t launch_rows(QuantizeParams p, cudaStream_t stream) {
-  const bool whole =
-      p.cols == p.kp && p.stride_k == 1 && p.stride_row == p.cols && !p.swizzled && !p.toward;
+  const bool whole = vector_loads<Source>(p) && (p.rows == 1 || p.stride_row == p.cols) &&
+                     !p.swizzled && !p.toward;
   if (whole) {  // without padding the operand is one long row: no division per group
     p.cols = p.kp = p.rows * p.cols;
     p.rows = 1;
@@ -171,10 +184,13 @@ static cudaError_t launch_rows(QuantizeParams p, cudaStream_t stream) {
     if (error != cudaSuccess) return error;
   }
   if (p.toward)
-    quantize_rows_kernel<Source, F, true>
+    quantize_rows_kernel<Source, F, true, false>
+        <<<grid, RowTraits::kThreads, 0, stream>>>(p, groups, vector);
+  else if (whole)
+    quantize_rows_kernel<Source, F, false, true>
         <<<grid, RowTraits::kThreads, 0, stream>>>(p, groups, vector);
   else
-    quantize_rows_kernel<Source, F, false>
+    quantize_rows_kernel<Source, F, false, false>
         <<<grid, RowTraits::kThreads, 0, stream>>>(p, groups, vector);
   return cudaGetLastError();
 }
@@ -189,7 +205,7 @@ static cudaError_t launch_rows_of(const QuantizeParams& p, cudaStream_t stream) 
 }
 
 cudaError_t launch_quantize_rows(const QuantizeParams& p, cudaStream_t stream) {
-  if (p.rows == 0) return cudaSuccess;
+  if (p.rows == 0) return p.tensor_scale ? launch_finish_tensor_scale(p, stream) : cudaSuccess;
   switch (p.x_type) {
     case FloatType::kFloat32:
       return launch_rows_of<Float32Source>(p, stream);

@@ -13,57 +13,88 @@ namespace mxtrain::cuda {
 
 // ---- device helpers ----
 
-// The column half: operand rows are columns of the tile.
+// A thread's place among the columns of a tile: lanes_k lanes of a warp lie along K, the others
+// take pairs of columns, and the CTA's 8 warps cover the 256 elements along K of 16 columns. So k
+// stays and the column moves on by 16 each step.
+template <class T>
+struct ColumnPlace {
+  static constexpr int kStep = 16;
+  static constexpr int kSteps = TileTraits::kChunks * T::kPerChunk / kStep;
+  static_assert(TileTraits::kThreads * 8 * 2 == TileTraits::kTileK * kStep,
+                "a step covers 16 columns");
+  int lane_k, k, column;
+
+  __device__ __forceinline__ explicit ColumnPlace(int hadamard) {
+    const int lanes_k = hadamard > 64 ? hadamard / 8 : 8, warps_k = 32 / lanes_k;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    lane_k = lane % lanes_k;
+    k = (warp % warps_k * lanes_k + lane_k) * 8;
+    column = (warp / warps_k * (32 / lanes_k) + lane / lanes_k) * 2;
+  }
+};
+
+__device__ __forceinline__ void load_toward_column(const QuantizeParams& p, int64_t row, int64_t k0,
+                                                   float (&z)[8]) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i)
+    z[i] = row < p.rows && k0 + i < p.cols
+               ? load_any(p.toward, p.toward_type,
+                          row * p.toward_stride_row + (k0 + i) * p.toward_stride_k)
+               : 0.0f;
+}
+
+// The column half: operand rows are columns of the tile. A thread takes two neighbouring columns.
 template <class T, class F, bool kToward>
 __device__ __forceinline__ void quantize_columns_of(const uint8_t* tile, const QuantizeParams& p,
                                                     int64_t k_base, int64_t r_base) {
-  constexpr int N = 2;  // groups a thread works on at once
-  constexpr int kColumns = TileTraits::kChunks * T::kPerChunk, kWarps = TileTraits::kThreads / 32;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int lanes_k = p.hadamard > 64 ? p.hadamard / 8 : 8, lanes_r = 32 / lanes_k;
-  const int lane_k = lane % lanes_k, lane_r = lane / lanes_k;
-  const int steps_k = TileTraits::kTileK / 8 / lanes_k, steps = steps_k * (kColumns / lanes_r);
-  const Rotation rotation = make_rotation(p, lane_k);
+  constexpr int kLanes = F::kBlock / 8;
+  const ColumnPlace<T> place(p.hadamard);
+  const Rotation rotation = make_rotation(p, place.lane_k);
   const DrawKey key = make_draw_key(p);
-  const float tensor_scale = F::kE4M3Scale ? *p.tensor_scale : 1.0f;
-  for (int step = warp * N; step < steps; step += kWarps * N) {
-    int k[N], column[N];
-    int64_t group[N];
+  const ScaleChooser<F> scales(p);
+  const bool pairs = !kToward && Pairs<typename T::Source, F>::serve(p);
+  const int64_t k0 = k_base + place.k, groups_per_row = p.kp / 8;
+  const bool writes_scale = place.lane_k % kLanes == 0;
+  int64_t row = r_base + place.column, group = row * groups_per_row + k0 / 8;
+#pragma unroll 1
+  for (int step = 0; step < ColumnPlace<T>::kSteps; ++step) {
+    ColumnPair<T> x;
+    x.read(tile, place.k, place.column + step * ColumnPlace<T>::kStep);
+    Packed8 codes[2];
+    BlockScale s[2];
+    if (pairs) {
+      if constexpr (sizeof(typename T::Type) == 2) quantize_column_pairs(x.w, scales, s, codes);
+    } else {
+      Philox4 draws[2] = {};
+      const int64_t both[2] = {group, group + groups_per_row};
+      draw_groups<2>(key, both, draws);
 #pragma unroll
-    for (int n = 0; n < N; ++n) {
-      k[n] = ((step + n) % steps_k * lanes_k + lane_k) * 8;
-      column[n] = (step + n) / steps_k * lanes_r + lane_r;
-      group[n] = ((r_base + column[n]) * p.kp + k_base + k[n]) / 8;
-    }
-    Philox4 draws[N] = {};
-    draw_groups<N>(key, group, draws);
-#pragma unroll
-    for (int n = 0; n < N; ++n) {
-      const int64_t row = r_base + column[n], k0 = k_base + k[n];
-      const bool inside = row < p.rows && k0 < p.kp;
-      float v[8], z[8] = {};
-      read_column8<T>(tile, k[n], column[n], v);
-      transform8(v, p, rotation, lane_k);
-      uint32_t block_max = block_amax_bits<F>(amax_bits8(v));
-      if (kToward) {
-        if (inside)
-#pragma unroll
-          for (int i = 0; i < 8; ++i)
-            z[i] = k0 + i < p.cols
-                       ? load_any(p.toward, p.toward_type,
-                                  row * p.toward_stride_row + (k0 + i) * p.toward_stride_k)
-                       : 0.0f;
-        transform8(z, p, rotation, lane_k);
-        const uint32_t toward_max = block_amax_bits<F>(amax_bits8(z));
-        block_max = toward_max >= kInfBits ? toward_max : block_max;
+      for (int n = 0; n < 2; ++n) {
+        float v[8], z[8] = {};
+        x.widen(n, v);
+        transform8(v, p, rotation, place.lane_k);
+        uint32_t block_max = block_amax_bits<F>(amax_bits8(v));
+        if (kToward) {
+          load_toward_column(p, row + n, k0, z);
+          transform8(z, p, rotation, place.lane_k);
+          const uint32_t toward_max = block_amax_bits<F>(amax_bits8(z));
+          block_max = toward_max >= kInfBits ? toward_max : block_max;
+        }
+        s[n] = scales.choose(block_max);
+        codes[n] = encode_group<F, kToward>(v, z, s[n], p, draws[n]);
       }
-      const BlockScale s =
-          choose_scale<F>(block_max, static_cast<ScaleRule>(p.scale_rule), tensor_scale);
-      const Packed8 codes = encode_group<F, kToward>(v, z, s, p, draws[n]);
-      if (!inside) continue;
-      store_codes<F>(p, row, k0, codes);
-      if (lane_k % (F::kBlock / 8) == 0) store_scale<F>(p, row, k0, s.code);
     }
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      if (row + n >= p.rows || k0 >= p.kp) continue;
+      const int64_t at = group + n * groups_per_row;
+      store_codes<F>(codes_at<F>(p, at), codes[n]);
+      if (writes_scale)
+        *(p.swizzled ? scale_at<F>(p, row + n, k0) : p.scale + at / kLanes) =
+            static_cast<uint8_t>(s[n].code);
+    }
+    row += ColumnPlace<T>::kStep;
+    group += ColumnPlace<T>::kStep * groups_per_row;
   }
 }
 
@@ -71,38 +102,49 @@ __device__ __forceinline__ void quantize_columns_of(const uint8_t* tile, const Q
 template <class T, class F>
 __device__ __forceinline__ void quantize_rows_of(const uint8_t* tile, const QuantizeParams& p,
                                                  int64_t row_base, int64_t k_base) {
-  constexpr int N = 2;
+  constexpr int N = 2;  // groups a thread works on at once
   constexpr int kGroupsPerRow = TileTraits::kChunks * T::kPerChunk / 8;
-  constexpr int kSteps = TileTraits::kTileK * kGroupsPerRow / TileTraits::kThreads;
-  static_assert(kSteps % N == 0 && kGroupsPerRow >= F::kBlock / 8,
-                "a tile's row holds whole blocks");
-  const int lane = threadIdx.x % 32;
-  const Rotation rotation = make_rotation(p, lane % kGroupsPerRow);
+  constexpr int kRowStep = TileTraits::kThreads / kGroupsPerRow,
+                kSteps = TileTraits::kTileK / kRowStep;
+  constexpr int kLanes = F::kBlock / 8;
+  static_assert(kSteps % N == 0 && kGroupsPerRow >= kLanes, "a tile's row holds whole blocks");
+  const int lane_in_row = threadIdx.x % kGroupsPerRow, column = lane_in_row * 8;
+  const Rotation rotation = make_rotation(p, lane_in_row);
   const DrawKey key = make_draw_key(p);
-  const float tensor_scale = F::kE4M3Scale ? *p.tensor_scale : 1.0f;
-  const int column = threadIdx.x % kGroupsPerRow * 8;
+  const ScaleChooser<F> scales(p);
+  const bool pairs = Pairs<typename T::Source, F>::serve(p);
+  const int64_t k0 = k_base + column, groups_per_row = p.kp / 8;
+  int r = threadIdx.x / kGroupsPerRow;
+  int64_t group = (row_base + r) * groups_per_row + k0 / 8;
+#pragma unroll 1
   for (int step = 0; step < kSteps; step += N) {
-    int r[N];
-    int64_t group[N];
-#pragma unroll
-    for (int n = 0; n < N; ++n) {
-      r[n] = ((step + n) * TileTraits::kThreads + threadIdx.x) / kGroupsPerRow;
-      group[n] = ((row_base + r[n]) * p.kp + k_base + column) / 8;
-    }
     Philox4 draws[N] = {};
-    draw_groups<N>(key, group, draws);
+    const int64_t both[N] = {group, group + kRowStep * groups_per_row};
+    draw_groups<N>(key, both, draws);
 #pragma unroll
     for (int n = 0; n < N; ++n) {
-      const int64_t row = row_base + r[n], k0 = k_base + column;
-      float v[8], unused[8] = {};
-      read_row8<T>(tile, r[n], column, v);
-      transform8(v, p, rotation, lane % kGroupsPerRow);
-      const BlockScale s = choose_scale<F>(block_amax_bits<F>(amax_bits8(v)),
-                                           static_cast<ScaleRule>(p.scale_rule), tensor_scale);
-      const Packed8 codes = encode_group<F, false>(v, unused, s, p, draws[n]);
+      Packed8 codes;
+      BlockScale s;
+      if (pairs) {
+        const uint4 raw =
+            *reinterpret_cast<const uint4*>(tile + chunk_offset(r, column / T::kPerChunk));
+        const uint32_t w[4] = {raw.x, raw.y, raw.z, raw.w};
+        codes = quantize_row_pairs(w, scales, s);
+      } else {
+        float v[8], unused[8] = {};
+        read_row8<T>(tile, r, column, v);
+        transform8(v, p, rotation, lane_in_row);
+        s = scales.choose(block_amax_bits<F>(amax_bits8(v)));
+        codes = encode_group<F, false>(v, unused, s, p, draws[n]);
+      }
+      const int64_t row = row_base + r, at = group;
+      r += kRowStep;
+      group += kRowStep * groups_per_row;
       if (row >= p.rows || k0 >= p.kp) continue;
-      store_codes<F>(p, row, k0, codes);
-      if (lane % (F::kBlock / 8) == 0) store_scale<F>(p, row, k0, s.code);
+      store_codes<F>(codes_at<F>(p, at), codes);
+      if (lane_in_row % kLanes == 0)
+        *(p.swizzled ? scale_at<F>(p, row, k0) : p.scale + at / kLanes) =
+            static_cast<uint8_t>(s.code);
     }
   }
 }
@@ -158,22 +200,22 @@ __global__ void __launch_bounds__(TileTraits::kThreads)
   __shared__ alignas(128) uint8_t tile[TileTraits::kBytes];
   const TilePlace at = tile_place<T>(tiles_across);
   load_tile<T>(p, at, vector, tile);
-  constexpr int kColumns = TileTraits::kChunks * T::kPerChunk;
-  const int lanes_k = p.hadamard > 64 ? p.hadamard / 8 : 8, lanes_r = 32 / lanes_k;
-  const int lane_k = threadIdx.x % 32 % lanes_k, lane_r = threadIdx.x % 32 / lanes_k;
-  const int steps_k = TileTraits::kTileK / 8 / lanes_k;
-  const Rotation rotation = make_rotation(p, lane_k);
+  const ColumnPlace<T> place(p.hadamard);
+  const Rotation rotation = make_rotation(p, place.lane_k);
   uint32_t m = 0;
-  for (int step = threadIdx.x / 32; step < steps_k * (kColumns / lanes_r);
-       step += TileTraits::kThreads / 32) {
-    float v[8];
-    read_column8<T>(tile, (step % steps_k * lanes_k + lane_k) * 8,
-                    step / steps_k * lanes_r + lane_r, v);
-    transform8(v, p, rotation, lane_k);
+  for (int step = 0; step < ColumnPlace<T>::kSteps; ++step) {
+    ColumnPair<T> x;
+    x.read(tile, place.k, place.column + step * ColumnPlace<T>::kStep);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const uint32_t a = float_bits(v[i]) & ~kSignBit;
-      m = a < kInfBits ? max(m, a) : m;
+    for (int n = 0; n < 2; ++n) {
+      float v[8];
+      x.widen(n, v);
+      transform8(v, p, rotation, place.lane_k);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const uint32_t a = float_bits(v[i]) & ~kSignBit;
+        m = a < kInfBits ? max(m, a) : m;
+      }
     }
   }
   m = __reduce_max_sync(kAllLanes, m);

@@ -46,17 +46,38 @@ __device__ __forceinline__ uint32_t chunk_offset(int k, int chunk) {
   return k * TileTraits::kRowBytes + ((chunk ^ (k / 8 % 8)) * 16);
 }
 
-// Element (k, column) of the tile, widened; 8 consecutive k.
+// Columns `column` (even) and the next, 8 consecutive k: raw words, one or two a k.
 template <class T>
-__device__ __forceinline__ void read_column8(const uint8_t* tile, int k0, int column,
-                                             float (&v)[8]) {
-  using Type = typename T::Type;
-  const int chunk = column / T::kPerChunk, in_chunk = column % T::kPerChunk;
-  const uint8_t* base = tile + chunk_offset(k0, chunk) + in_chunk * sizeof(Type);
+struct ColumnPair {
+  uint32_t w[8 * sizeof(typename T::Type) / 2];
+
+  __device__ __forceinline__ void read(const uint8_t* tile, int k0, int column) {
+    const uint8_t* base = tile + chunk_offset(k0, column / T::kPerChunk) +
+                          column % T::kPerChunk * sizeof(typename T::Type);
 #pragma unroll
-  for (int i = 0; i < 8; ++i)
-    v[i] = T::Source::widen(*reinterpret_cast<const Type*>(base + i * TileTraits::kRowBytes));
-}
+    for (int i = 0; i < 8; ++i) {
+      const uint8_t* at = base + i * TileTraits::kRowBytes;
+      if constexpr (sizeof(typename T::Type) == 2) {
+        w[i] = *reinterpret_cast<const uint32_t*>(at);
+      } else {
+        const uint2 two = *reinterpret_cast<const uint2*>(at);
+        w[2 * i] = two.x;
+        w[2 * i + 1] = two.y;
+      }
+    }
+  }
+
+  // Column 0 or 1 of the pair, widened.
+  __device__ __forceinline__ void widen(int which, float (&v)[8]) const {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      if constexpr (sizeof(typename T::Type) == 2)
+        v[i] = T::Source::widen(static_cast<uint16_t>(w[i] >> (16 * which)));
+      else
+        v[i] = bits_float(w[2 * i + which]);
+    }
+  }
+};
 
 // 8 consecutive columns of row k.
 template <class T>
@@ -106,14 +127,23 @@ __device__ __forceinline__ void load_packed_tile(const QuantizeParams& p, int64_
   for (int i = threadIdx.x; i < TileTraits::kTileK * kGroupsPerRow; i += TileTraits::kThreads) {
     const int k = i / kGroupsPerRow, group = i % kGroupsPerRow;
     const int64_t row = k_base + k, r = r_base + group * 8;
+    const bool inside =
+        row < p.cols && r < p.rows;  // rows of codes hold whole blocks, so whole groups
+    const uint8_t* from = codes + row * p.in_row_bytes + r / 8 * F::kBits;
+    const uint8_t* scale_from = p.in_scale + row * p.in_blocks + r / F::kBlock;
+    if constexpr (std::is_same<F, Mxfp4>::value) {
+      uint32_t w[4] = {};
+      if (inside) decode8_e2m1(*reinterpret_cast<const uint32_t*>(from), *scale_from, w);
+      *reinterpret_cast<uint4*>(tile + chunk_offset(k, group)) = make_uint4(w[0], w[1], w[2], w[3]);
+      continue;
+    }
     uint64_t bits = 0;
     float scale = 0.0f;
-    if (row < p.cols && r < p.rows) {  // p.in_row_bytes covers whole blocks, so whole groups
-      const uint8_t* from = codes + row * p.in_row_bytes + r / 8 * F::kBits;
+    if (inside) {
 #pragma unroll
       for (int b = 0; b < F::kBits; ++b) bits |= static_cast<uint64_t>(from[b]) << (8 * b);
-      const uint8_t s = p.in_scale[row * p.in_blocks + r / F::kBlock];
-      scale = F::kE4M3Scale ? decode<E4M3>(s) * *p.in_tensor_scale : e8m0_value(s);
+      scale =
+          F::kE4M3Scale ? decode<E4M3>(*scale_from) * *p.in_tensor_scale : e8m0_value(*scale_from);
     }
     float v[8];
 #pragma unroll

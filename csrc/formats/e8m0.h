@@ -17,16 +17,21 @@ constexpr int kScaleRules = 3;
 
 constexpr uint32_t kE8M0Nan = 255;
 
-// bits: of a finite M >= 0. Returns the code, in [0, 254].
+// A rule as what is added to M's bits before its exponent is read: a carry out of the mantissa is
+// the step up.
 template <class E>
-MXT_HD uint32_t e8m0_scale(uint32_t bits, ScaleRule rule) {
-  static_assert(E::kEmax >= 1, "the clamp must hide the exponents of float32 subnormals");
-  if (rule == ScaleRule::kEven) bits += 1u << (22 - E::kManBits);
-  int e = static_cast<int>(bits >> 23) - 127 - E::kEmax;
-  if (rule == ScaleRule::kCeil && (bits & 0x007FFFFFu) > E::kMaxMantissa) e += 1;
-  if (e < -127) e = -127;
-  if (e > 127) e = 127;
-  return static_cast<uint32_t>(e + 127);
+MXT_HD uint32_t e8m0_round_up(ScaleRule rule) {
+  if (rule == ScaleRule::kCeil) return 0x007FFFFFu - E::kMaxMantissa;
+  return rule == ScaleRule::kEven ? 1u << (22 - E::kManBits) : 0u;
+}
+
+// bits: of a finite M >= 0; round_up: of the rule. Returns the code, in [0, 254].
+template <class E>
+MXT_HD uint32_t e8m0_scale(uint32_t bits, uint32_t round_up) {
+  static_assert(E::kEmax >= 1,
+                "no code reaches 255, and the clamp hides the exponents of subnormals");
+  const int code = static_cast<int>((bits + round_up) >> 23) - E::kEmax;
+  return code < 0 ? 0u : static_cast<uint32_t>(code);
 }
 
 // 2^(code - 127) as float32; code 0 is the subnormal 2^-127.

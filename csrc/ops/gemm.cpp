@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // gemm, backend `cpu`: decode both operands to float32, torch's matmul, one epilogue.
 //   D[M, N] = alpha * A[M, K] B[N, K]^T + bias[N]
+#include <array>
 #include <cmath>
 
 #include "ops/cpu_common.h"
@@ -33,6 +34,14 @@ void check_gemm(const Tensor& a, const Tensor& a_scale, const OptionalTensor& a_
 
 namespace cpu {
 
+// aten::mm.out: unlike matmul it is not one of the operators that autocast lowers.
+static void matmul_into(Tensor& out, const Tensor& a, const Tensor& b) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 3> stack = {from(a), from(b), from(out)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+  torch::stable::detail::to<Tensor>(stack[0]);  // takes the returned reference back
+}
+
 Tensor gemm(Tensor a, Tensor a_scale, OptionalTensor a_tensor_scale, Tensor b, Tensor b_scale,
             OptionalTensor b_tensor_scale, int64_t format, OptionalTensor bias, double alpha,
             ScalarType out_dtype, int64_t accumulate) {
@@ -46,8 +55,8 @@ Tensor gemm(Tensor a, Tensor a_scale, OptionalTensor a_tensor_scale, Tensor b, T
   if (two_level) one = torch::stable::full({1}, 1.0, ScalarType::Float);
   const Tensor af = dequantize(a, a_scale, one, format, kp, ScalarType::Float);
   const Tensor bf = dequantize(b, b_scale, one, format, kp, ScalarType::Float);
-  const Tensor acc =
-      torch::stable::contiguous(torch::stable::matmul(af, torch::stable::transpose(bf, 0, 1)));
+  Tensor acc = torch::stable::new_empty(af, {m, n});
+  matmul_into(acc, af, torch::stable::transpose(bf, 0, 1));
   Tensor out = torch::stable::new_empty(a, {m, n}, out_dtype);
   OptionalTensor bias_row;
   if (bias) bias_row = torch::stable::contiguous(*bias);

@@ -1,0 +1,49 @@
+# make train   a vision transformer on handwritten digits in BF16, MXFP4 and TetraJet, side by side
+# make test    the whole test suite
+# Both make .venv and install what they need. To use an environment of yours that has torch, cmake, ninja and pybind11 (no
+# network needed): make test VENV=          (the python3 on the PATH), or make test VENV=/path/to/venv
+VENV ?= .venv
+PYTHON ?= python3
+# Where no GPU is, a pinned torch that has a CPU build; an unpinned one brings gigabytes of CUDA packages.
+TORCH ?= $(if $(shell command -v nvidia-smi 2>/dev/null),torch>=2.11,torch==2.13.0)
+
+ifeq ($(VENV),)
+PY := $(PYTHON)
+PIP_INSTALL = $(PY) -m pip install --quiet --no-build-isolation --no-deps -e .
+INSTALLED := build/.installed-here
+else
+PY := $(VENV)/bin/python
+PIP_INSTALL = $(PY) -m pip install --quiet "$(TORCH)" numpy && $(PY) -m pip install --quiet -e ".[test,lint]"
+INSTALLED := $(VENV)/.installed
+endif
+
+SOURCES := setup.py pyproject.toml CMakeLists.txt $(wildcard cmake/*) $(shell find csrc -type f)
+
+.PHONY: train test lint format bench clean
+train: $(INSTALLED)
+	$(PY) examples/train_vit.py --recipe bf16 mxfp4_baseline tetrajet --out runs/vit
+
+test: $(INSTALLED)
+	$(PY) -m pytest
+
+lint: $(INSTALLED)
+	$(PY) -m ruff check . && $(PY) -m ruff format --check .
+	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' | xargs $(dir $(PY))clang-format --dry-run -Werror
+
+format: $(INSTALLED)
+	$(PY) -m ruff check --fix . && $(PY) -m ruff format .
+	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' | xargs $(dir $(PY))clang-format -i
+
+bench: $(INSTALLED)
+	$(PY) -m bench run
+
+$(INSTALLED): $(SOURCES)
+ifneq ($(VENV),)
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --upgrade pip
+endif
+	$(PIP_INSTALL)
+	@mkdir -p $(dir $@) && touch $@
+
+clean:
+	rm -rf build .venv runs mxtrain/*.so *.egg-info

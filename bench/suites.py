@@ -1,0 +1,153 @@
+"""Which rows run: suites are lists of (rows, shapes), and a plan is what is left of one under --ops
+and --shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+from .cases import Case, Unfit, build, parse_shape
+
+Rows = Sequence[str]
+
+HEADLINE: Rows = (
+    "quantize/mxfp4/nearest",
+    "quantize/mxfp4/nearest+transpose",
+    "quantize/mxfp4/stochastic",
+    "quantize/mxfp4/stochastic+h64",
+    "quantize_dual/mxfp4/stochastic+h64",
+    "requantize/mxfp4/stochastic",
+    "dequantize/mxfp4/bf16",
+    "hadamard/64",
+    "stochastic_round/bf16",
+    "swizzle_scale/mxfp4",
+)
+FORMATS: Rows = tuple(
+    f"quantize/{format}/nearest"
+    for format in ("mxfp8_e4m3", "mxfp8_e5m2", "mxfp6_e3m2", "mxfp6_e2m3", "nvfp4")
+)
+VARIANTS: Rows = (
+    "quantize/mxfp4/nearest+floor",
+    "quantize/mxfp4/nearest+even",
+    "quantize/mxfp4/nearest+swizzle",
+    "quantize/mxfp4/nearest+fp32",
+    "quantize/mxfp4/nearest+h64",
+    "quantize/mxfp4/toward",
+    "quantize/mxfp4/stochastic+transpose",
+    "quantize/mxfp4/stochastic+h64+transpose",
+    "quantize/mxfp4/stochastic+h16",
+    "quantize/mxfp4/stochastic+h32",
+    "quantize/mxfp4/stochastic+h128",
+    "quantize/mxfp4/stochastic+h256",
+    "quantize/nvfp4/stochastic",
+    "quantize/mxfp8_e4m3/nearest+transpose",
+    "quantize_dual/mxfp4/nearest",
+    "quantize_dual/mxfp4/stochastic",
+    "quantize_dual/mxfp8_e4m3/nearest",
+    "requantize/mxfp4/nearest",
+    "requantize/mxfp4/stochastic+h64",
+    "dequantize/mxfp8_e4m3/bf16",
+    "dequantize/nvfp4/bf16",
+    "dequantize/mxfp4/fp32",
+    "hadamard/16",
+    "hadamard/128",
+    "hadamard/256",
+    "stochastic_round/e4m3",
+)
+COPIES: Rows = ("peer/copy", "peer/copy_kernel")
+COMPILED: Rows = ("peer/torchao_to_mx_compiled", "peer/torchao_to_mx_compiled/mxfp8_e4m3")
+BIG = "16384x8192"
+SMALL = "2048x4096"
+MODELS = (
+    "8192x4096",  # Llama-3-8B, attention, 8192 tokens
+    "8192x14336",  # Llama-3-8B, feed-forward
+    "12608x768",  # ViT-B, 64 images of 197 tokens
+    "12608x3072",  # ViT-B, feed-forward
+    "4099x1111",  # ragged both ways
+)
+
+SUITES: dict[str, tuple[tuple[Rows, Sequence[str]], ...]] = {
+    "quick": (
+        (COPIES, (BIG,)),
+        (("peer/empty_kernel",), ("1",)),
+        ((*HEADLINE, *FORMATS), (BIG,)),
+        (COMPILED[:1], (BIG,)),
+        (("quantize/mxfp4/nearest",), (SMALL,)),
+        (("peer/cublas_bf16", "peer/cublas_fp8_rowwise"), ("8192x8192x8192",)),
+    ),
+    "full": (
+        (COPIES, (BIG,)),
+        (("peer/empty_kernel",), ("1",)),
+        ((*HEADLINE, *FORMATS, *VARIANTS), (BIG,)),
+        (COMPILED, (BIG,)),
+        (HEADLINE, (SMALL, *MODELS)),
+        (COMPILED[:1], MODELS[:2]),
+        (("peer/cublas_bf16", "peer/cublas_fp8_rowwise"), ("8192x8192x8192", "4096x4096x4096")),
+    ),
+    "cpu": (
+        (COPIES[:1], ("4096x4096",)),
+        (("quantize/mxfp4/nearest", "quantize/mxfp4/nearest+floor"), ("4096x4096",)),
+        (("peer/torchao_to_mx_eager",), ("4096x4096",)),
+        ((*HEADLINE[1:], *FORMATS), ("2048x2048",)),
+    ),
+}
+PEAKS = {
+    "copy_gbps": ("gbps", "peer/copy*/*"),
+    "bf16_tflops": ("tflops", "peer/cublas_bf16/*"),
+    "fp8_tflops": ("tflops", "peer/cublas_fp8_rowwise/*"),
+}
+"""The ceilings: the best of these columns over these rows, which run whatever --ops says."""
+
+
+def names(suite: str, shapes: Sequence[str] = ()) -> list[str]:
+    """The rows of a suite, without those that do not fit their shape; `shapes` replace every RxC in
+    it.
+
+    Raises ValueError for a shape that is none.
+    """
+    for shape in shapes:
+        parse_shape(shape)
+    found: dict[str, None] = {}  # an ordered set
+    for rows, own in SUITES[suite]:
+        matrices = own[0].count("x") == 1
+        for shape in shapes if shapes and matrices else own:
+            for row in rows:
+                try:
+                    found[build(f"{row}/{shape}").name] = None
+                except Unfit:
+                    continue
+    return list(found)
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a pattern selects a row: its family, leading parts of its name, or a glob of the
+    whole name.
+    """
+    return (
+        name == pattern or name.startswith(pattern.rstrip("/") + "/") or fnmatchcase(name, pattern)
+    )
+
+
+def plan(suite: str, ops: Sequence[str] = (), shapes: Sequence[str] = ()) -> list[Case]:
+    """The cases to run, in order: those of the suite that `ops` select (all without), the rows that
+    these are compared with, and the ceilings.
+
+    Raises ValueError where a pattern selects nothing or a shape is none.
+    """
+    every = [build(name) for name in names(suite, shapes)]
+    if not ops:
+        return every
+    for pattern in ops:
+        if not any(matches(case.name, pattern) for case in every):
+            known = dict.fromkeys(case.name.split("/")[0] for case in every)
+            raise ValueError(
+                f"--ops {pattern} selects no row of suite {suite}; families there are "
+                f"{', '.join(known)} (`python -m bench list --suite {suite}` has the names)"
+            )
+    wanted = {c.name for c in every if any(matches(c.name, pattern) for pattern in ops)}
+    for case in every:
+        if case.name in wanted:
+            wanted.update(case.baselines)
+    ceilings = [pattern for _, pattern in PEAKS.values()]
+    return [c for c in every if c.name in wanted or any(fnmatchcase(c.name, p) for p in ceilings)]

@@ -1,0 +1,398 @@
+"""What the training examples share: options, the loop, checkpoints, the table and the plot.
+
+An example is a `Task` (data, model, metric) and ends with `sys.exit(main(task))`. The recipes of a
+seed start from the same weights and see the same batches, in one mixed precision: float32 master
+weights under bfloat16 autocast. So the recipe is the only difference between two curves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import itertools
+import math
+import os
+import signal
+import statistics
+import sys
+import time
+import zlib
+from collections.abc import Iterator
+from functools import partial
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import mxtrain
+
+Fields = dict[str, Any]
+MAGIC = "mxtrain example checkpoint, version 1"
+# Options that may change when a run is resumed. The others decide what is computed.
+FREE_OPTIONS = {"device", "threads", "out", "save", "save_every", "resume", "list"}
+
+
+class BadInput(Exception):
+    """An option or a checkpoint cannot be used. `main` prints the message and returns 2."""
+
+
+class Task(Protocol):
+    """What an example provides. train_vit.py is one."""
+
+    name: str  # the script, without .py
+    metric: str  # heading of the metric's column
+    options: dict[str, tuple[Any, str]]  # default and help of the run's and the model's numbers
+
+    # Read the data, keep it on args.device and return its tensors. Raises BadInput.
+    def load(self, args: argparse.Namespace) -> list[Tensor]: ...
+    # The model, on the CPU. Raises BadInput for sizes that do not fit.
+    def build_model(self, args: argparse.Namespace) -> nn.Module: ...
+    # Inputs and target classes of a step. All that is random comes from the generator.
+    def batch(self, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]: ...
+    # All validation batches, the same at every call.
+    def validation(self) -> Iterator[tuple[Tensor, Tensor]]: ...
+    # The metric, from the mean cross-entropy in nats and the share of right predictions.
+    def score(self, loss: float, accuracy: float) -> float: ...
+
+
+# ---- one run ----
+
+
+def bf16_linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    """layer(x) in BF16 arithmetic, forward and backward, on the float32 units of a CPU.
+
+    Operands and results are BF16, products are exact in float32 and the sums are float32, as in a
+    tensor core. On a CPU without BF16 instructions, torch's BF16 matmul is 15 to 100 times slower.
+    """
+    with torch.autocast("cpu", enabled=False):
+        x, weight, bias = (t.bfloat16().float() for t in (x, layer.weight, layer.bias))
+        return F.linear(x, weight, bias).bfloat16()
+
+
+class Run:
+    """One recipe trained from one seed."""
+
+    def __init__(self, task: Task, args: argparse.Namespace, recipe: str, seed: int) -> None:
+        self.task, self.args, self.device = task, args, torch.device(args.device)
+        torch.manual_seed(seed)
+        self.model = task.build_model(args)
+        if recipe != "bf16":
+            print(f"{recipe}: {mxtrain.convert(self.model, recipe).summary}")
+        if self.device.type == "cpu":
+            for layer in self.model.modules():
+                if type(layer) is nn.Linear:  # and not converted
+                    layer.forward = partial(bf16_linear, layer)
+        self.model.to(self.device)
+        # As usual, only matrices decay: not biases, norms and positions.
+        groups = [
+            {"params": [p for p in self.model.parameters() if p.ndim == 2], "weight_decay": 0.05},
+            {"params": [p for p in self.model.parameters() if p.ndim != 2], "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), fused=True)
+        # Batches have their own generator: stochastic rounding draws from torch's.
+        self.data_rng = torch.Generator().manual_seed(seed)
+        torch.manual_seed(seed)
+        self.step = 0
+        self.recent: list[float] = []  # training losses since the last row
+        # A row is [step, training loss, validation loss, metric].
+        self.record: Fields = {"recipe": recipe, "seed": seed, "seconds": 0.0, "rows": []}
+
+    def learning_rate(self) -> float:
+        """Linear warm-up over a tenth of the steps, then half a cosine down to zero."""
+        warmup = max(1, self.args.steps // 10)
+        done = max(0, self.step - warmup) / max(1, self.args.steps - warmup)
+        return self.args.lr * min((self.step + 1) / warmup, (1 + math.cos(math.pi * done)) / 2)
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean cross-entropy, and the logits [predictions, classes]."""
+        with torch.autocast(self.device.type, torch.bfloat16):
+            logits = self.model(inputs)
+        logits = logits.float().flatten(0, -2)
+        return F.cross_entropy(logits, targets.flatten()), logits
+
+    @torch.no_grad()
+    def evaluate(self) -> tuple[float, float]:
+        """Loss and metric over the validation set, in the forward arithmetic of the recipe."""
+        self.model.eval()
+        loss = right = count = 0
+        for inputs, targets in self.task.validation():
+            mean, logits = self.forward(inputs, targets)
+            loss += mean.item() * targets.numel()
+            right += (logits.argmax(-1) == targets.flatten()).sum().item()
+            count += targets.numel()
+        self.model.train()
+        return loss / count, self.task.score(loss / count, right / count)
+
+    def advance(self) -> float:
+        """One step, and a row of the log where one is due. Returns the training loss."""
+        started = time.perf_counter()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate()
+        loss, _ = self.forward(*self.task.batch(self.args.batch, self.data_rng))
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        self.recent.append(loss.item())
+        if self.step % self.args.eval_every == 0 or self.step == self.args.steps:
+            row = [self.step, statistics.fmean(self.recent), *self.evaluate()]
+            self.record["rows"].append(row)
+            self.recent = []
+        self.record["seconds"] += time.perf_counter() - started
+        return loss.item()
+
+    def state(self) -> Fields:
+        """With the record, all that it takes to go on as if nothing had happened."""
+        cuda = self.device.type == "cuda"
+        return {
+            "step": self.step,
+            "recent": self.recent,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "torch_rng": torch.get_rng_state(),
+            "data_rng": self.data_rng.get_state(),
+            "cuda_rng": torch.cuda.get_rng_state(self.device) if cuda else None,
+        }
+
+    def load_state(self, state: Fields, record: Fields) -> None:
+        self.step, self.recent, self.record = state["step"], state["recent"], record
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["torch_rng"])
+        self.data_rng.set_state(state["data_rng"])
+        if self.device.type == "cuda" and state["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(state["cuda_rng"], self.device)
+
+
+# ---- checkpoints and interruption ----
+
+
+def save_checkpoint(path: str, content: Fields) -> None:
+    """Write a temporary file and rename it: whenever this stops, `path` is a whole checkpoint."""
+    temporary = f"{path}.tmp"
+    with open(temporary, "wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def load_checkpoint(task: Task, path: str) -> Fields:
+    """The content of a checkpoint of this example. BadInput for any other file."""
+    advice = "Name the file that --save wrote, or leave --resume out to start afresh."
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        got = f"{path}, which does not exist"
+    except Exception as error:  # a damaged file can raise nearly anything
+        got = f"{path}, which is cut short, damaged or something else ({type(error).__name__})"
+    else:
+        if not isinstance(content, dict) or content.get("magic") != MAGIC:
+            got = f"{path}, which another program or release wrote"
+        elif content["example"] != task.name:
+            got = f"{path}, which {content['example']}.py wrote"
+        else:
+            return content
+    must = f"--resume must name a checkpoint written by {task.name}.py"
+    raise BadInput(f"{must}, got {got}. {advice}")
+
+
+@contextlib.contextmanager
+def stop_requests() -> Iterator[list[int]]:
+    """Collects Ctrl-C and SIGTERM: the loop stops after its step. A second one stops at once."""
+    received: list[int] = []
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# ---- results ----
+
+
+def mean_and_spread(values: list[float], style: str) -> str:
+    """The mean; for several seeds, plus or minus the standard deviation."""
+    text = format(statistics.fmean(values), style)
+    spread = format(statistics.stdev(values), style.lstrip("+")) if len(values) > 1 else None
+    return f"{text} ± {spread}" if spread else text
+
+
+def table(task: Task, records: list[Fields]) -> str:
+    """A line for each recipe, with what the last row of its runs says."""
+    baseline = {r["seed"]: r["rows"][-1][3] for r in records if r["recipe"] == "bf16"}
+    lines = [("recipe", "validation loss", task.metric, "gap to bf16", "seconds")]
+    for recipe in dict.fromkeys(r["recipe"] for r in records):
+        runs = [r for r in records if r["recipe"] == recipe]
+        _, _, loss, metric = zip(*(r["rows"][-1] for r in runs), strict=True)
+        gap = []
+        if baseline and recipe != "bf16":
+            gap = [r["rows"][-1][3] - baseline[r["seed"]] for r in runs]
+        seconds = [r["seconds"] for r in runs]
+        columns = ((loss, ".4f"), (metric, ".3f"), (gap, "+.3f"), (seconds, ".1f"))
+        lines.append((recipe, *(mean_and_spread(v, style) if v else "-" for v, style in columns)))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, tuple("-" * width for width in widths))
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+
+
+def write_csv(task: Task, records: list[Fields], path: str) -> None:
+    metric = task.metric.replace(" ", "_").replace("%", "percent")
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["recipe", "seed", "step", "train_loss", "val_loss", metric])
+        for record in records:
+            writer.writerows([record["recipe"], record["seed"], *row] for row in record["rows"])
+
+
+def write_plot(task: Task, records: list[Fields], path: str) -> None:
+    """Losses and metric against the step: a colour for each recipe, a line for each seed."""
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    colours: dict[str, str] = {}
+    for record in records:
+        recipe = record["recipe"]
+        label = None if recipe in colours else recipe  # once in the legend
+        colour = colours.setdefault(recipe, f"C{len(colours)}")
+        step, train_loss, val_loss, metric = zip(*record["rows"], strict=True)
+        left.plot(step, train_loss, ":", color=colour)
+        left.plot(step, val_loss, color=colour)
+        right.plot(step, metric, color=colour, label=label)
+    left.set(xlabel="step", ylabel="loss (dotted: training, solid: validation)", yscale="log")
+    right.set(xlabel="step", ylabel=task.metric)
+    right.legend()
+    figure.savefig(path, dpi=120)
+
+
+# ---- the command line ----
+
+
+def make_parser(task: Task) -> argparse.ArgumentParser:
+    style = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(prog=task.name, formatter_class=style)
+    add = parser.add_argument
+    recipes = ["bf16", "mxfp4_baseline", "tetrajet"]
+    add("--recipe", nargs="+", metavar="NAME", default=recipes, help="recipes to train and compare")
+    add("--list", action="store_true", help="print the recipes and stop")
+    add("--seed", nargs="+", type=int, default=[0], help="train each recipe once from each")
+    for name, (default, text) in task.options.items():
+        add(f"--{name}", type=type(default), default=default, help=text)
+    add("--eval-every", type=int, default=50, help="steps between validations, the rows of the log")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", default=device, help="cpu, cuda, cuda:1, ...")
+    out = task.name.replace("train_", "runs/")
+    add("--out", metavar="DIR", default=out, help="folder of log.csv and curves.png")
+    add("--save", metavar="FILE", help="checkpoint to write (without: DIR/checkpoint.pt)")
+    add("--save-every", type=int, default=100, help="steps between checkpoints")
+    add("--resume", metavar="FILE", help="go on from a checkpoint, with its options")
+    return parser
+
+
+def check_options(args: argparse.Namespace) -> None:
+    for name, value in vars(args).items():
+        if type(value) in (int, float) and not 0 < value < math.inf:
+            raise BadInput(f"--{name.replace('_', '-')} must be positive, got {value}. See --help.")
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    devices = ["cpu", "cuda", *gpus] if gpus else ["cpu"]
+    known = [("--recipe", name, list(mxtrain.RECIPES)) for name in args.recipe]
+    for option, name, names in [*known, ("--device", args.device, devices)]:
+        if name not in names:
+            raise BadInput(f"{option} must be among {', '.join(names)}, got {name}. See --help.")
+
+
+def read_options(task: Task, argv: list[str] | None) -> tuple[argparse.Namespace, Fields | None]:
+    """The options, and the checkpoint of --resume; then its options hold."""
+    parser = make_parser(task)
+    args = parser.parse_args(argv)
+    checkpoint = None
+    if args.resume is not None:
+        checkpoint = load_checkpoint(task, args.resume)
+        # argparse leaves an attribute that exists alone: what stays None was not given.
+        nothing = argparse.Namespace(**dict.fromkeys(vars(args)))
+        given = vars(parser.parse_args(argv, nothing))
+        for name, value in checkpoint["options"].items():
+            if given[name] is None:
+                setattr(args, name, value)
+            elif name not in FREE_OPTIONS and given[name] != value:
+                raise BadInput(
+                    f"--resume must name a checkpoint that agrees with --{name.replace('_', '-')} "
+                    f"{given[name]}, got {args.resume} with {value}. Leave one of the two out."
+                )
+        args.save = given["save"] or args.resume
+    args.save = args.save or os.path.join(args.out, "checkpoint.pt")
+    check_options(args)
+    return args, checkpoint
+
+
+def train(task: Task, args: argparse.Namespace, checkpoint: Fields | None) -> int:
+    """All runs, one after another. Returns the exit status."""
+    torch.set_num_threads(args.threads)
+    for folder in (args.out, os.path.dirname(args.save) or "."):
+        os.makedirs(folder, exist_ok=True)
+    data = 0  # a checksum: another Python has another text for train_gpt.py
+    for tensor in task.load(args):
+        data = zlib.crc32(tensor.cpu().contiguous().numpy(), data)
+    if checkpoint is not None and checkpoint["data"] != data:
+        must = "--resume must name a checkpoint that was trained on the same data"
+        raise BadInput(f"{must}, got {args.resume}. Use the Python and the packages of that run.")
+    records = [] if checkpoint is None else checkpoint["records"][:-1]  # of the finished runs
+    recipes = sorted(dict.fromkeys(args.recipe), key=lambda name: name != "bf16")  # bf16 first
+    runs = list(itertools.product(dict.fromkeys(args.seed), recipes))
+    header = {"magic": MAGIC, "example": task.name, "options": vars(args), "data": data}
+
+    def save(run: Run) -> None:
+        content = {**header, "records": [*records, run.record], "run": run.state()}
+        save_checkpoint(args.save, content)
+
+    with stop_requests() as stop:
+        for seed, recipe in runs[len(records) :]:
+            run = Run(task, args, recipe, seed)
+            if checkpoint is not None:
+                run.load_state(checkpoint["run"], checkpoint["records"][-1])
+                checkpoint = None
+            title = f"{recipe}, seed {seed}"
+            with tqdm(total=args.steps, initial=run.step, desc=title, dynamic_ncols=True) as bar:
+                while run.step < args.steps and not stop:
+                    bar.set_postfix(loss=f"{run.advance():.3f}", refresh=False)
+                    bar.update()
+                    if run.step % args.save_every == 0:
+                        save(run)
+            save(run)
+            records.append(run.record)
+            write_csv(task, records, os.path.join(args.out, "log.csv"))
+            if stop:
+                print(f"{task.name}: stopped after step {run.step} of {args.steps} of {title}.")
+                print(f"Go on with: python {sys.argv[0]} --resume {args.save}")
+                return 128 + stop[0]
+    write_plot(task, records, os.path.join(args.out, "curves.png"))
+    print(f"\n{table(task, records)}\n\nlog.csv and curves.png are in {args.out}.")
+    return 0
+
+
+def main(task: Task, argv: list[str] | None = None) -> int:
+    """The program. Returns 0, 2 for bad input, or 128 + the signal that stopped it."""
+    try:
+        args, checkpoint = read_options(task, argv)
+        if args.list:
+            for recipe in mxtrain.RECIPES.values():
+                print(f"{recipe.name:22} {recipe.reference}")
+            return 0
+        return train(task, args, checkpoint)
+    except (BadInput, OSError) as error:
+        print(f"{task.name}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT

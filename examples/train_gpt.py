@@ -1,0 +1,108 @@
+"""Train a byte-level GPT on the source text of Python's standard library, once for each recipe.
+
+    python examples/train_gpt.py --recipe bf16 mxfp4_baseline tetrajet --device cuda
+    python examples/train_gpt.py --recipe bf16 tetrajet nvfp4 --seed 0 1 2 --steps 2000
+    python examples/train_gpt.py --resume runs/gpt/checkpoint.pt
+
+The text is that of the Python that runs this script, so nothing is downloaded. Every tenth file is
+held out for validation. The metric is bits per byte: how well the model would compress them. A
+recipe quantizes the four linear layers of each block; embeddings and head stay in BF16.
+"""
+
+from __future__ import annotations
+
+import argparse
+import glob
+import math
+import os
+import sys
+from collections.abc import Iterator
+from typing import ClassVar
+
+import torch
+from harness import BadInput, main
+from torch import Tensor, nn
+from train_vit import Block, init_weights
+
+VALIDATION = 256  # windows of held-out text
+
+
+class GPT(nn.Module):
+    def __init__(self, dim: int, depth: int, heads: int, context: int) -> None:
+        super().__init__()
+        self.tok_embed = nn.Embedding(256, dim)
+        self.pos_embed = nn.Embedding(context, dim)
+        self.blocks = nn.ModuleList(Block(dim, heads, causal=True) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim)
+        self.head = nn.Linear(dim, 256)
+        self.apply(init_weights)
+
+    def forward(self, text: Tensor) -> Tensor:
+        """Bytes [N, T] -> logits of each next byte [N, T, 256]."""
+        x = self.tok_embed(text) + self.pos_embed.weight[: text.shape[1]]
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
+
+
+def read_standard_library(limit: int) -> tuple[bytearray, bytearray]:
+    """Training and validation text: the library's top-level modules, at most `limit` bytes."""
+    texts = bytearray(), bytearray()
+    files = sorted(glob.glob(os.path.join(os.path.dirname(os.__file__), "*.py")))
+    for i, path in enumerate(files):
+        with open(path, "rb") as file:
+            texts[i % 10 == 9].extend(file.read(limit - sum(map(len, texts))))
+    return texts
+
+
+class StandardLibrary:
+    name = "train_gpt"
+    metric = "bits per byte"
+    options: ClassVar = {
+        "steps": (1000, "optimizer steps of a run"),
+        "batch": (16, "windows of a step"),
+        "lr": (2e-3, "peak learning rate"),
+        "dim": (128, "width of the model"),
+        "depth": (4, "blocks"),
+        "heads": (4, "attention heads"),
+        "context": (128, "bytes that the model sees at once"),
+        "megabytes": (8.0, "text to read at most"),
+        "threads": (torch.get_num_threads(), "CPU threads"),
+    }
+
+    def load(self, args: argparse.Namespace) -> list[Tensor]:
+        texts = read_standard_library(int(1e6 * args.megabytes))
+        if min(map(len, texts)) <= 10 * args.context:
+            raise BadInput(
+                f"--megabytes must leave text for both parts, got {len(texts[0])} and "
+                f"{len(texts[1])} bytes. Use more, or a Python that has its library's source."
+            )
+        train_text, held_out = (torch.frombuffer(t, dtype=torch.uint8) for t in texts)
+        # A window is a context and its next byte. Validation windows are spread evenly.
+        self.offsets = torch.arange(args.context + 1)
+        starts = torch.linspace(0, len(held_out) - len(self.offsets), VALIDATION).long()
+        self.held_out = held_out[starts[:, None] + self.offsets].to(args.device)
+        self.train_text = train_text.to(args.device)
+        return [self.train_text, self.held_out]
+
+    def build_model(self, args: argparse.Namespace) -> nn.Module:
+        if args.dim % args.heads:
+            raise BadInput(f"--dim must be a multiple of --heads ({args.heads}), got {args.dim}.")
+        return GPT(args.dim, args.depth, args.heads, args.context)
+
+    def batch(self, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        last = len(self.train_text) - len(self.offsets)
+        starts = torch.randint(last + 1, (size, 1), generator=generator)
+        window = self.train_text[(starts + self.offsets).to(self.train_text.device)].long()
+        return window[:, :-1], window[:, 1:]
+
+    def validation(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for window in self.held_out.long().split(64):
+            yield window[:, :-1], window[:, 1:]
+
+    def score(self, loss: float, accuracy: float) -> float:
+        return loss / math.log(2)
+
+
+if __name__ == "__main__":
+    sys.exit(main(StandardLibrary()))

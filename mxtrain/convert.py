@@ -1,0 +1,271 @@
+"""convert(model, recipe): make the linear layers of a model MXLinear, in place, with a report."""
+
+from __future__ import annotations
+
+import fnmatch
+import logging
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from torch import nn
+from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils import parametrize
+
+from .linear import DTYPES, MXLinear
+from .recipe import Recipe, get_recipe
+
+log = logging.getLogger("mxtrain")
+
+Pattern = str | Callable[[str, nn.Module], bool]
+Patterns = Pattern | Sequence[Pattern]
+
+
+@dataclass(frozen=True)
+class ReportedLayer:
+    """One row of the report.
+
+    Attributes:
+        name: qualified name in the model, "" where the model itself is the layer.
+        shape: (out_features, in_features).
+        recipe: name of the recipe it was converted to, or None.
+        reason: why it was left, or None.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    recipe: str | None = None
+    reason: str | None = None
+
+    @property
+    def weights(self) -> int:
+        """Elements of the weight."""
+        return self.shape[0] * self.shape[1]
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """What convert did to each linear layer. str() makes an aligned table of it, and a summary."""
+
+    layers: list[ReportedLayer] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def converted(self) -> list[ReportedLayer]:
+        """The layers that were converted."""
+        return [layer for layer in self.layers if layer.recipe is not None]
+
+    @property
+    def left(self) -> list[ReportedLayer]:
+        """The layers that were left, each with its reason."""
+        return [layer for layer in self.layers if layer.recipe is None]
+
+    @property
+    def share(self) -> float:
+        """Converted weights as a share of the weights of all linear layers, 0 to 1."""
+        total = sum(layer.weights for layer in self.layers)
+        return sum(layer.weights for layer in self.converted) / total if total else 0.0
+
+    @property
+    def summary(self) -> str:
+        """One line: how many layers and what share of their weights were converted."""
+        return (
+            f"{len(self.converted)} of {len(self.layers)} linear layers converted, "
+            f"{100 * self.share:.1f}% of their weights"
+        )
+
+    def __str__(self) -> str:
+        rows = [("layer", "out x in", "recipe")]
+        for layer in self.layers:
+            shape = f"{layer.shape[0]} x {layer.shape[1]}"
+            rows.append((layer.name or "(model)", shape, layer.recipe or f"- {layer.reason}"))
+        wide, high = (max(len(row[i]) for row in rows) for i in (0, 1))
+        lines = [f"{name:<{wide}}  {shape:>{high}}  {what}" for name, shape, what in rows]
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes), self.summary])
+
+
+def convert(
+    model: nn.Module,
+    recipe: str | Recipe | Sequence[tuple[Pattern, str | Recipe]],
+    *,
+    include: Patterns | None = None,
+    exclude: Patterns | None = None,
+    strict: bool = False,
+) -> ConversionReport:
+    """Turn the `nn.Linear` layers of a model into `MXLinear`, in place.
+
+        print(mxtrain.convert(model, "tetrajet"))
+        mxtrain.convert(model, [("blocks.*.mlp.*", "tetrajet"), ("*", "mxfp8")], exclude="*.gate")
+
+    Modules, parameters and hooks stay the objects that they are, so an optimizer that was built
+    before works on. An MXLinear gets its new recipe.
+
+    By default the first and the last layer of the model stay as they are: the first and last leaf
+    module, in the order of definition, that own a parameter of two or more dimensions, where that
+    is a linear layer. Naming such a layer converts it: by include, or by a pattern of the recipe
+    list other than "*". A model that is itself a linear layer is converted.
+
+    Never converted are subclasses of `nn.Linear`, which may use their weight without calling
+    forward (the output projection of `nn.MultiheadAttention` does), parametrized and weight-normed
+    layers, and weights that are not bfloat16, float16 or float32.
+
+    A pattern is a shell glob for the qualified name, in which "*" also matches dots; "re:" and a
+    regular expression for the whole name; or a callable (name, module) -> bool.
+
+    Args:
+        model: any module; layers on the meta device are fine.
+        recipe: a name, a Recipe, or (pattern, recipe) pairs of which the first that matches wins.
+        include: convert only layers that match this pattern, or one of these.
+        exclude: leave layers that match this pattern, or one of these. It wins over include.
+        strict: raise, instead of leaving the layer, where a recipe does not fit its shape.
+
+    Returns:
+        A ConversionReport: print it.
+
+    Raises:
+        ValueError: for an unknown recipe, for a pattern that matches no linear layer, or with
+            strict for a recipe that does not fit. The model is then unchanged.
+    """
+    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    rules, included, excluded = _read_patterns(linears, recipe, include, exclude)
+    ends = _ends(model)
+    plan: list[tuple[str, nn.Linear, Recipe | None, str | None]] = []
+    for name, module in linears.items():
+        pattern, chosen = next(
+            ((p, r) for p, r in rules if _matches([p], name, module)), ("*", None)
+        )
+        if _matches(excluded, name, module):
+            reason = "excluded"
+        elif included is not None and not _matches(included, name, module):
+            reason = "not included"
+        elif chosen is None:
+            reason = "no pattern of the recipe list matches"
+        else:
+            reason = _unsupported(module)
+            if reason is None and name in ends and included is None and pattern == "*":
+                reason = f"{ends[name]} layer of the model; name it to convert it"
+            if reason is None:
+                reason = chosen.misfit(module.in_features, module.out_features)
+                if strict and reason is not None:
+                    raise ValueError(
+                        f"mxtrain::convert: recipe must fit layer {name!r}, got {reason}. "
+                        "Exclude the layer, give it another recipe, or leave strict off."
+                    )
+        plan.append((name, module, chosen if reason is None else None, reason))
+
+    report = ConversionReport()
+    for name, module, chosen, reason in plan:
+        if chosen is None:
+            if isinstance(module, MXLinear):
+                reason = f"{reason}; keeps {module.recipe.name}"
+        elif isinstance(module, MXLinear):
+            module.recipe = chosen
+        else:
+            MXLinear.from_linear(module, chosen)
+        shape = (module.out_features, module.in_features)
+        report.layers.append(ReportedLayer(name, shape, chosen.name if chosen else None, reason))
+    report.notes.extend(_disable_fast_paths(model))
+    # That nothing was converted is rarely what was meant, so it shows with logging as it comes.
+    level = logging.INFO if report.converted else logging.WARNING
+    log.log(level, "convert: %s", report.summary)
+    return report
+
+
+# ---- what may be converted ----
+
+
+def _unsupported(module: nn.Linear) -> str | None:
+    """Why this linear layer cannot be an MXLinear, or None where it can."""
+    if parametrize.is_parametrized(module) or "weight" not in module._parameters:
+        return "its weight is parametrized"
+    if isinstance(module.weight, UninitializedParameter):
+        return "its weight is uninitialized; run a forward first"
+    if type(module) not in (nn.Linear, MXLinear):
+        return f"{type(module).__name__}, a subclass that may use its weight elsewhere"
+    if module.weight.dtype not in DTYPES:
+        return f"its weight is {str(module.weight.dtype).removeprefix('torch.')}"
+    return None
+
+
+def _ends(model: nn.Module) -> dict[str, str]:
+    """Which linear layers are the "first" and the "last" leaf that owns a matrix."""
+    leaves: list[tuple[str, nn.Module]] = []
+    for name, module in model.named_modules():
+        linear = isinstance(module, nn.Linear)  # a leaf, parametrized or not
+        matrix = any(map(_is_matrix, module.parameters(recurse=False)))
+        if linear or (matrix and next(module.children(), None) is None):
+            leaves.append((name, module))
+    ends = {leaves[-1]: "last", leaves[0]: "first"} if leaves else {}
+    return {name: end for (name, m), end in ends.items() if name and isinstance(m, nn.Linear)}
+
+
+def _is_matrix(parameter: nn.Parameter) -> bool:
+    return isinstance(parameter, UninitializedParameter) or parameter.dim() >= 2
+
+
+def _disable_fast_paths(model: nn.Module) -> list[str]:
+    """Stop nn.TransformerEncoderLayer from using converted weights behind their layers' backs.
+
+    In evaluation it hands the weights of linear1 and linear2 to one fused op, unless, among other
+    things, activation_relu_or_gelu is 0; and nn.TransformerEncoder feeds it nested tensors, which
+    nothing but that op takes, unless use_nested_tensor is False.
+    """
+    notes = []
+    for name, module in model.named_modules():
+        if not any(isinstance(m, MXLinear) for m in module.modules()):
+            continue
+        if isinstance(module, nn.TransformerEncoderLayer) and module.activation_relu_or_gelu:
+            module.activation_relu_or_gelu = 0
+            notes.append(
+                f"{name or '(model)'}: evaluation no longer takes the fast path of "
+                f"{type(module).__name__}, which would bypass the converted layers"
+            )
+        elif isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False
+    return notes
+
+
+# ---- patterns ----
+
+
+def _read_patterns(
+    linears: dict[str, nn.Linear],
+    recipe: str | Recipe | Sequence[tuple[Pattern, str | Recipe]],
+    include: Patterns | None,
+    exclude: Patterns | None,
+) -> tuple[list[tuple[Pattern, Recipe]], list[Pattern] | None, list[Pattern]]:
+    """(pattern, recipe) rules, include and exclude as lists; each pattern matches some layer."""
+    rules = [("*", recipe)] if isinstance(recipe, (str, Recipe)) else list(recipe)
+    rules = [(pattern, get_recipe(r)) for pattern, r in rules]
+    included = None if include is None else _as_list(include)
+    excluded = [] if exclude is None else _as_list(exclude)
+    _check_match("recipe", (pattern for pattern, _ in rules if pattern != "*"), linears)
+    _check_match("include", included or [], linears)
+    _check_match("exclude", excluded, linears)
+    return rules, included, excluded
+
+
+def _as_list(patterns: Patterns) -> list[Pattern]:
+    return [patterns] if isinstance(patterns, str) or callable(patterns) else list(patterns)
+
+
+def _matches(patterns: Iterable[Pattern], name: str, module: nn.Module) -> bool:
+    for pattern in patterns:
+        if callable(pattern):
+            hit = pattern(name, module)
+        elif pattern.startswith("re:"):
+            hit = re.fullmatch(pattern[3:], name)
+        else:
+            hit = fnmatch.fnmatchcase(name, pattern)
+        if hit:
+            return True
+    return False
+
+
+def _check_match(what: str, patterns: Iterable[Pattern], linears: dict[str, nn.Linear]) -> None:
+    for pattern in patterns:
+        if not any(_matches([pattern], name, module) for name, module in linears.items()):
+            raise ValueError(
+                f"mxtrain::convert: {what} must match a linear layer of the model, "
+                f"got {pattern!r}. The linear layers: {', '.join(linears) or 'none'}."
+            )

@@ -1,0 +1,180 @@
+"""`python -m mxtrain.env`: versions, GPUs, what this build holds, which backend each op takes and why, and a self test.
+
+`report()` is the same as a dict (JSON-able), which the benchmark suite stores beside its measurements.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+import time
+
+import torch
+
+from . import formats, ops, reference
+from ._library import CATALOGUE, PATH
+from .operand import gemm, quantize
+from .version import __version__
+
+ENVIRONMENT = ("MXTRAIN_CUDA_ARCHS", "MAX_JOBS", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
+
+
+def has_kernel(op: str, key: str) -> bool:
+    """Whether torch.ops.mxtrain.<op> has a kernel of its own for the dispatch key ("CPU" or "CUDA")."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"mxtrain::{op}", key)
+
+
+def gpus() -> list[dict]:
+    """The visible GPUs: name, compute capability, memory in GiB."""
+    if not torch.cuda.is_available():
+        return []
+    found = []
+    for index in range(torch.cuda.device_count()):
+        p = torch.cuda.get_device_properties(index)
+        found.append(
+            {
+                "name": p.name,
+                "compute_capability": f"{p.major}.{p.minor}",
+                "memory_gib": round(p.total_memory / 2**30, 1),
+                "sms": p.multi_processor_count,
+            }
+        )
+    return found
+
+
+def built_for(capability: str, archs: str) -> bool:
+    """Whether one of the built architectures ("80;90a") runs on a compute capability ("9.0")."""
+    major, minor = (int(part) for part in capability.split("."))
+    for arch in filter(None, archs.split(";")):
+        number = int(arch.rstrip("af"))
+        exact = arch.endswith("a")
+        if number // 10 == major and (number % 10 == minor if exact else number % 10 <= minor):
+            return True
+    return False
+
+
+def backends(op: str) -> dict[str, str]:
+    """What serves an op on the CPU and on the first GPU, and why."""
+    isa = CATALOGUE["build"]["cpu_isa"]
+    chosen = {"cpu": f"cpu ({isa} kernels, {torch.get_num_threads()} threads)"}
+    archs, found = CATALOGUE["build"]["cuda_archs"], gpus()
+    if not archs:
+        chosen["cuda"] = (
+            "none: this build has no CUDA kernels (MXTRAIN_CUDA_ARCHS=native pip install .)"
+        )
+    elif not has_kernel(op, "CUDA"):
+        chosen["cuda"] = "none: not implemented on CUDA yet"
+    elif not found:
+        chosen["cuda"] = f"built for {archs}; no GPU is visible"
+    elif not built_for(found[0]["compute_capability"], archs):
+        chosen["cuda"] = f"none: built for {archs}, the GPU is {found[0]['compute_capability']}"
+    else:
+        chosen["cuda"] = f"portable kernel for {archs}"
+    return chosen
+
+
+def report() -> dict:
+    """Everything that `python -m mxtrain.env` prints, but the self test."""
+    return {
+        "mxtrain": __version__,
+        "torch": torch.__version__,
+        "torch_cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu_threads": torch.get_num_threads(),
+        "build": CATALOGUE["build"],
+        "library": PATH.name,
+        "gpus": gpus(),
+        "backends": {op: backends(op) for op in ops.OP_NAMES},
+        "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
+    }
+
+
+def self_test() -> list[tuple[str, bool, str]]:
+    """(name, passed, detail) of a few checks against the reference; about a second."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(64, 256, generator=generator).bfloat16()
+    rng = torch.tensor([1, 2])
+    results = []
+    devices = ["cpu"] + (["cuda"] if gpus() and has_kernel("quantize", "CUDA") else [])
+    for device in devices:
+        for name in formats.FORMATS:
+            got = quantize(x.to(device), name, rounding="stochastic", rng=rng.to(device))
+            data, scale, _ = reference.quantize(x, name, rounding="stochastic", rng=rng)
+            same = torch.equal(got.data.cpu(), data) and torch.equal(got.scale.cpu(), scale)
+            results.append(
+                (
+                    f"{device} quantize {name}",
+                    same,
+                    "bytes equal the reference" if same else "bytes differ",
+                )
+            )
+        if not has_kernel("gemm", device.upper()):
+            continue
+        a = quantize(x.to(device), "mxfp4")
+        got = gemm(a, a, out_dtype=torch.float32).double().cpu()
+        values = a.dequantize().double().cpu()
+        error = (
+            (got - values @ values.T).abs() / (values.abs() @ values.abs().T).clamp_min(1e-30)
+        ).max()
+        results.append(
+            (
+                f"{device} gemm mxfp4",
+                bool(error <= 256 * 2**-24),
+                f"error {float(error):.1e} of |A||B|",
+            )
+        )
+    return results
+
+
+def _print_report(data: dict) -> None:
+    print(
+        f"mxtrain {data['mxtrain']}   torch {data['torch']}   Python {data['python']}   {data['platform']}"
+    )
+    build = data["build"]
+    archs = build["cuda_archs"] or "none (CPU-only build)"
+    print(
+        f"build   CUDA architectures: {archs}   nvcc: {build['nvcc'] or '-'}   compiler: {build['cxx']}"
+    )
+    print(
+        f"        torch ABI {build['torch_abi']}, built with torch {build['built_with_torch']}; CPU kernels: {build['cpu_isa']}"
+    )
+    for gpu in data["gpus"] or [None]:
+        text = (
+            f"{gpu['name']}, compute capability {gpu['compute_capability']}, {gpu['memory_gib']} GiB"
+            if gpu
+            else "none visible"
+        )
+        print(f"GPU     {text}")
+    for name, value in data["environment"].items():
+        print(f"set     {name}={value}")
+    print(f"\n{'op':<18}{'on the CPU':<34}on CUDA")
+    for op, chosen in data["backends"].items():
+        print(f"{op:<18}{chosen['cpu']:<34}{chosen['cuda']}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the report and run the self test; 0 if it passes."""
+    parser = argparse.ArgumentParser(prog="python -m mxtrain.env", description=__doc__)
+    parser.add_argument(
+        "--json", action="store_true", help="print the report as JSON, without the self test"
+    )
+    options = parser.parse_args(argv)
+    data = report()
+    if options.json:
+        print(json.dumps(data, indent=2))
+        return 0
+    _print_report(data)
+    start = time.perf_counter()
+    results = self_test()
+    print(f"\nself test ({time.perf_counter() - start:.1f} s)")
+    for name, passed, detail in results:
+        print(f"  {'PASS' if passed else 'FAIL'}  {name:<26}{detail}")
+    return 0 if all(passed for _, passed, _ in results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,560 @@
+"""The quantized linear layer: one autograd function for every recipe, `linear` and `MXLinear`.
+
+With X [N, K] the tokens, W [C, K] the weight, dY [N, C] and Q the six quantizers of a Recipe:
+
+    fprop   Y  = Q(X)    Q(W)^T  + b     blocks along K = in_features
+    dgrad   dX = Q(dY)   Q(W^T)^T        blocks along C = out_features
+    wgrad   dW = Q(dY^T) Q(X^T)^T        blocks along N = tokens
+    bias    db = column sum of dY in float32, dY unquantized
+
+- Gradients pass straight through the quantizers; nothing is masked.
+- Tensors are quantized from their own dtype, also under autocast. Y has the autocast dtype where
+  autocast is on for the device of x, else x's; dX, dW and db have those of x, weight and bias.
+- Saved for backward are the packed operands; x or weight itself only where backward uses it
+  unquantized, and weight where backward quantizes the original.
+- Randomness: one draw from torch's generator a forward, with a row for each of X, W and dY, saved
+  for backward. So `torch.manual_seed` and the recomputation of a checkpoint repeat the bits.
+- Where whole blocks of tokens do not fill a Hadamard group of wgrad, rows of zeros do. That is
+  exact: both operands of the GEMM are rotated alike.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from .formats import FORMATS
+from .operand import Operand, draw_rng, draw_signs, gemm, quantize, quantize_dual, requantize
+from .recipe import Quantizer, Recipe, fixed_signs, get_recipe
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+# Rows of the drawn rng ([3, 2]) and of the drawn signs ([3, largest group]).
+_X, _W, _DY = 0, 1, 2
+_SIGNS_ROW = {"fprop": 0, "dgrad": 1, "wgrad": 2}
+
+
+# ---- operands ----
+
+
+def _quantize(
+    x: Tensor, q: Quantizer, rng: Tensor | None, signs: Tensor | None, *,
+    transpose: bool = False, toward: Tensor | None = None,
+) -> Operand:  # fmt: skip
+    """quantize with the fields of q. "toward" with nothing to round toward is "nearest"."""
+    rounding = "nearest" if q.rounding == "toward" and toward is None else q.rounding
+    return quantize(
+        x, q.format, scale_rule=q.scale_rule, rounding=rounding, transpose=transpose,
+        rng=rng if rounding == "stochastic" else None, hadamard=q.hadamard, signs=signs,
+        prescale=q.prescale, toward=toward if rounding == "toward" else None,
+    )  # fmt: skip
+
+
+def _quantize_both(
+    x: Tensor, row: Quantizer | None, col: Quantizer | None, rng: Tensor | None,
+    row_signs: Tensor | None, col_signs: Tensor | None,
+) -> tuple[Operand | None, Operand | None]:  # fmt: skip
+    """The operand of x [N, K] by row and that of x.T by col, its tokens filled up for col.
+
+    None gives None; two operands are made from one read of x.
+    """
+    n, k = x.shape
+    if col is not None and _filled(n, col) != n:
+        x = F.pad(x, (0, 0, 0, _filled(n, col) - n))
+    if row is None:
+        return None, None if col is None else _quantize(x, col, rng, col_signs, transpose=True)
+    if col is None:
+        return _quantize(x, row, rng, row_signs), None
+    stochastic = "stochastic" in (row.rounding, col.rounding)
+    a, b = quantize_dual(
+        x, row, col, rng=rng if stochastic else None, row_signs=row_signs, col_signs=col_signs
+    )
+    if a.shape[0] != n:
+        a = Operand(a.data[:n], a.scale[:n], a.format, (n, k), a.tensor_scale)
+    return a, b
+
+
+def _requantize(op: Operand, q: Quantizer, rng: Tensor | None, signs: Tensor | None) -> Operand:
+    """The operand by q of the transpose of op [R, cols], R filled up for q."""
+    rows, cols = op.shape
+    fill = _filled(rows, q) - rows
+    if fill:  # codes and scales of zero are a row of zeros in every format
+        data, scale = F.pad(op.data, (0, 0, 0, fill)), F.pad(op.scale, (0, 0, 0, fill))
+        op = Operand(data, scale, op.format, (rows + fill, cols), op.tensor_scale)
+    return requantize(
+        op, q.format, scale_rule=q.scale_rule, rounding=q.rounding,
+        rng=rng if q.rounding == "stochastic" else None, hadamard=q.hadamard, signs=signs,
+        prescale=q.prescale,
+    )  # fmt: skip
+
+
+def _filled(n: int, q: Quantizer) -> int:
+    """n, rounded up to q's Hadamard group where n in whole blocks is not a multiple of it."""
+    if q.hadamard == 0 or FORMATS[q.format].padded(n) % q.hadamard == 0:
+        return n
+    return -(-n // q.hadamard) * q.hadamard
+
+
+def _product(
+    a: Operand | Tensor, b: Operand | Tensor, bias: Tensor | None, alpha: float,
+    dtype: torch.dtype, out_dtype: torch.dtype, accumulate: str,
+) -> Tensor:  # fmt: skip
+    """alpha * a b^T + bias in out_dtype: an MX GEMM of two operands, else a matmul in dtype."""
+    if isinstance(a, Operand) and isinstance(b, Operand):
+        return gemm(a, b, bias, alpha=alpha, out_dtype=out_dtype, accumulate=accumulate)
+    # alpha is 1 here: Recipe allows a prescale only where both sides have a format.
+    a = a.dequantize(dtype) if isinstance(a, Operand) else a.to(dtype)
+    b = b.dequantize(dtype) if isinstance(b, Operand) else b.to(dtype)
+    return F.linear(a, b, None if bias is None else bias.to(dtype)).to(out_dtype)
+
+
+# ---- randomness ----
+
+_FIXED_SIGNS: dict[tuple[int, torch.device], Tensor] = {}
+
+
+def _fixed_signs(g: int, device: torch.device) -> Tensor:
+    """fixed_signs, made once a device; what a trace or a CUDA graph capture made is not kept."""
+    if torch.compiler.is_compiling():
+        return fixed_signs(g, device)
+    signs = _FIXED_SIGNS.get((g, device))
+    if signs is None:
+        signs = fixed_signs(g, device)
+        capturing = signs.is_cuda and torch.cuda.is_current_stream_capturing()
+        if type(signs) is Tensor and not capturing:
+            _FIXED_SIGNS[g, device] = signs
+    return signs
+
+
+def _signs(recipe: Recipe, name: str, drawn: Tensor | None, device: torch.device) -> Tensor | None:
+    """The signs that both operands of a GEMM share."""
+    q = recipe.pair(name)[0]
+    if q.signs == "none":
+        return None
+    if q.signs == "fixed":
+        return _fixed_signs(q.hadamard, device)
+    return drawn[_SIGNS_ROW[name], : q.hadamard]
+
+
+def _draw(
+    recipe: Recipe, backward: bool, device: torch.device
+) -> tuple[Tensor | None, Tensor | None]:
+    """rng [3, 2] and signs [3, g] for a forward, and its backward; None where none are needed."""
+    rng = recipe.needs_rng if backward else recipe.fprop_needs_rng
+    pairs = [recipe.pair(name) for name in (_SIGNS_ROW if backward else ("fprop",))]
+    group = max(q.hadamard if q.signs == "drawn" else 0 for q, _ in pairs)
+    return (
+        draw_rng(3, device) if rng else None,
+        draw_signs(group, 3, device) if group else None,
+    )
+
+
+# ---- the autograd function ----
+
+
+def _forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, ema: Tensor | None, rng: Tensor | None,
+    drawn: Tensor | None, recipe: Recipe, dtype: torch.dtype, need_x: bool, need_w: bool,
+) -> tuple[Tensor, Operand | Tensor | None, Operand | Tensor | None]:  # fmt: skip
+    """Y [..., C] of x [..., K]; then, where needed, what wgrad uses of X and dgrad of W."""
+    fx, fw, wx, dw = recipe.fprop_x, recipe.fprop_w, recipe.wgrad_x, recipe.dgrad_w
+    signs = _signs(recipe, "fprop", drawn, x.device)
+    x_rng, w_rng = (None, None) if rng is None else (rng[_X], rng[_W])
+
+    row = fx if fx.format else None
+    col = wx if need_w and wx.format and wx.source == "original" else None
+    col_signs = _signs(recipe, "wgrad", drawn, x.device) if col else None
+    rows = x.reshape(-1, x.shape[-1])
+    x_row, x_col = _quantize_both(rows, row, col, x_rng, signs, col_signs)
+    w_row = _quantize(weight, fw, w_rng, signs, toward=ema) if fw.format else None
+    y = _product(
+        rows if x_row is None else x_row, weight if w_row is None else w_row, bias,
+        recipe.alpha("fprop"), dtype, dtype, recipe.accumulate,
+    )  # fmt: skip
+
+    keep_x = keep_w = None
+    if need_w:
+        keep_x = x if wx.format is None else x_row if wx.source == "forward" else x_col
+    if need_x:
+        keep_w = w_row if dw.source == "forward" else weight
+    if x.dim() != 2:
+        # As F.linear does it: no in-place op may follow if a Function returns a view.
+        y = torch.ops.aten._unsafe_view(y, [*x.shape[:-1], weight.shape[0]])
+    return y, keep_x, keep_w
+
+
+def _parts(kept: Operand | Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The tensors of an operand, or the tensor itself, for save_for_backward."""
+    if isinstance(kept, Operand):
+        return kept.data, kept.scale, kept.tensor_scale
+    return kept, None, None
+
+
+class _Linear(torch.autograd.Function):
+    """Y [..., C] of x [..., K], weight and ema [C, K], bias [C], rng [3, 2], drawn [3, g]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, ema: Tensor | None,
+        rng: Tensor | None, drawn: Tensor | None, recipe: Recipe, dtype: torch.dtype,
+    ) -> Tensor:  # fmt: skip
+        need_x, need_w = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+        y, keep_x, keep_w = _forward(
+            x, weight, bias, ema, rng, drawn, recipe, dtype, need_x, need_w
+        )
+        ctx.save_for_backward(*_parts(keep_x), *_parts(keep_w), rng, drawn)
+        ctx.recipe, ctx.dtype, ctx.in_features = recipe, dtype, weight.shape[1]
+        ctx.x_dtype, ctx.weight_dtype = x.dtype, weight.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        recipe, dtype = ctx.recipe, ctx.dtype
+        need_x, need_w, need_b = ctx.needs_input_grad[:3]
+        x_data, x_scale, x_tensor_scale, w_data, w_scale, w_tensor_scale, rng, drawn = (
+            ctx.saved_tensors
+        )
+        x_shape = (*dy.shape[:-1], ctx.in_features)
+        dy = dy.reshape(-1, dy.shape[-1])
+        if dy.dtype not in DTYPES:
+            dy = dy.to(dtype)
+        (n, c), k = dy.shape, ctx.in_features
+        x_rng, w_rng, dy_rng = (None,) * 3 if rng is None else (rng[_X], rng[_W], rng[_DY])
+        dgrad_signs = _signs(recipe, "dgrad", drawn, dy.device) if need_x else None
+        wgrad_signs = _signs(recipe, "wgrad", drawn, dy.device) if need_w else None
+        row = recipe.dgrad_dy if need_x and recipe.dgrad_dy.format else None
+        col = recipe.wgrad_dy if need_w and recipe.wgrad_dy.format else None
+        dy_row, dy_col = _quantize_both(dy, row, col, dy_rng, dgrad_signs, wgrad_signs)
+
+        dx = dw = db = None
+        if need_x:
+            q = recipe.dgrad_w
+            if q.format is None:
+                w = w_data.t()
+            elif q.source == "forward":
+                w = Operand(w_data, w_scale, recipe.fprop_w.format, (c, k), w_tensor_scale)
+                w = _requantize(w, q, w_rng, dgrad_signs)
+            else:
+                w = _quantize(w_data, q, w_rng, dgrad_signs, transpose=True)
+            dx = _product(
+                dy if dy_row is None else dy_row, w, None,
+                recipe.alpha("dgrad"), dtype, ctx.x_dtype, recipe.accumulate,
+            ).reshape(x_shape)  # fmt: skip
+        if need_w:
+            q = recipe.wgrad_x
+            if q.format is None:
+                x = x_data.reshape(n, k).t()
+            elif q.source == "forward":
+                x = Operand(x_data, x_scale, recipe.fprop_x.format, (n, k), x_tensor_scale)
+                x = _requantize(x, q, x_rng, wgrad_signs)
+            else:
+                x = Operand(x_data, x_scale, q.format, (k, _filled(n, q)), x_tensor_scale)
+            dw = _product(
+                dy.t() if dy_col is None else dy_col, x, None,
+                recipe.alpha("wgrad"), dtype, ctx.weight_dtype, recipe.accumulate,
+            )  # fmt: skip
+        if need_b:
+            db = dy.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+        return dx, dw, db, None, None, None, None, None
+
+
+def _linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, recipe: Recipe, ema: Tensor | None,
+    training: bool,
+) -> Tensor:  # fmt: skip
+    _check_arguments(x, weight, bias, ema)
+    kind = x.device.type
+    autocast = kind != "meta" and torch.is_autocast_enabled(kind)
+    dtype = torch.get_autocast_dtype(kind) if autocast else x.dtype
+    if x.numel() == 0 or weight.numel() == 0:
+        # Nothing to quantize; torch knows the shapes and that the gradients are zero.
+        bias = None if bias is None else bias.to(dtype)
+        return F.linear(x.to(dtype), weight.to(dtype), bias)
+    grad = torch.is_grad_enabled()
+    # In training the draw does not depend on whether autograd records: a reentrant checkpoint runs
+    # the first forward without, and its recomputation must advance the generator alike.
+    rng, drawn = _draw(recipe, training or grad, x.device)
+    requires_grad = x.requires_grad or weight.requires_grad
+    if grad and (requires_grad or (bias is not None and bias.requires_grad)):
+        return _Linear.apply(x, weight, bias, ema, rng, drawn, recipe, dtype)
+    return _forward(x, weight, bias, ema, rng, drawn, recipe, dtype, False, False)[0]
+
+
+def _check_arguments(x: Tensor, weight: Tensor, bias: Tensor | None, ema: Tensor | None) -> None:
+    for name, t in (("x", x), ("weight", weight), ("bias", bias)):
+        if t is not None and t.dtype not in DTYPES:
+            raise TypeError(
+                f"mxtrain::linear: {name} must be bfloat16, float16 or float32, got {t.dtype} "
+                f"({name} {list(t.shape)}). Cast it first."
+            )
+    if weight.dim() != 2:
+        raise ValueError(
+            "mxtrain::linear: weight must be [out_features, in_features], "
+            f"got {list(weight.shape)}."
+        )
+    out_features, in_features = weight.shape
+    if x.dim() == 0 or x.shape[-1] != in_features:
+        raise ValueError(
+            f"mxtrain::linear: x must have in_features = {in_features} as its last size, "
+            f"got {list(x.shape)} (weight {list(weight.shape)})."
+        )
+    if bias is not None and bias.shape != (out_features,):
+        raise ValueError(
+            f"mxtrain::linear: bias must have out_features = {out_features} elements, "
+            f"got {list(bias.shape)} (weight {list(weight.shape)})."
+        )
+    if ema is not None and ema.shape != weight.shape:
+        raise ValueError(
+            "mxtrain::linear: weight_ema must have the shape of weight, "
+            f"got {list(ema.shape)} (weight {list(weight.shape)})."
+        )
+
+
+def _check_fit(what: str, recipe: Recipe, in_features: int, out_features: int) -> None:
+    misfit = recipe.misfit(in_features, out_features)
+    if misfit is not None:
+        raise ValueError(f"mxtrain::{what}: {misfit}. Choose a recipe with a smaller group.")
+
+
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, recipe: str | Recipe = "tetrajet",
+    weight_ema: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """y = x W^T + b, its forward and both its backward GEMMs quantized as the recipe says.
+
+    The bias gradient is the plain float32 column sum of dY in every recipe. (The code released with
+    TetraJet sums the stochastically quantized dY: the same mean with more noise.)
+
+    A recipe that rounds stochastically or draws signs takes random numbers from torch's default
+    generator of the device, once a call.
+
+    Args:
+        x: `[..., in_features]`, bfloat16, float16 or float32; it may have no elements.
+        weight: `[out_features, in_features]`, any of these dtypes.
+        bias: `[out_features]` or None.
+        recipe: a name of `RECIPES`, or a Recipe.
+        weight_ema: like weight; what fprop_w rounds toward in a recipe with `ema_beta`. None, or
+            another recipe: it rounds to nearest.
+
+    Returns:
+        `[..., out_features]` in the autocast dtype where autocast is on for the device of x, else
+        in the dtype of x. Differentiable once.
+
+    Raises:
+        TypeError: for another dtype.
+        ValueError: where the shapes disagree or the recipe does not fit them.
+    """
+    recipe = get_recipe(recipe)
+    if weight.dim() == 2:
+        _check_fit("linear", recipe, weight.shape[1], weight.shape[0])
+    return _linear(x, weight, bias, recipe, weight_ema, True)
+
+
+# ---- the module ----
+
+
+class MXLinear(nn.Linear):
+    """An `nn.Linear` whose GEMMs run as a recipe says. It has the parameters of `nn.Linear`.
+
+    The state_dict is that of `nn.Linear` too, so checkpoints load both ways, unless the recipe has
+    `ema_beta`. Then it also has `weight_ema` (float32, the average of the weight that fprop's
+    weight quantizer rounds toward) and `ema_updates` (int64). Loading a checkpoint without these
+    restarts the average from the loaded weight.
+
+    The average is updated after every `step()` of an optimizer that holds the weight, unless the
+    weight is frozen: the first update copies the weight, a later one is
+    `weight_ema.lerp_(weight, 1 - ema_beta)`. Where an optimizer holds a copy instead (float32
+    masters), call `update_weight_ema([layer])` after its step. For the first `ema_warmup` updates
+    `ema_active` is False and the weight rounds to nearest, in training and evaluation alike. Every
+    rank computes the same average: pass `broadcast_buffers=False` to DistributedDataParallel, or it
+    is sent again with every forward.
+
+    Set `layer.recipe` to change the recipe; the state above comes and goes with it.
+
+    Raises:
+        ValueError: where the recipe does not fit in_features and out_features.
+    """
+
+    weight_ema: Tensor
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = True, device: Any = None,
+        dtype: torch.dtype | None = None, *, recipe: str | Recipe = "tetrajet",
+    ) -> None:  # fmt: skip
+        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
+        self._adopt(recipe)
+
+    @classmethod
+    def from_linear(cls, module: nn.Linear, recipe: str | Recipe = "tetrajet") -> MXLinear:
+        """Turn module itself into an MXLinear and return it: same object, parameters and hooks."""
+        if type(module) is not nn.Linear:
+            raise TypeError(
+                "mxtrain::MXLinear.from_linear: module must be exactly a torch.nn.Linear, got "
+                f"{type(module).__name__}. A subclass may use its weight in ways of its own."
+            )
+        recipe = get_recipe(recipe)
+        _check_fit("MXLinear", recipe, module.in_features, module.out_features)
+        module.__class__ = cls
+        module._adopt(recipe)
+        return module
+
+    def _adopt(self, recipe: str | Recipe) -> None:
+        """Set what an MXLinear has and an nn.Linear has not."""
+        self._ema_updates = 0
+        self.ema_active = False
+        self.recipe = recipe
+
+    @property
+    def recipe(self) -> Recipe:
+        """What the six quantizers are. May be set, to a name or a Recipe."""
+        return self._recipe
+
+    @recipe.setter
+    def recipe(self, recipe: str | Recipe) -> None:
+        recipe = get_recipe(recipe)
+        _check_fit("MXLinear", recipe, self.in_features, self.out_features)
+        self._recipe = recipe
+        if recipe.ema_beta is None:
+            if "weight_ema" in self._buffers:
+                del self.weight_ema
+            self._count_ema(0)
+            _EMA_LAYERS.discard(self)
+        else:
+            if "weight_ema" not in self._buffers:
+                ema = _whole(self.weight).to(torch.float32, copy=True)
+                self.register_buffer("weight_ema", ema)
+            self._count_ema(self._ema_updates)
+            _register(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        ema = self.weight_ema if self.ema_active else None
+        return _linear(x, self.weight, self.bias, self._recipe, ema, self.training)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, recipe={self._recipe.name!r}"
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if "_recipe" in self.__dict__:  # not yet where nn.Linear.__init__ calls this
+            self._restart_ema()
+
+    # ---- Q-EMA state ----
+
+    def _count_ema(self, updates: int) -> None:
+        # forward reads ema_active alone, so torch.compile guards on a bool that flips once.
+        self._ema_updates = updates
+        beta, warmup = self._recipe.ema_beta, self._recipe.ema_warmup
+        self.ema_active = beta is not None and updates >= max(warmup, 1)
+
+    @torch.no_grad()
+    def _copy_to_ema(self, weight: Tensor) -> None:
+        if self.weight_ema.device == weight.device:
+            self.weight_ema.copy_(weight)
+        else:  # the weight has left the meta device by assignment
+            self.weight_ema = weight.to(torch.float32, copy=True)
+
+    def _restart_ema(self) -> None:
+        if "weight_ema" in self._buffers:
+            self._copy_to_ema(_whole(self.weight))
+            self._count_ema(0)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> MXLinear:
+        before = self._buffers.get("weight_ema")
+        super()._apply(fn, recurse)
+        after = self._buffers.get("weight_ema")
+        if after is not None and after.dtype != torch.float32:  # to(bfloat16) is for parameters
+            self._buffers["weight_ema"] = before.to(after.device)
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if "weight_ema" in self._buffers:
+            updates = torch.tensor(self._ema_updates, dtype=torch.int64)
+            destination[prefix + "ema_updates"] = updates
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool,
+        missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        keys = [prefix + "weight_ema", prefix + "ema_updates"]
+        mine = "weight_ema" in self._buffers
+        saved = mine and all(key in state_dict for key in keys)
+        hidden = keys[1:] if saved else keys
+        super()._load_from_state_dict(
+            {key: value for key, value in state_dict.items() if key not in hidden},
+            prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs,
+        )  # fmt: skip
+        if saved:
+            self._count_ema(int(state_dict[keys[1]]))
+        elif mine:
+            if keys[0] in missing_keys:
+                missing_keys.remove(keys[0])
+            if prefix + "weight" in state_dict:
+                self._restart_ema()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "weight_ema" in self._buffers:
+            _register(self)
+
+
+_EMA_LAYERS: weakref.WeakSet[MXLinear] = weakref.WeakSet()
+_HOOK: Any = None
+
+
+def _register(layer: MXLinear) -> None:
+    """Have optimizers update the layer's average. The first layer installs the one hook."""
+    global _HOOK
+    _EMA_LAYERS.add(layer)
+    if _HOOK is None:
+        # Not traced, even where the optimizer's step is compiled: the counts change every step.
+        _HOOK = register_optimizer_step_post_hook(torch.compiler.disable(_after_step))
+
+
+def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    layers: dict[int, list[MXLinear]] = {}
+    for layer in _EMA_LAYERS:
+        layers.setdefault(id(layer.weight), []).append(layer)
+    if layers:  # in the order of the optimizer, which every rank shares
+        params = (p for group in optimizer.param_groups for p in group["params"])
+        held = (layer for p in params if p.requires_grad for layer in layers.get(id(p), ()))
+        update_weight_ema(held)
+
+
+@torch.no_grad()
+def update_weight_ema(layers: Iterable[MXLinear]) -> None:
+    """One Q-EMA update of every layer whose recipe has `ema_beta`. The optimizer hook calls it.
+
+    The first update of a layer copies its weight, so what the weight was at construction leaves no
+    trace; a later one is weight_ema <- weight_ema.lerp(weight, 1 - ema_beta) in float32.
+    """
+    grouped: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
+    for layer in layers:
+        beta = layer.recipe.ema_beta
+        if beta is None:
+            continue
+        weight = _whole(layer.weight)
+        if layer._ema_updates == 0:
+            layer._copy_to_ema(weight)
+        else:
+            emas, weights = grouped.setdefault(1.0 - beta, ([], []))
+            emas.append(layer.weight_ema)
+            weights.append(weight.to(torch.float32))
+        layer._count_ema(layer._ema_updates + 1)
+    for amount, (emas, weights) in grouped.items():
+        torch._foreach_lerp_(emas, weights, amount)
+
+
+def _whole(weight: Tensor) -> Tensor:
+    """The weight without its graph; gathered where FSDP2 keeps a shard between steps."""
+    weight = weight.detach()
+    return weight.full_tensor() if hasattr(weight, "full_tensor") else weight

@@ -1,0 +1,375 @@
+"""Recipes: what each of the six quantizers of a linear layer is. Data, which mxtrain.linear reads.
+
+A linear layer has three GEMMs, each D = alpha * A B^T with blocks along the contraction axis, and
+six quantizers:
+
+    gemm    A, B             computes          blocks along   fields of Recipe
+    fprop   X,    W          Y  = X W^T + b    in_features    fprop_x,  fprop_w
+    dgrad   dY,   W^T        dX = dY W         out_features   dgrad_dy, dgrad_w
+    wgrad   dY^T, X^T        dW = dY^T X       tokens         wgrad_dy, wgrad_x
+
+A new recipe is one more entry of `RECIPES`, or a `Recipe` built anywhere and passed where a name is
+accepted. docs/numerics.md defines what the fields do to the bits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .formats import ACCUMULATE, FORMATS, HADAMARD_GROUPS, ROUNDINGS, SCALE_RULES
+
+SIGNS = ("none", "fixed", "drawn")
+SOURCES = ("original", "forward")
+
+GEMMS = {
+    "fprop": ("fprop_x", "fprop_w"),
+    "dgrad": ("dgrad_dy", "dgrad_w"),
+    "wgrad": ("wgrad_dy", "wgrad_x"),
+}
+"""Each GEMM's two quantizers, the A side first."""
+
+_TENSOR = {
+    "fprop_x": "X", "fprop_w": "W",
+    "dgrad_dy": "dY", "dgrad_w": "W^T",
+    "wgrad_dy": "dY^T", "wgrad_x": "X^T",
+}  # fmt: skip
+_FORWARD_OF = {"dgrad_w": "fprop_w", "wgrad_x": "fprop_x"}
+
+
+def _check(ok: bool, argument: str, condition: str, got: Any, advice: str = "") -> None:
+    """Raise ValueError in the house style unless ok."""
+    if not ok:
+        text = f"mxtrain::{argument} must {condition}, got {got!r}."
+        raise ValueError(f"{text} {advice}" if advice else text)
+
+
+def _check_one_of(argument: str, value: Any, known: Any) -> None:
+    if value not in known:
+        _check(False, argument, "be one of " + ", ".join(map(str, known)), value)
+
+
+@dataclass(frozen=True)
+class Quantizer:
+    """What happens to one operand of one GEMM. `format=None` leaves it in the compute dtype.
+
+    Attributes:
+        format: a name of `mxtrain.FORMATS`, or None.
+        scale_rule: "floor", "ceil" or "even"; not read where format is None.
+        rounding: "nearest", "stochastic", or "toward" (to whichever neighbour is nearer to a second
+            tensor: Q-EMA); not read where format is None.
+        hadamard: group size of the rotation along the contraction axis, 0 for none.
+        signs: of the rotation: "none", "fixed" (the constant vector `fixed_signs(hadamard)`) or
+            "drawn" (anew for each GEMM of each forward).
+        prescale: multiplies once the scale is chosen, before rounding; the GEMM's alpha undoes it.
+        source: "original" quantizes the tensor itself, "forward" the dequantized operand of the
+            forward GEMM (double quantization; dgrad_w and wgrad_x only).
+
+    Raises:
+        ValueError: for an unknown name, or a combination that has no meaning.
+    """
+
+    format: str | None = None
+    scale_rule: str = "ceil"
+    rounding: str = "nearest"
+    hadamard: int = 0
+    signs: str = "none"
+    prescale: float = 1.0
+    source: str = "original"
+
+    def __post_init__(self) -> None:
+        if self.format is not None:
+            _check_one_of("Quantizer: format", self.format, FORMATS)
+        _check_one_of("Quantizer: scale_rule", self.scale_rule, SCALE_RULES)
+        _check_one_of("Quantizer: rounding", self.rounding, ROUNDINGS)
+        _check_one_of("Quantizer: hadamard", self.hadamard, (0, *HADAMARD_GROUPS))
+        _check_one_of("Quantizer: signs", self.signs, SIGNS)
+        _check_one_of("Quantizer: source", self.source, SOURCES)
+        ok = 0 < self.prescale < float("inf")
+        _check(ok, "Quantizer: prescale", "be positive and finite", self.prescale)
+        ok = self.signs == "none" or self.hadamard > 0
+        advice = "Set hadamard to the size of the groups that the signs belong to."
+        _check(ok, "Quantizer: signs", "be 'none' without a Hadamard", self.signs, advice)
+        if self.format is None:
+            ok = (self.hadamard, self.prescale, self.source) == (0, 1.0, "original")
+            ok = ok and self.rounding != "toward"
+            what = "Quantizer: hadamard, prescale, source and rounding"
+            advice = "Set a format, or use Quantizer()."
+            _check(ok, what, "keep their defaults without a format", self, advice)
+
+    def __str__(self) -> str:
+        if self.format is None:
+            return "unquantized"
+        parts = [f"{self.format} {self.scale_rule} {self.rounding}"]
+        if self.prescale != 1.0:
+            parts.append(f"x{self.prescale:g}")
+        if self.hadamard:
+            signs = "" if self.signs == "none" else f" with {self.signs} signs"
+            parts.append(f"Hadamard {self.hadamard}{signs}")
+        if self.source == "forward":
+            parts.append("from the forward operand")
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The six quantizers of a linear layer and what belongs to them. Immutable and hashable.
+
+    Attributes:
+        name: how reports call it.
+        fprop_x, fprop_w, dgrad_dy, dgrad_w, wgrad_dy, wgrad_x: the quantizers. The two of a GEMM
+            share format (unless one is None), hadamard and signs.
+        ema_beta: decay of the average of the weights that fprop_w rounds toward; set if and only if
+            it does.
+        ema_warmup: optimizer steps during which fprop_w rounds to nearest instead.
+        accumulate: "fp32", or "fast" where a GEMM backend may accumulate in fewer bits.
+        reference: where the recipe was published.
+
+    Raises:
+        ValueError: where the quantizers contradict each other; the message says which and why.
+    """
+
+    name: str
+    fprop_x: Quantizer = Quantizer()
+    fprop_w: Quantizer = Quantizer()
+    dgrad_dy: Quantizer = Quantizer()
+    dgrad_w: Quantizer = Quantizer()
+    wgrad_dy: Quantizer = Quantizer()
+    wgrad_x: Quantizer = Quantizer()
+    ema_beta: float | None = None
+    ema_warmup: int = 10
+    accumulate: str = "fp32"
+    reference: str = ""
+
+    def __post_init__(self) -> None:
+        ok = isinstance(self.name, str) and self.name != ""
+        _check(ok, "Recipe: name", "be a non-empty string", self.name)
+        where = f"Recipe {self.name!r}"
+        _check_one_of(f"{where}: accumulate", self.accumulate, ACCUMULATE)
+        for field in _TENSOR:
+            self._check_quantizer(f"{where}: {field}", field)
+        for gemm, (a, b) in GEMMS.items():
+            self._check_pair(f"{where}: {gemm}", a, b)
+        ok = isinstance(self.ema_warmup, int) and self.ema_warmup >= 0
+        _check(ok, f"{where}: ema_warmup", "be an int >= 0", self.ema_warmup)
+        beta, toward = self.ema_beta, self.fprop_w.rounding == "toward"
+        _check(beta is None or 0.0 < beta < 1.0, f"{where}: ema_beta", "lie in (0, 1)", beta)
+        condition = "be set if and only if fprop_w rounds 'toward'"
+        advice = f"fprop_w.rounding is {self.fprop_w.rounding!r}."
+        _check(toward == (beta is not None), f"{where}: ema_beta", condition, beta, advice)
+
+    def _check_quantizer(self, where: str, field: str) -> None:
+        q = getattr(self, field)
+        _check(isinstance(q, Quantizer), where, "be a Quantizer", q)
+        ok = q.rounding != "toward" or field == "fprop_w"
+        advice = "Only fprop_w rounds toward the average of the weights."
+        _check(ok, f"{where}.rounding", "be 'nearest' or 'stochastic'", q.rounding, advice)
+        if q.source == "original":
+            return
+        where += ".source"
+        advice = "Only dgrad_w and wgrad_x have a forward operand."
+        _check(field in _FORWARD_OF, where, "be 'original'", q.source, advice)
+        forward = _FORWARD_OF[field]
+        f = getattr(self, forward)
+        condition = f"be 'original' where {forward} has no format"
+        advice = f"Give {forward} a format, or quantize the original."
+        _check(f.format is not None, where, condition, q.source, advice)
+        condition = f"be 'original' where {forward} is rotated or prescaled"
+        advice = "Requantizing the forward operand would not undo that."
+        _check(f.hadamard == 0 and f.prescale == 1.0, where, condition, q.source, advice)
+
+    def _check_pair(self, where: str, a: str, b: str) -> None:
+        qa, qb = getattr(self, a), getattr(self, b)
+        formats = (qa.format, qb.format)
+        both = None not in formats
+        _check(not both or qa.format == qb.format, where, f"give {a} and {b} one format", formats)
+        rotations = ((qa.hadamard, qa.signs), (qb.hadamard, qb.signs))
+        condition = f"give {a} and {b} the same hadamard and signs"
+        advice = "Both operands of a GEMM share the rotation, which then cancels."
+        _check(rotations[0] == rotations[1], where, condition, rotations, advice)
+        prescales = (qa.prescale, qb.prescale)
+        condition = f"leave {a} and {b} at prescale 1 where one of them has no format"
+        _check(both or prescales == (1.0, 1.0), where, condition, prescales)
+
+    def pair(self, gemm: str) -> tuple[Quantizer, Quantizer]:
+        """The quantizers of A and B of "fprop", "dgrad" or "wgrad"."""
+        _check_one_of("Recipe.pair: gemm", gemm, GEMMS)
+        a, b = GEMMS[gemm]
+        return getattr(self, a), getattr(self, b)
+
+    def alpha(self, gemm: str) -> float:
+        """The factor of the GEMM that undoes the prescales: 1 / (prescale_a * prescale_b)."""
+        a, b = self.pair(gemm)
+        return 1.0 / (a.prescale * b.prescale)
+
+    @property
+    def fprop_needs_rng(self) -> bool:
+        """Whether the forward GEMM rounds stochastically; evaluation then draws numbers too."""
+        return any(q.format and q.rounding == "stochastic" for q in self.pair("fprop"))
+
+    @property
+    def needs_rng(self) -> bool:
+        """Whether any of the six quantizers rounds stochastically."""
+        backward = self.pair("dgrad") + self.pair("wgrad")
+        return self.fprop_needs_rng or any(
+            q.format and q.rounding == "stochastic" for q in backward
+        )
+
+    def misfit(self, in_features: int, out_features: int) -> str | None:
+        """Why a layer of this shape cannot run the recipe, or None where it can.
+
+        A Hadamard group must divide the contraction axis, once that is padded to whole blocks. The
+        axis of wgrad, the tokens, is padded further at run time, so it always fits.
+        """
+        axes = {"fprop": ("in_features", in_features), "dgrad": ("out_features", out_features)}
+        for gemm, (axis, size) in axes.items():
+            q = self.pair(gemm)[0]
+            if q.hadamard and FORMATS[q.format].padded(size) % q.hadamard:
+                return (
+                    f"{axis} = {size}, padded to {FORMATS[q.format].padded(size)}, must be a "
+                    f"multiple of {q.hadamard}, the Hadamard group of {gemm} in {self.name!r}"
+                )
+        return None
+
+    def replace(self, **changes: Any) -> Recipe:
+        """A copy with some fields changed, validated again (`dataclasses.replace`)."""
+        return dataclasses.replace(self, **changes)
+
+    def describe(self) -> str:
+        """One line a GEMM: both quantizers, and what applies to the GEMM as a whole."""
+        return "\n".join(f"{gemm}  {self._describe(gemm, ' | ')}" for gemm in GEMMS)
+
+    def _describe(self, gemm: str, separator: str) -> str:
+        (name_a, name_b), (a, b) = (_TENSOR[field] for field in GEMMS[gemm]), self.pair(gemm)
+        parts = [f"{name_a}, {name_b}: {a}"] if a == b else [f"{name_a}: {a}", f"{name_b}: {b}"]
+        if self.alpha(gemm) != 1.0:
+            parts.append(f"alpha {self.alpha(gemm):.6g}")
+        if gemm == "fprop" and self.ema_beta is not None:
+            parts.append(f"EMA of W: beta {self.ema_beta:g}, used after {self.ema_warmup} steps")
+        return separator.join(parts)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested dicts of strings, numbers and None, ready for JSON; `from_dict` reads them."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> Recipe:
+        """The recipe that `to_dict` wrote; absent fields keep their defaults.
+
+        Raises ValueError for a field that does not exist, or for a recipe that is not valid.
+        """
+        _reject_unknown("Recipe.from_dict: fields", fields, cls)
+        fields = dict(fields)
+        for field in _TENSOR:
+            if isinstance(fields.get(field), dict):
+                _reject_unknown(f"Recipe.from_dict: {field}", fields[field], Quantizer)
+                fields[field] = Quantizer(**fields[field])
+        return cls(**fields)
+
+
+def _reject_unknown(what: str, fields: dict[str, Any], cls: type) -> None:
+    known = [field.name for field in dataclasses.fields(cls)]
+    unknown = [key for key in fields if key not in known]
+    _check(not unknown, what, "be among " + ", ".join(known), unknown)
+
+
+def fixed_signs(g: int, device: torch.device | str = "cpu") -> Tensor:
+    """The constant signs of a "fixed" rotation: int8 `[g]` of +-1, alike on every device.
+
+    Integer arithmetic on the device, so it takes no generator and no copy from the host. With
+    h = (i + 1) * 0x9E3779B1 mod 2^32, then h = (h xor (h >> 15)) * 0x2C1B3C6D mod 2^32, element i
+    is negative where h >= 2^31.
+    """
+    _check_one_of("fixed_signs: g", g, HADAMARD_GROUPS)
+    h = torch.arange(1, g + 1, dtype=torch.int64, device=device) * 0x9E3779B1 & 0xFFFFFFFF
+    h = (h ^ (h >> 15)) * 0x2C1B3C6D & 0xFFFFFFFF
+    return (1 - 2 * (h >> 31)).to(torch.int8)
+
+
+# ---- the table ----
+
+_NONE = Quantizer()
+_FLOOR = Quantizer("mxfp4", "floor")
+_CEIL = Quantizer("mxfp4", "ceil")
+_CEIL_SR = Quantizer("mxfp4", "ceil", "stochastic")
+_CEIL_SR_AGAIN = Quantizer("mxfp4", "ceil", "stochastic", source="forward")
+_CEIL_EMA = Quantizer("mxfp4", "ceil", "toward")
+_RHT_SR = Quantizer("mxfp4", "floor", "stochastic", hadamard=64, signs="drawn", prescale=0.75)
+_MXFP8 = Quantizer("mxfp8_e4m3", "ceil")
+_NV = Quantizer("nvfp4", "even")
+_NV_SR = Quantizer("nvfp4", "even", "stochastic")
+_NV_RHT = Quantizer("nvfp4", "even", hadamard=16, signs="fixed")
+_NV_RHT_SR = Quantizer("nvfp4", "even", "stochastic", hadamard=16, signs="fixed")
+
+# name: (X, W of fprop, dY, W^T of dgrad, dY^T, X^T of wgrad), what else, reference
+_TABLE: dict[str, tuple[tuple[Quantizer, ...], dict[str, Any], str]] = {
+    "bf16": (
+        (_NONE,) * 6, {},
+        "torch.nn.Linear",
+    ),
+    "mxfp4_baseline": (
+        (_FLOOR,) * 6, {},
+        "Rouhani et al., Microscaling Data Formats for Deep Learning, arXiv 2310.10537",
+    ),
+    "tetrajet": (
+        (_CEIL, _CEIL, _CEIL_SR, _CEIL_SR_AGAIN, _CEIL_SR, _CEIL_SR_AGAIN), {},
+        "Chen et al., Oscillation-Reduced MXFP4 Training for Vision Transformers, arXiv 2502.20853",
+    ),
+    "tetrajet_ema": (
+        (_CEIL, _CEIL_EMA, _CEIL_SR, _CEIL_SR_AGAIN, _CEIL_SR, _CEIL_SR_AGAIN), {"ema_beta": 0.998},
+        "Chen et al., Q-EMA in the same paper, arXiv 2502.20853",
+    ),
+    "mxfp4_backward": (
+        (_NONE, _NONE, _RHT_SR, _RHT_SR, _RHT_SR, _RHT_SR), {},
+        "Tseng et al., Training LLMs with MXFP4, arXiv 2502.20586",
+    ),
+    "mxfp4_backward_mxfp8": (
+        (_MXFP8, _MXFP8, _RHT_SR, _RHT_SR, _RHT_SR, _RHT_SR), {},
+        "Tseng et al., with an FP8 forward, arXiv 2502.20586",
+    ),
+    "mxfp8": (
+        (_MXFP8,) * 6, {},
+        "NVIDIA, Recipes for Pre-training LLMs with MXFP8, arXiv 2506.08027",
+    ),
+    "nvfp4": (
+        (_NV, _NV, _NV_SR, _NV, _NV_RHT_SR, _NV_RHT), {},
+        "NVIDIA, Pretraining Large Language Models with NVFP4, arXiv 2509.25149",
+    ),
+}  # fmt: skip
+
+RECIPES: dict[str, Recipe] = {
+    name: Recipe(name, *quantizers, **others, reference=reference)
+    for name, (quantizers, others, reference) in _TABLE.items()
+}
+"""Every named recipe."""
+
+
+def get_recipe(recipe: str | Recipe) -> Recipe:
+    """The recipe of that name; a Recipe is returned as it is.
+
+    Raises ValueError, with the names, for an unknown one; TypeError for something else.
+    """
+    if isinstance(recipe, Recipe):
+        return recipe
+    if not isinstance(recipe, str):
+        got = type(recipe).__name__
+        raise TypeError(f"mxtrain::get_recipe: recipe must be a name or a Recipe, got {got}.")
+    if recipe not in RECIPES:
+        raise ValueError(
+            f"mxtrain::get_recipe: recipe must be one of {', '.join(RECIPES)}, got {recipe!r}. "
+            "Pass a mxtrain.Recipe for one of your own."
+        )
+    return RECIPES[recipe]
+
+
+def table() -> str:
+    """The named recipes as a markdown table, for the README and the documentation."""
+    rows = [("recipe", *GEMMS, "reference"), ("---",) * (len(GEMMS) + 2)]
+    for recipe in RECIPES.values():
+        gemms = (recipe._describe(gemm, "; ") for gemm in GEMMS)
+        rows.append((f"`{recipe.name}`", *gemms, recipe.reference))
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)

@@ -1,0 +1,267 @@
+"""The training examples: what comes out, resuming bit for bit, and what is refused."""
+
+from __future__ import annotations
+
+import csv
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+for package in ("matplotlib", "sklearn", "tqdm"):
+    pytest.importorskip(package, reason="the examples extra is not installed")
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+sys.path.insert(0, str(EXAMPLES))
+
+import harness  # noqa: E402
+from train_gpt import StandardLibrary  # noqa: E402
+from train_vit import Digits  # noqa: E402
+
+SMALL = "--steps 4 --eval-every 2 --batch 32 --dim 32 --depth 1 --heads 2 --device cpu --threads 1"
+TASKS = {
+    "vit": (Digits, SMALL.split()),
+    "gpt": (StandardLibrary, [*SMALL.split(), "--context", "32", "--megabytes", "0.5"]),
+}
+
+
+@pytest.fixture(params=TASKS)
+def example(request):
+    """(the task's class, options of a run that takes a second)."""
+    return TASKS[request.param]
+
+
+@pytest.fixture(autouse=True)
+def _threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def load(path: Path) -> dict:
+    return torch.load(path, weights_only=True)
+
+
+def read_csv(path: Path) -> list[list[str]]:
+    with open(path, newline="") as file:
+        return list(csv.reader(file))
+
+
+def same(a, b) -> bool:
+    """Bitwise equality of nested checkpoint fields."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+# ---- what comes out ----
+
+
+def test_table_log_and_plot(example, tmp_path, capsys):
+    task, options = example
+    recipes = ["tetrajet", "bf16", "mxfp4_baseline"]
+    options = [*options, "--seed", "0", "1", "--recipe", *recipes, "--out", str(tmp_path)]
+    assert harness.main(task(), options) == 0
+
+    lines = capsys.readouterr().out.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("recipe "))
+    assert all(word in lines[start] for word in (task.metric, "validation loss", "gap to bf16"))
+    rows = [line.split() for line in lines[start + 2 : start + 5]]
+    assert [row[0] for row in rows] == ["bf16", "tetrajet", "mxfp4_baseline"]  # the baseline first
+    assert all("±" in row for row in rows)  # two seeds
+
+    header, *log = read_csv(tmp_path / "log.csv")
+    assert header[:5] == ["recipe", "seed", "step", "train_loss", "val_loss"]
+    assert len(log) == 3 * 2 * 2  # recipes, seeds, validations
+    assert {(row[0], row[1]) for row in log} == {(r, s) for r in recipes for s in "01"}
+    assert [row[2] for row in log[:2]] == ["2", "4"]
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert load(tmp_path / "checkpoint.pt")["run"]["step"] == 4
+
+
+def test_recipes_differ_in_nothing_else(example):
+    task, options = example
+    task = task()
+    args = harness.make_parser(task).parse_args(options)
+    task.load(args)
+    bf16, other = (harness.Run(task, args, recipe, 3) for recipe in ("bf16", "tetrajet"))
+    names = dict(bf16.model.named_parameters())
+    assert all(torch.equal(p, names[name]) for name, p in other.model.named_parameters())
+    for run in (bf16, other):
+        run.advance()  # stochastic rounding must leave the order of the data alone
+    first, second = (task.batch(32, run.data_rng) for run in (bf16, other))
+    assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
+
+
+def test_default_sizes_fill_their_blocks():
+    vit = {name: default for name, (default, _) in Digits.options.items()}
+    gpt = {name: default for name, (default, _) in StandardLibrary.options.items()}
+    tokens = vit["batch"] * (1 + (8 // vit["patch"]) ** 2), gpt["batch"] * gpt["context"]
+    assert all(size % 32 == 0 for size in (vit["dim"], gpt["dim"], *tokens))
+
+
+def test_bf16_linear_is_bf16():
+    """One rounding of an exact sum: what torch's BF16 matmul gives, up to the order of the sum."""
+    layer = torch.nn.Linear(64, 96)
+    x, dy = torch.randn(40, 64, requires_grad=True), torch.randn(40, 96).bfloat16()
+    y = harness.bf16_linear(layer, x)
+    y.backward(dy)
+    x2 = x.detach().bfloat16().requires_grad_()
+    weight, bias = (p.detach().bfloat16().requires_grad_() for p in layer.parameters())
+    y2 = F.linear(x2, weight, bias)
+    y2.backward(dy)
+    assert y.dtype == torch.bfloat16 and x.grad.dtype == torch.float32
+    pairs = ((y, y2), (x.grad, x2.grad), (layer.weight.grad, weight.grad))
+    for got, expected in pairs:
+        torch.testing.assert_close(got.float(), expected.float(), rtol=2**-7, atol=1e-5)
+        assert torch.equal(got.float(), got.bfloat16().float())
+
+
+def test_list(capsys):
+    assert harness.main(Digits(), ["--list"]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in ("bf16", "mxfp4_baseline", "tetrajet", "nvfp4"))
+
+
+# ---- interruption and resumption ----
+
+
+@pytest.mark.parametrize("name, number", [("vit", signal.SIGINT), ("gpt", signal.SIGTERM)])
+def test_resume_is_bit_exact(name, number, tmp_path, monkeypatch, capsys):
+    """20 steps of two recipes straight through, and the same stopped at step 7 of the second."""
+    task, options = TASKS[name]
+    options = [*options, "--recipe", "bf16", "tetrajet_ema", "--steps", "20", "--eval-every", "6"]
+    options += ["--save-every", "5"]
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    assert harness.main(task(), [*options, "--out", str(straight)]) == 0
+
+    batch, calls = task.batch, []
+
+    def interrupted(self, *args):
+        calls.append(0)
+        if len(calls) == 27:
+            os.kill(os.getpid(), number)
+        return batch(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(task, "batch", interrupted)
+        assert harness.main(task(), [*options, "--out", str(stopped)]) == 128 + number
+    checkpoint = stopped / "checkpoint.pt"
+    assert load(checkpoint)["run"]["step"] == 7 and "--resume" in capsys.readouterr().out
+
+    assert harness.main(task(), ["--resume", str(checkpoint)]) == 0
+    one, two = load(straight / "checkpoint.pt"), load(checkpoint)
+    assert two["run"]["step"] == 20 and same(one["run"], two["run"])
+    assert read_csv(straight / "log.csv") == read_csv(stopped / "log.csv")
+    assert harness.main(task(), [*options, "--resume", str(checkpoint)]) == 0  # nothing left to do
+
+
+def test_ctrl_c_leaves_a_checkpoint(tmp_path):
+    checkpoint = tmp_path / "checkpoint.pt"
+    command = [sys.executable, str(EXAMPLES / "train_vit.py"), *SMALL.split(), "--recipe", "bf16"]
+    command += ["--steps", "1000000", "--save-every", "5", "--out", str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        deadline = time.monotonic() + 120
+        while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and b"Traceback" not in err, err.decode()
+    assert f"--resume {checkpoint}".encode() in out
+    assert load(checkpoint)["run"]["step"] >= 5
+
+
+def test_a_broken_save_leaves_the_last_checkpoint(tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint.pt"
+    harness.save_checkpoint(str(path), {"step": 1})
+
+    def full_disk(content, file):
+        file.write(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        harness.save_checkpoint(str(path), {"step": 2})
+    assert load(path) == {"step": 1}
+
+
+# ---- what is refused ----
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory) -> Path:
+    """A folder with a good checkpoint and others that must be refused."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    options = [*TASKS["vit"][1], "--recipe", "bf16", "--out", str(folder)]
+    assert harness.main(Digits(), options) == 0
+    good = folder / "checkpoint.pt"
+    content = good.read_bytes()
+    (folder / "empty.pt").write_bytes(b"")
+    (folder / "truncated.pt").write_bytes(content[: len(content) // 2])
+    (folder / "picture.pt").write_bytes((folder / "curves.png").read_bytes())
+    torch.save({"weight": torch.zeros(2)}, folder / "foreign.pt")
+    torch.save({**load(good), "magic": "mxtrain example checkpoint, version 0"}, folder / "old.pt")
+    torch.save({**load(good), "data": 0}, folder / "other_data.pt")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "name, task, options, reason",
+    [
+        ("missing.pt", Digits, [], "which does not exist"),
+        ("empty.pt", Digits, [], "cut short"),
+        ("truncated.pt", Digits, [], "cut short"),
+        ("picture.pt", Digits, [], "something else"),
+        (".", Digits, [], "something else"),
+        ("foreign.pt", Digits, [], "another program or release wrote"),
+        ("old.pt", Digits, [], "another program or release wrote"),
+        ("other_data.pt", Digits, [], "the same data"),
+        ("checkpoint.pt", StandardLibrary, [], "which train_vit.py wrote"),
+        ("checkpoint.pt", Digits, ["--dim", "64"], "--dim 64"),
+        ("checkpoint.pt", Digits, ["--recipe", "tetrajet"], "--recipe"),
+    ],
+)
+def test_refused_checkpoints(checkpoints, name, task, options, reason, capsys):
+    assert harness.main(task(), ["--resume", str(checkpoints / name), *options]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"{task.name}: --resume must name a checkpoint") and reason in err
+    assert ", got " in err and str(checkpoints) in err and len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--recipe", "bf16", "tetrajett"], "--recipe must be among bf16, mxfp4_baseline"),
+        (["--device", "tpu"], "--device must be among cpu"),
+        (["--steps", "0"], "--steps must be positive, got 0"),
+        (["--lr", "nan"], "--lr must be positive, got nan"),
+        (["--eval-every", "-1"], "--eval-every must be positive, got -1"),
+        (["--heads", "5"], "--dim must be a multiple of --heads"),
+    ],
+)
+def test_refused_options(example, options, message, tmp_path, capsys):
+    task, small = example
+    assert harness.main(task(), [*small, "--out", str(tmp_path), *options]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"{task.name}: {message}") and "got" in err
+    assert len(err.splitlines()) == 1
+
+
+def test_refusal_is_an_exit_status(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train_gpt.py", "--recipe", "int4"])
+    with pytest.raises(SystemExit) as exit:
+        runpy.run_path(str(EXAMPLES / "train_gpt.py"), run_name="__main__")
+    assert exit.value.code == 2 and not list(tmp_path.iterdir())
+    assert capsys.readouterr().err.startswith("train_gpt: --recipe must be among")

@@ -1,0 +1,344 @@
+"""Recipes: the table, validation and its messages, alpha, serialization, the fixed signs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+
+import pytest
+import torch
+
+from mxtrain.formats import FORMATS, HADAMARD_GROUPS
+from mxtrain.recipe import GEMMS, RECIPES, Quantizer, Recipe, fixed_signs, get_recipe, table
+
+MXFP4 = Quantizer("mxfp4")
+ROTATED = Quantizer("mxfp4", hadamard=64, signs="drawn")
+
+
+def fields(recipe: Recipe) -> list[Quantizer]:
+    return [getattr(recipe, field) for pair in GEMMS.values() for field in pair]
+
+
+# ---- the table ----
+
+
+def test_names():
+    assert list(RECIPES) == [
+        "bf16", "mxfp4_baseline", "tetrajet", "tetrajet_ema", "mxfp4_backward",
+        "mxfp4_backward_mxfp8", "mxfp8", "nvfp4",
+    ]  # fmt: skip
+    assert all(name == recipe.name and recipe.reference for name, recipe in RECIPES.items())
+
+
+def test_bf16_quantizes_nothing():
+    assert all(q.format is None for q in fields(RECIPES["bf16"]))
+
+
+def test_baseline_is_floor_and_nearest_from_the_originals():
+    assert set(fields(RECIPES["mxfp4_baseline"])) == {Quantizer("mxfp4", "floor", "nearest")}
+
+
+def test_tetrajet_double_quantizes_with_stochastic_rounding():
+    recipe = RECIPES["tetrajet"]
+    assert {(q.format, q.scale_rule, q.hadamard) for q in fields(recipe)} == {("mxfp4", "ceil", 0)}
+    assert [q.rounding for q in fields(recipe)] == ["nearest"] * 2 + ["stochastic"] * 4
+    assert [q.source for q in fields(recipe)] == ["original"] * 3 + [
+        "forward",
+        "original",
+        "forward",
+    ]
+
+
+def test_tetrajet_ema_differs_from_tetrajet_in_the_weight_quantizer_only():
+    recipe = RECIPES["tetrajet_ema"]
+    assert (recipe.fprop_w.rounding, recipe.ema_beta, recipe.ema_warmup) == ("toward", 0.998, 10)
+    tetrajet = RECIPES["tetrajet"]
+    assert recipe.replace(
+        name="tetrajet", fprop_w=tetrajet.fprop_w, ema_beta=None, reference=tetrajet.reference
+    ) == tetrajet  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name, forward", [("mxfp4_backward", None), ("mxfp4_backward_mxfp8", "mxfp8_e4m3")]
+)
+def test_mxfp4_backward(name, forward):
+    recipe = RECIPES[name]
+    expected = Quantizer("mxfp4", "floor", "stochastic", hadamard=64, signs="drawn", prescale=0.75)
+    assert set(fields(recipe)[2:]) == {expected}
+    assert set(fields(recipe)[:2]) == {Quantizer(forward)}
+    assert (recipe.alpha("fprop"), recipe.alpha("dgrad"), recipe.alpha("wgrad")) == (
+        1,
+        16 / 9,
+        16 / 9,
+    )
+
+
+def test_nvfp4_rotates_wgrad_and_rounds_gradients_stochastically():
+    recipe = RECIPES["nvfp4"]
+    assert {(q.format, q.scale_rule, q.source) for q in fields(recipe)} == {
+        ("nvfp4", "even", "original")
+    }
+    stochastic = [q.rounding == "stochastic" for q in fields(recipe)]
+    assert stochastic == [False, False, True, False, True, False]
+    assert [(q.hadamard, q.signs) for q in fields(recipe)] == [(0, "none")] * 4 + [
+        (16, "fixed")
+    ] * 2
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=lambda r: r.name)
+def test_needs_rng(recipe):
+    assert recipe.needs_rng == any(q.format and q.rounding == "stochastic" for q in fields(recipe))
+    assert not recipe.fprop_needs_rng
+
+
+def test_forward_stochastic_needs_rng():
+    q = Quantizer("mxfp4", rounding="stochastic")
+    assert Recipe("x", fprop_x=q).fprop_needs_rng and Recipe("x", fprop_x=q).needs_rng
+    assert not Recipe("x", fprop_x=Quantizer(rounding="stochastic")).needs_rng
+
+
+def test_get_recipe():
+    recipe = Recipe("mine")
+    assert get_recipe(recipe) is recipe
+    assert get_recipe("tetrajet") is RECIPES["tetrajet"]
+    with pytest.raises(
+        ValueError,
+        match=r"mxtrain::get_recipe: recipe must be one of bf16, .*nvfp4, got 'tetrajett'",
+    ):
+        get_recipe("tetrajett")
+    with pytest.raises(TypeError, match=r"must be a name or a Recipe, got int"):
+        get_recipe(4)
+
+
+# ---- validation ----
+
+
+BAD_QUANTIZERS = [
+    ({"format": "fp4"}, r"format must be one of mxfp4, .*nvfp4, got 'fp4'"),
+    ({"scale_rule": "up"}, r"scale_rule must be one of floor, ceil, even, got 'up'"),
+    ({"rounding": "up"}, r"rounding must be one of nearest, stochastic, toward, got 'up'"),
+    ({"hadamard": 48}, r"hadamard must be one of 0, 16, 32, 64, 128, 256, got 48"),
+    ({"hadamard": 64, "signs": "random"}, r"signs must be one of none, fixed, drawn, got"),
+    ({"signs": "drawn"}, r"signs must be 'none' without a Hadamard, got 'drawn'. Set hadamard"),
+    ({"source": "again"}, r"source must be one of original, forward, got 'again'"),
+    ({"prescale": 0.0}, r"prescale must be positive and finite, got 0.0"),
+    ({"prescale": -1.0}, r"prescale must be positive and finite, got -1.0"),
+    ({"prescale": float("nan")}, r"prescale must be positive and finite, got nan"),
+    ({"prescale": float("inf")}, r"prescale must be positive and finite, got inf"),
+    ({"format": None, "hadamard": 64}, r"without a format, got Quantizer\(.*use Quantizer\(\)"),
+    ({"format": None, "prescale": 0.75}, r"must keep their defaults without a format"),
+    ({"format": None, "source": "forward"}, r"must keep their defaults without a format"),
+    ({"format": None, "rounding": "toward"}, r"must keep their defaults without a format"),
+]
+
+
+@pytest.mark.parametrize("kwargs, message", BAD_QUANTIZERS)
+def test_quantizer_rejects(kwargs, message):
+    with pytest.raises(ValueError, match="^mxtrain::Quantizer: .*" + message):
+        Quantizer(**{"format": "mxfp4", **kwargs})
+
+
+AGAIN = Quantizer("mxfp4", source="forward")
+TOWARD = Quantizer("mxfp4", rounding="toward")
+PRESCALED = Quantizer("mxfp4", prescale=0.75)
+BAD_RECIPES = [
+    ({"name": ""}, r": name must be a non-empty string, got ''"),
+    ({"accumulate": "bf16"}, r" 'x': accumulate must be one of fp32, fast, got 'bf16'"),
+    ({"ema_warmup": -1}, r"ema_warmup must be an int >= 0, got -1"),
+    ({"ema_warmup": 1.5}, r"ema_warmup must be an int >= 0, got 1.5"),
+    ({"fprop_x": "mxfp4"}, r" 'x': fprop_x must be a Quantizer, got 'mxfp4'"),
+    # the two quantizers of a GEMM
+    (
+        {"fprop_x": MXFP4, "fprop_w": Quantizer("mxfp6_e3m2")},
+        r"fprop must give fprop_x and fprop_w one format, got \('mxfp4', 'mxfp6_e3m2'\)",
+    ),
+    (
+        {"dgrad_dy": ROTATED, "dgrad_w": MXFP4},
+        r"dgrad must give dgrad_dy and dgrad_w the same hadamard and signs, got .* then cancels",
+    ),
+    (
+        {"wgrad_dy": ROTATED, "wgrad_x": dataclasses.replace(ROTATED, signs="fixed")},
+        r"wgrad must give wgrad_dy and wgrad_x the same hadamard and signs",
+    ),
+    ({"dgrad_dy": ROTATED}, r"dgrad must give dgrad_dy and dgrad_w the same hadamard"),
+    (
+        {"dgrad_dy": PRESCALED},
+        r"dgrad_dy and dgrad_w at prescale 1 where one of them has no format, got \(0.75, 1.0\)",
+    ),
+    # double quantization
+    (
+        {"dgrad_dy": AGAIN, "dgrad_w": MXFP4, "fprop_w": MXFP4},
+        r"dgrad_dy.source must be 'original', got 'forward'. Only dgrad_w and wgrad_x have",
+    ),
+    (
+        {"dgrad_dy": MXFP4, "dgrad_w": AGAIN},
+        r"dgrad_w.source must be 'original' where fprop_w has no format, got 'forward'. Give",
+    ),
+    (
+        {"wgrad_dy": MXFP4, "wgrad_x": AGAIN, "fprop_w": MXFP4},
+        r"wgrad_x.source must be 'original' where fprop_x has no format",
+    ),
+    (
+        {"fprop_x": ROTATED, "fprop_w": ROTATED, "wgrad_dy": MXFP4, "wgrad_x": AGAIN},
+        r"wgrad_x.source must be 'original' where fprop_x is rotated or prescaled",
+    ),
+    (
+        {"fprop_x": PRESCALED, "fprop_w": PRESCALED, "dgrad_dy": MXFP4, "dgrad_w": AGAIN},
+        r"dgrad_w.source must be 'original' where fprop_w is rotated or prescaled",
+    ),
+    # Q-EMA
+    (
+        {"fprop_x": TOWARD, "fprop_w": MXFP4, "ema_beta": 0.9},
+        r"fprop_x.rounding must be 'nearest' or 'stochastic', got 'toward'. Only fprop_w",
+    ),
+    ({"fprop_w": TOWARD}, r"ema_beta must be set if and only if fprop_w rounds 'toward', got None"),
+    (
+        {"fprop_w": MXFP4, "ema_beta": 0.9},
+        r"ema_beta must be set if and only if .* got 0.9. fprop_w.rounding is 'nearest'",
+    ),
+    ({"fprop_w": TOWARD, "ema_beta": 1.0}, r"ema_beta must lie in \(0, 1\), got 1.0"),
+    ({"fprop_w": TOWARD, "ema_beta": 0.0}, r"ema_beta must lie in \(0, 1\), got 0.0"),
+]
+
+
+@pytest.mark.parametrize("kwargs, message", BAD_RECIPES)
+def test_recipe_rejects(kwargs, message):
+    with pytest.raises(ValueError, match=r"^mxtrain::Recipe.*" + message):
+        Recipe(**{"name": "x", **kwargs})
+
+
+def test_one_quantizer_alone_is_a_recipe():
+    assert Recipe("only X", fprop_x=MXFP4).fprop_w.format is None
+
+
+def test_replace_validates_and_copies():
+    recipe = RECIPES["tetrajet"]
+    changed = recipe.replace(accumulate="fast")
+    assert (changed.accumulate, recipe.accumulate) == ("fast", "fp32")
+    assert changed.fprop_x is recipe.fprop_x
+    with pytest.raises(
+        ValueError, match=r"wgrad_x.source must be 'original' where fprop_x has no format"
+    ):
+        recipe.replace(fprop_x=Quantizer())
+
+
+def test_frozen_and_hashable():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        RECIPES["tetrajet"].name = "x"
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        MXFP4.format = None
+    assert len(set(RECIPES.values())) == len(RECIPES)
+
+
+# ---- derived ----
+
+
+def test_alpha_undoes_both_prescales():
+    a, b = Quantizer("mxfp4", prescale=0.5), Quantizer("mxfp4", prescale=0.75)
+    recipe = Recipe("x", dgrad_dy=a, dgrad_w=b)
+    assert recipe.alpha("dgrad") == 1 / (0.5 * 0.75)
+    assert recipe.alpha("wgrad") == 1.0
+    with pytest.raises(ValueError, match="gemm must be one of fprop, dgrad, wgrad, got 'bprop'"):
+        recipe.alpha("bprop")
+
+
+@pytest.mark.parametrize(
+    "group, in_features, out_features, axis",
+    [
+        (64, 100, 128, None),  # only dgrad and wgrad are rotated: in_features is free
+        (64, 128, 96, "out_features = 96, padded to 96, must be a multiple of 64"),
+        (64, 128, 100, None),  # 100 is padded to 128
+        (128, 128, 100, None),
+        (256, 128, 100, "out_features = 100, padded to 128, must be a multiple of 256"),
+        (32, 128, 1, None),
+        (16, 128, 1, None),
+    ],
+)
+def test_misfit(group, in_features, out_features, axis):
+    q = Quantizer("mxfp4", hadamard=group)
+    recipe = Recipe("rotated", dgrad_dy=q, dgrad_w=q, wgrad_dy=q, wgrad_x=q)
+    reason = recipe.misfit(in_features, out_features)
+    assert (reason is None) if axis is None else axis in reason
+    forward = Recipe("rotated", fprop_x=q, fprop_w=q)
+    swapped = forward.misfit(out_features, in_features)
+    assert (swapped is None) if axis is None else axis.replace("out", "in") in swapped
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=lambda r: r.name)
+def test_json_round_trip(recipe):
+    again = Recipe.from_dict(json.loads(json.dumps(recipe.to_dict())))
+    assert again == recipe and hash(again) == hash(recipe)
+
+
+def test_from_dict_names_unknown_fields():
+    with pytest.raises(
+        ValueError, match=r"Recipe.from_dict: fields must be among name, .*, got \['beta'\]"
+    ):
+        Recipe.from_dict({"name": "x", "beta": 1})
+    with pytest.raises(
+        ValueError, match=r"Recipe.from_dict: fprop_x must be among format, .*, got \['fmt'\]"
+    ):
+        Recipe.from_dict({"name": "x", "fprop_x": {"fmt": "mxfp4"}})
+    assert Recipe.from_dict({"name": "x"}) == Recipe("x")
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=lambda r: r.name)
+def test_describe_has_one_line_a_gemm(recipe):
+    lines = recipe.describe().splitlines()
+    assert [line.split()[0] for line in lines] == list(GEMMS)
+    for line, gemm in zip(lines, GEMMS, strict=True):
+        for q in recipe.pair(gemm):
+            assert str(q) in line
+        assert ("alpha" in line) == (recipe.alpha(gemm) != 1)
+    assert ("beta 0.998" in lines[0]) == (recipe.ema_beta is not None)
+
+
+def test_describe_names_what_differs():
+    text = RECIPES["mxfp4_backward"].describe()
+    assert "unquantized" in text and "x0.75, Hadamard 64 with drawn signs" in text
+    assert text.count("alpha 1.77778") == 2
+    assert "W^T: mxfp4 ceil stochastic, from the forward operand" in RECIPES["tetrajet"].describe()
+
+
+def test_table_is_markdown_with_one_row_a_recipe():
+    rows = table().splitlines()
+    assert len(rows) == len(RECIPES) + 2
+    assert len({row.count("|") for row in rows}) == 1
+    assert re.fullmatch(r"\|( --- \|)+", rows[1])
+    for row, recipe in zip(rows[2:], RECIPES.values(), strict=True):
+        assert row.startswith(f"| `{recipe.name}` |") and recipe.reference in row
+
+
+# ---- fixed signs ----
+
+
+def _hash(i: int) -> int:
+    h = (i + 1) * 0x9E3779B1 % 2**32
+    h = (h ^ (h >> 15)) * 0x2C1B3C6D % 2**32
+    return -1 if h >= 2**31 else 1
+
+
+@pytest.mark.parametrize("group", HADAMARD_GROUPS)
+def test_fixed_signs_follow_their_formula_and_touch_no_generator(group):
+    state = torch.get_rng_state()
+    signs = fixed_signs(group)
+    assert torch.equal(state, torch.get_rng_state())
+    assert signs.dtype == torch.int8 and signs.tolist() == [_hash(i) for i in range(group)]
+    assert abs(signs.sum().item()) < group // 2
+
+
+def test_fixed_signs_are_alike_on_every_device():
+    for device in ["cuda"] if torch.cuda.is_available() else []:
+        assert torch.equal(fixed_signs(64, device).cpu(), fixed_signs(64))
+    assert fixed_signs(64, "meta").shape == (64,)
+    with pytest.raises(
+        ValueError, match="fixed_signs: g must be one of 16, 32, 64, 128, 256, got 8"
+    ):
+        fixed_signs(8)
+
+
+def test_every_format_makes_a_recipe():
+    for name in FORMATS:
+        q = Quantizer(name)
+        assert set(fields(Recipe(name, *[q] * 6))) == {q}

@@ -1,0 +1,217 @@
+"""What makes the ops good citizens of torch: schemas, fake kernels, autograd (opcheck), torch.compile, and the built library."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from common import FORMATS, operand
+
+import mxtrain
+from mxtrain import _library, ops, reference
+from mxtrain import env as mxtrain_env
+
+X = torch.randn(64, 96)
+RNG = torch.tensor([1, 2])
+
+
+def op_samples(device: str) -> list[tuple[str, tuple, dict]]:
+    """Arguments for every op: (op, args, kwargs)."""
+    x, rng = X.to(device), RNG.to(device)
+    signs = mxtrain.draw_signs(32, device=device)[0]
+    samples = []
+    for code, name in enumerate(FORMATS):
+        a = operand(33, 70, name, device=device)
+        ts = a.tensor_scale
+        samples += [
+            ("quantize", (x.bfloat16(), code), {}),
+            ("quantize", (x.T, code, 2, 1, True, rng, 32, signs, 0.75), {}),
+            ("quantize", (x.half(), code), {"rounding": 2, "toward": x, "swizzle": True}),
+            (
+                "quantize_dual",
+                (x, rng, code, 1, 1, 0, None, 1.0, None, 0, 0, 0, 32, signs, 0.75, None),
+                {},
+            ),
+            ("requantize", (a.data, a.scale, ts, code, 70, 0, 1, 1, rng), {}),
+            ("dequantize", (a.data, a.scale, ts, code, 70, torch.bfloat16), {}),
+            (
+                "gemm",
+                (a.data, a.scale, ts, a.data, a.scale, ts, code, None, 1.0, torch.bfloat16),
+                {},
+            ),
+            (
+                "gemm",
+                (
+                    a.data,
+                    a.scale,
+                    ts,
+                    a.data,
+                    a.scale,
+                    ts,
+                    code,
+                    torch.ones(33, device=device),
+                    0.5,
+                    torch.float32,
+                    1,
+                ),
+                {},
+            ),
+        ]
+    scale = torch.randint(0, 255, (130, 5), dtype=torch.uint8, device=device)
+    samples += [
+        ("hadamard", (x.clone().requires_grad_(), 32, signs), {}),
+        ("hadamard", (x, 16), {}),
+        ("stochastic_round", (x, torch.bfloat16, rng), {}),
+        ("stochastic_round", (x.T, torch.float8_e4m3fn, rng), {}),
+        ("swizzle_scale", (scale,), {}),
+        ("unswizzle_scale", (mxtrain.swizzle_scale(scale), 130, 5), {}),
+    ]
+    return samples
+
+
+@pytest.mark.parametrize("name", ops.OP_NAMES)
+@pytest.mark.ops(*ops.OP_NAMES)
+def test_opcheck(name, device):
+    samples = [s for s in op_samples(device) if s[0] == name]
+    assert samples
+    for _, args, kwargs in samples:
+        torch.library.opcheck(getattr(torch.ops.mxtrain, name), args, kwargs)
+
+
+def test_every_op_is_named_and_documented():
+    registered = {
+        schema.name.split("::")[1]
+        for schema in torch._C._jit_get_all_schemas()
+        if schema.name.startswith("mxtrain::")
+    }
+    assert registered == set(ops.OP_NAMES)
+    for name in registered:
+        assert f"\n{name}(" in ops.__doc__ or f"; {name}(" in ops.__doc__
+        assert getattr(mxtrain, name).__doc__
+
+
+def test_ops_on_meta_tensors():
+    got = torch.ops.mxtrain.quantize(
+        torch.empty(100, 200, device="meta"), FORMATS.index("mxfp4"), transpose=True
+    )
+    assert [tuple(t.shape) for t in got] == [(200, 64), (200, 4), (0,)]
+
+
+@pytest.mark.ops("quantize", "gemm")
+def test_compiled_pipeline_equals_eager_with_dynamic_shapes(device):
+    def f(x, w, rng):
+        a = mxtrain.quantize(x, "mxfp4", rounding="stochastic", rng=rng)
+        return mxtrain.gemm(a, mxtrain.quantize(w, "mxfp4"), out_dtype=torch.float32).relu()
+
+    compiled = torch.compile(f, fullgraph=True, dynamic=True)
+    for rows in (16, 33):
+        x, w = torch.randn(rows, 96, device=device), torch.randn(40, 96, device=device)
+        assert torch.equal(compiled(x, w, RNG.to(device)), f(x, w, RNG.to(device)))
+
+
+@pytest.mark.skipif(not shutil.which("nm"), reason="needs binutils")
+def test_library_has_no_python_and_no_unstable_torch_symbols():
+    command = ["nm", "-D", "--undefined-only", "--demangle", str(_library.PATH)]
+    symbols = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "aoti_torch_" in symbols, (
+        "the stable ABI's shims must be there, or this test reads the wrong table"
+    )
+    bad = [
+        s
+        for s in symbols.splitlines()
+        if any(p in s for p in (" Py", "_Py", "at::", "c10::", "torch::"))
+    ]
+    assert not bad, bad
+    needed = subprocess.run(["ldd", str(_library.PATH)], capture_output=True, text=True).stdout
+    assert "libpython" not in needed
+
+
+def test_catalogue_agrees_with_the_reference():
+    """C++ and the reference define the formats independently."""
+    for name, fmt in mxtrain.FORMATS.items():
+        other = reference.format_named(name)
+        element = other.element
+        assert (fmt.ebits, fmt.mbits, fmt.emax, fmt.max, fmt.block) == (
+            element.ebits,
+            element.mbits,
+            element.emax,
+            element.max,
+            other.block,
+        )
+
+
+def test_host_codecs():
+    host = pytest.importorskip("mxtrain._host", reason="this library was built for another Python")
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    x = torch.arange(65536, dtype=torch.int32).to(torch.uint16).view(torch.bfloat16).float()
+    x = x[x.isfinite()].numpy()
+    dtypes = {
+        "e2m1": "float4_e2m1fn",
+        "e2m3": "float6_e2m3fn",
+        "e3m2": "float6_e3m2fn",
+        "e4m3": "float8_e4m3fn",
+        "e5m2": "float8_e5m2",
+    }
+    for element, name in dtypes.items():
+        dtype = getattr(ml_dtypes, name)
+        limit = float(ml_dtypes.finfo(dtype).max)
+        expected = np.clip(x, -limit, limit).astype(dtype)
+        codes = host.encode(element, x)
+        assert np.array_equal(codes, expected.view(np.uint8)), element
+        every = np.arange(2 ** (1 + sum(map(int, (element[1], element[3])))), dtype=np.uint8)
+        got, want = host.decode(element, every), every.view(dtype).astype(np.float32)
+        assert np.array_equal(got, want, equal_nan=True), element
+    codes = np.arange(255, dtype=np.uint8)
+    assert np.array_equal(
+        host.e8m0_decode(codes), np.ldexp(np.float64(1), codes.astype(int) - 127).astype(np.float32)
+    )
+    assert np.isnan(host.e8m0_decode(np.array([255], np.uint8))[0])
+    # Random123's known answers for philox4x32-10.
+    assert host.philox4x32([0] * 4, [0] * 2) == (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)
+    assert host.philox4x32([2**32 - 1] * 4, [2**32 - 1] * 2) == (
+        0x408F276D,
+        0x41C83B0E,
+        0xA20BC7C6,
+        0x6D5451FD,
+    )
+    pi = [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344]
+    assert host.philox4x32(pi, [0xA4093822, 0x299F31D0]) == (
+        0xD16CFE09,
+        0x94FDCCEB,
+        0x5001E420,
+        0x24126EA1,
+    )
+    with pytest.raises(ValueError, match="element must be one of e2m1"):
+        host.encode("e9m9", x)
+
+
+def test_env_report_and_self_test(capsys):
+    assert mxtrain_env.main([]) == 0
+    text = capsys.readouterr().out
+    assert "FAIL" not in text and "PASS" in text and all(op in text for op in ops.OP_NAMES)
+    assert mxtrain_env.main(["--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert (
+        set(data["backends"]) == set(ops.OP_NAMES)
+        and data["build"]["version"] == mxtrain.__version__
+    )
+    assert mxtrain_env.built_for("9.0", "80;90a") and not mxtrain_env.built_for("8.9", "90a")
+    assert mxtrain_env.built_for("8.9", "80") and not mxtrain_env.built_for("9.1", "90a")
+
+
+def test_import_is_lean():
+    """Importing the package pulls in no test, plotting or compiler package."""
+    code = (
+        "import sys, torch\n"
+        "before = set(sys.modules)\n"
+        "import mxtrain\n"
+        "optional = {'torchao', 'matplotlib', 'sklearn', 'tqdm', 'scipy', 'torch._inductor.compile_fx'}\n"
+        "bad = optional & (set(sys.modules) - before)\n"
+        "sys.exit(repr(bad) if bad else 0)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
