@@ -8,6 +8,7 @@
 #pragma once
 
 #include "formats/block.h"
+#include "ptx/integer.cuh"
 #include "random/philox.h"
 
 namespace mxtrain::cuda {
@@ -39,17 +40,19 @@ __device__ __forceinline__ uint32_t encode_stochastic_fast(float v, uint32_t dra
 
 // A magnitude code in bits 28..30 and its sign in bit 31, for funnel shifts; the rest is garbage.
 __device__ __forceinline__ uint32_t e2m1_top_nibble(uint32_t magnitude, float v) {
-  return (float_bits(v) & kSignBit) | (magnitude & ~kSignBit);
+  return ptx::lop3_select(float_bits(v), magnitude, kSignBit);
 }
 
 // b's field of code 0 is 254: two more make its low bits the code itself. Shifted up by 6, the code
 // is at bit 28.
 __device__ __forceinline__ uint32_t e2m1_stochastic_top(float v, uint32_t draw) {
   using T = EncodeTraits<E2M1>;
+  constexpr uint32_t kUp = 64u;
   const float a = fabsf(v);
   const uint32_t b = float_bits(__fadd_ru(a, fmaxf(a, 1.0f)));
-  return e2m1_top_nibble(
-      b * 64u + (draw * (0u - 64u * T::kDrawStep) + 64u * (T::kCarry + (2u << T::kCut))), v);
+  const uint32_t carry =
+      ptx::mad_lo_u32(draw, 0u - kUp * T::kDrawStep, kUp * (T::kCarry + (2u << T::kCut)));
+  return e2m1_top_nibble(ptx::mad_lo_u32(b, kUp, carry), v);
 }
 
 __device__ __forceinline__ uint32_t e2m1_nearest_top(float v) {

@@ -25,7 +25,7 @@ __device__ __forceinline__ uint32_t encode2_nearest(uint32_t x2, uint32_t ax2, u
   const uint32_t binade2 = ptx::max_bf16x2(a2, kBf16One2) & kBf16Exponent2;
   const uint32_t rounded2 = ptx::fma_rn_bf16x2(a2, kBf16One2, binade2 + kMagicStep2);
   const uint32_t code2 = rounded2 - binade2 + (binade2 >> 6);
-  return (code2 & 0x00070007u) | ((x2 >> 12) & ~0x00070007u);
+  return ptx::lop3_select(code2, x2 >> 12, 0x00070007u);
 }
 
 // The nibbles of w[k]'s low (high) halves, k = 0..7 from the low nibble up: the words of two
@@ -35,10 +35,9 @@ __device__ __forceinline__ void gather_nibbles(const uint32_t (&w)[8], uint32_t&
   uint32_t half[2];
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    uint32_t t = w[4 * h] & 0x000F000Fu;
-    t |= (w[4 * h + 1] << 4) & 0x00F000F0u;
-    t |= (w[4 * h + 2] << 8) & 0x0F000F00u;
-    t |= (w[4 * h + 3] << 12) & 0xF000F000u;
+    uint32_t t = ptx::lop3_select(w[4 * h], w[4 * h + 1] << 4, 0x000F000Fu);
+    t = ptx::lop3_select(t, w[4 * h + 2] << 8, 0x00FF00FFu);
+    t = ptx::lop3_select(t, w[4 * h + 3] << 12, 0x0FFF0FFFu);
     half[h] = t;
   }
   low = __byte_perm(half[0], half[1], 0x5410);
@@ -50,7 +49,7 @@ __device__ __forceinline__ uint32_t join_nibbles(const uint32_t (&w)[4]) {
   uint32_t b[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i)
-    b[i] = (w[i] & 0x0000000Fu) | ((w[i] >> 12) & ~0x0000000Fu);  // byte 0; garbage above
+    b[i] = ptx::lop3_select(w[i], w[i] >> 12, 0x0000000Fu);  // byte 0; garbage above
   return __byte_perm(__byte_perm(b[0], b[1], 0x0040), __byte_perm(b[2], b[3], 0x0040), 0x5410);
 }
 

@@ -132,6 +132,19 @@ __device__ __forceinline__ uint32_t amax_bits8(const float (&v)[8]) {
   return m;
 }
 
+// The same from a source's raw words, where nothing has touched the elements.
+template <class Source>
+__device__ __forceinline__ uint32_t raw_amax_bits8(const uint4 (&raw)[Source::kVectors],
+                                                   const float (&v)[8]) {
+  if constexpr (std::is_same<Source, Bfloat16Source>::value) {
+    const uint32_t w[4] = {raw[0].x, raw[0].y, raw[0].z, raw[0].w};
+    uint32_t unused[4];
+    const uint32_t m2 = abs_amax2(w, unused);
+    return max(m2 << 16, m2 & 0xFFFF0000u);
+  }
+  return amax_bits8(v);
+}
+
 // ... of the block, over the lanes that share it.
 template <class F>
 __device__ __forceinline__ uint32_t block_amax_bits(uint32_t m) {
@@ -237,17 +250,22 @@ __device__ __forceinline__ void store_codes(uint8_t* out, Packed8 codes) {
 
 // ---- two elements a word ----
 
-// Whether encode_pairs.cuh serves: bfloat16 to E2M1 with E8M0 scales, nearest, nothing done to the
-// elements before.
+// What a kernel is compiled for. kPairs: encode_pairs.cuh serves (bfloat16 to E2M1 with E8M0
+// scales, nearest, nothing done to the elements before). kFloats: everything else but rounding
+// `toward`, which reads a second tensor.
+enum class Path { kPairs, kFloats, kToward };
+
 template <class Source, class F>
-struct Pairs {
-  static constexpr bool kPossible = std::is_same<Source, Bfloat16Source>::value && !F::kE4M3Scale &&
-                                    std::is_same<typename F::Element, E2M1>::value;
-  __device__ static __forceinline__ bool serve(const QuantizeParams& p) {
-    return kPossible && p.rounding == static_cast<int>(Rounding::kNearest) && p.hadamard == 0 &&
-           p.prescale == 1.0f;
-  }
-};
+constexpr bool kHasPairs = std::is_same<Source, Bfloat16Source>::value && !F::kE4M3Scale &&
+                           std::is_same<typename F::Element, E2M1>::value;
+
+template <class Source, class F>
+Path choose_path(const QuantizeParams& p) {
+  if (p.toward) return Path::kToward;
+  const bool plain =
+      p.rounding == static_cast<int>(Rounding::kNearest) && p.hadamard == 0 && p.prescale == 1.0f;
+  return kHasPairs<Source, F> && plain ? Path::kPairs : Path::kFloats;
+}
 
 // 8 consecutive elements of an operand row, as 4 words.
 template <class F>

@@ -19,9 +19,25 @@ static cudaError_t launch_dual(const QuantizeParams& row, const QuantizeParams& 
   const int64_t columns = TileTraits::kChunks * T::kPerChunk, width = row.kp, height = col.kp;
   const int64_t across = (width + columns - 1) / columns,
                 down = (height + TileTraits::kTileK - 1) / TileTraits::kTileK;
-  quantize_dual_kernel<T, F>
-      <<<static_cast<unsigned>(across * down), TileTraits::kThreads, 0, stream>>>(
-          row, col, across, vector_copies<T>(col));
+  const unsigned grid = static_cast<unsigned>(across * down);
+  const bool vector = vector_copies<T>(col);
+  constexpr int kThreads = TileTraits::kThreads;
+  if constexpr (kHasPairs<typename T::Source, F>) {
+    const Path row_path = choose_path<typename T::Source, F>(row),
+               col_path = choose_path<typename T::Source, F>(col);
+    if (row_path == Path::kPairs && col_path == Path::kPairs) {
+      quantize_dual_kernel<T, F, Path::kPairs, Path::kPairs>
+          <<<grid, kThreads, 0, stream>>>(row, col, across, vector);
+      return cudaGetLastError();
+    }
+    if (row_path == Path::kPairs) {
+      quantize_dual_kernel<T, F, Path::kPairs, Path::kFloats>
+          <<<grid, kThreads, 0, stream>>>(row, col, across, vector);
+      return cudaGetLastError();
+    }
+  }
+  quantize_dual_kernel<T, F, Path::kFloats, Path::kFloats>
+      <<<grid, kThreads, 0, stream>>>(row, col, across, vector);
   return cudaGetLastError();
 }
 

@@ -57,6 +57,16 @@ __device__ __forceinline__ void load_raw(const QuantizeParams& p, GroupPlace at,
   memcpy(raw, element, sizeof element);
 }
 
+// Group `first` + `step` of one long row.
+template <class Source>
+__device__ __forceinline__ void load_flat(const QuantizeParams& p, int64_t first, int step,
+                                          uint4 (&raw)[Source::kVectors]) {
+  const uint4* base =
+      static_cast<const uint4*>(p.x) + first * Source::kVectors + step * Source::kVectors;
+#pragma unroll
+  for (int i = 0; i < Source::kVectors; ++i) raw[i] = ptx::ld_global_nc_v4(base + i);
+}
+
 __device__ __forceinline__ void load_toward(const QuantizeParams& p, GroupPlace at, float (&z)[8]) {
   const int64_t base = at.row * p.toward_stride_row + at.k0 * p.toward_stride_k;
 #pragma unroll
@@ -69,7 +79,7 @@ __device__ __forceinline__ void load_toward(const QuantizeParams& p, GroupPlace 
 
 // kFlat: the operand is one long row without padding, so every address is a constant step from the
 // thread's first.
-template <class Source, class F, bool kToward, bool kFlat>
+template <class Source, class F, Path kPath, bool kFlat>
 __global__ void __launch_bounds__(RowTraits::kThreads)
     quantize_rows_kernel(const QuantizeParams p, int64_t groups, bool vector) {
   constexpr int N = RowTraits::kGroups, kLanes = F::kBlock / 8;
@@ -83,27 +93,31 @@ __global__ void __launch_bounds__(RowTraits::kThreads)
 #pragma unroll
   for (int n = 0; n < N; ++n) {
     group[n] = first + n * RowTraits::kThreads;
-    at[n] = kFlat ? GroupPlace{0, group[n] * 8} : place_of(p, group[n]);
-    if (n * RowTraits::kThreads < left) load_raw<Source>(p, at[n], kFlat || vector, raw[n]);
+    if (!kFlat) at[n] = place_of(p, group[n]);
+    if (n * RowTraits::kThreads >= left) continue;
+    if (kFlat)
+      load_flat<Source>(p, first, n * RowTraits::kThreads, raw[n]);
+    else
+      load_raw<Source>(p, at[n], vector, raw[n]);
   }
   Philox4 draws[N] = {};
-  draw_groups<N>(make_draw_key(p), group, draws);
+  if (kPath == Path::kFloats) draw_groups<N>(make_draw_key(p), group, draws);
   const Rotation rotation = make_rotation(p, lane);
   const ScaleChooser<F> scales(p);
-  const bool pairs = !kToward && Pairs<Source, F>::serve(p);
 #pragma unroll
   for (int n = 0; n < N; ++n) {
     Packed8 codes;
     BlockScale s;
-    if (pairs) {
+    if constexpr (kPath == Path::kPairs) {
       const uint32_t w[4] = {raw[n][0].x, raw[n][0].y, raw[n][0].z, raw[n][0].w};
       codes = quantize_row_pairs(w, scales, s);
     } else {
       float v[8], z[8] = {};
       Source::unpack(raw[n], v);
       transform8(v, p, rotation, lane);
-      uint32_t block_max = block_amax_bits<F>(amax_bits8(v));
-      if (kToward) {
+      uint32_t block_max =
+          block_amax_bits<F>(rotation.lanes ? amax_bits8(v) : raw_amax_bits8<Source>(raw[n], v));
+      if (kPath == Path::kToward) {
         if (n * RowTraits::kThreads < left) load_toward(p, at[n], z);
         transform8(z, p, rotation, lane);
         const uint32_t toward_max = block_amax_bits<F>(amax_bits8(z));
@@ -111,7 +125,7 @@ __global__ void __launch_bounds__(RowTraits::kThreads)
             toward_max >= kInfBits ? toward_max : block_max;  // a poisoned EMA poisons its block
       }
       s = scales.choose(block_max);
-      codes = encode_group<F, kToward>(v, z, s, p, draws[n]);
+      codes = encode_group<F, kPath == Path::kToward>(v, z, s, p, draws[n]);
     }
     if (n * RowTraits::kThreads >= left) continue;
     store_codes<F>(codes_at<F>(p, first) + n * RowTraits::kThreads * F::kBits, codes);
@@ -165,6 +179,32 @@ static bool vector_loads(const QuantizeParams& p) {
          (p.rows == 1 || p.stride_row * size % 16 == 0);
 }
 
+template <class Source, class F, bool kFlat>
+static void launch_layout(const QuantizeParams& p, int64_t groups, bool vector, unsigned grid,
+                          cudaStream_t stream) {
+  if constexpr (kHasPairs<Source, F>) {
+    if (choose_path<Source, F>(p) == Path::kPairs) {
+      quantize_rows_kernel<Source, F, Path::kPairs, kFlat>
+          <<<grid, RowTraits::kThreads, 0, stream>>>(p, groups, vector);
+      return;
+    }
+  }
+  quantize_rows_kernel<Source, F, Path::kFloats, kFlat>
+      <<<grid, RowTraits::kThreads, 0, stream>>>(p, groups, vector);
+}
+
+template <class Source, class F>
+static void launch_path(const QuantizeParams& p, int64_t groups, bool vector, bool flat,
+                        unsigned grid, cudaStream_t stream) {
+  if (p.toward)
+    quantize_rows_kernel<Source, F, Path::kToward, false>
+        <<<grid, RowTraits::kThreads, 0, stream>>>(p, groups, vector);
+  else if (flat)
+    launch_layout<Source, F, true>(p, groups, vector, grid, stream);
+  else
+    launch_layout<Source, F, false>(p, groups, vector, grid, stream);
+}
+
 template <class Source, class F>
 static cudaError_t launch_rows(QuantizeParams p, cudaStream_t stream) {
   const bool whole = vector_loads<Source>(p) && (p.rows == 1 || p.stride_row == p.cols) &&
@@ -183,15 +223,7 @@ static cudaError_t launch_rows(QuantizeParams p, cudaStream_t stream) {
     const cudaError_t error = launch_finish_tensor_scale(p, stream);
     if (error != cudaSuccess) return error;
   }
-  if (p.toward)
-    quantize_rows_kernel<Source, F, true, false>
-        <<<grid, RowTraits::kThreads, 0, stream>>>(p, groups, vector);
-  else if (whole)
-    quantize_rows_kernel<Source, F, false, true>
-        <<<grid, RowTraits::kThreads, 0, stream>>>(p, groups, vector);
-  else
-    quantize_rows_kernel<Source, F, false, false>
-        <<<grid, RowTraits::kThreads, 0, stream>>>(p, groups, vector);
+  launch_path<Source, F>(p, groups, vector, whole, grid, stream);
   return cudaGetLastError();
 }
 

@@ -44,7 +44,7 @@ __device__ __forceinline__ void load_toward_column(const QuantizeParams& p, int6
 }
 
 // The column half: operand rows are columns of the tile. A thread takes two neighbouring columns.
-template <class T, class F, bool kToward>
+template <class T, class F, Path kPath>
 __device__ __forceinline__ void quantize_columns_of(const uint8_t* tile, const QuantizeParams& p,
                                                     int64_t k_base, int64_t r_base) {
   constexpr int kLanes = F::kBlock / 8;
@@ -52,7 +52,6 @@ __device__ __forceinline__ void quantize_columns_of(const uint8_t* tile, const Q
   const Rotation rotation = make_rotation(p, place.lane_k);
   const DrawKey key = make_draw_key(p);
   const ScaleChooser<F> scales(p);
-  const bool pairs = !kToward && Pairs<typename T::Source, F>::serve(p);
   const int64_t k0 = k_base + place.k, groups_per_row = p.kp / 8;
   const bool writes_scale = place.lane_k % kLanes == 0;
   int64_t row = r_base + place.column, group = row * groups_per_row + k0 / 8;
@@ -62,8 +61,8 @@ __device__ __forceinline__ void quantize_columns_of(const uint8_t* tile, const Q
     x.read(tile, place.k, place.column + step * ColumnPlace<T>::kStep);
     Packed8 codes[2];
     BlockScale s[2];
-    if (pairs) {
-      if constexpr (sizeof(typename T::Type) == 2) quantize_column_pairs(x.w, scales, s, codes);
+    if constexpr (kPath == Path::kPairs) {
+      quantize_column_pairs(x.w, scales, s, codes);
     } else {
       Philox4 draws[2] = {};
       const int64_t both[2] = {group, group + groups_per_row};
@@ -74,14 +73,14 @@ __device__ __forceinline__ void quantize_columns_of(const uint8_t* tile, const Q
         x.widen(n, v);
         transform8(v, p, rotation, place.lane_k);
         uint32_t block_max = block_amax_bits<F>(amax_bits8(v));
-        if (kToward) {
+        if (kPath == Path::kToward) {
           load_toward_column(p, row + n, k0, z);
           transform8(z, p, rotation, place.lane_k);
           const uint32_t toward_max = block_amax_bits<F>(amax_bits8(z));
           block_max = toward_max >= kInfBits ? toward_max : block_max;
         }
         s[n] = scales.choose(block_max);
-        codes[n] = encode_group<F, kToward>(v, z, s[n], p, draws[n]);
+        codes[n] = encode_group<F, kPath == Path::kToward>(v, z, s[n], p, draws[n]);
       }
     }
 #pragma unroll
@@ -99,7 +98,7 @@ __device__ __forceinline__ void quantize_columns_of(const uint8_t* tile, const Q
 }
 
 // The row half: operand rows are rows of the tile.
-template <class T, class F>
+template <class T, class F, Path kPath>
 __device__ __forceinline__ void quantize_rows_of(const uint8_t* tile, const QuantizeParams& p,
                                                  int64_t row_base, int64_t k_base) {
   constexpr int N = 2;  // groups a thread works on at once
@@ -112,7 +111,6 @@ __device__ __forceinline__ void quantize_rows_of(const uint8_t* tile, const Quan
   const Rotation rotation = make_rotation(p, lane_in_row);
   const DrawKey key = make_draw_key(p);
   const ScaleChooser<F> scales(p);
-  const bool pairs = Pairs<typename T::Source, F>::serve(p);
   const int64_t k0 = k_base + column, groups_per_row = p.kp / 8;
   int r = threadIdx.x / kGroupsPerRow;
   int64_t group = (row_base + r) * groups_per_row + k0 / 8;
@@ -125,7 +123,7 @@ __device__ __forceinline__ void quantize_rows_of(const uint8_t* tile, const Quan
     for (int n = 0; n < N; ++n) {
       Packed8 codes;
       BlockScale s;
-      if (pairs) {
+      if constexpr (kPath == Path::kPairs) {
         const uint4 raw =
             *reinterpret_cast<const uint4*>(tile + chunk_offset(r, column / T::kPerChunk));
         const uint32_t w[4] = {raw.x, raw.y, raw.z, raw.w};
@@ -172,24 +170,24 @@ __device__ __forceinline__ void load_tile(const QuantizeParams& p, TilePlace at,
 
 // ---- kernels ----
 
-template <class T, class F, bool kToward>
+template <class T, class F, Path kPath>
 __global__ void __launch_bounds__(TileTraits::kThreads)
     quantize_columns_kernel(const QuantizeParams p, int64_t tiles_across, bool vector) {
   __shared__ alignas(128) uint8_t tile[TileTraits::kBytes];
   const TilePlace at = tile_place<T>(tiles_across);
   load_tile<T>(p, at, vector, tile);
-  quantize_columns_of<T, F, kToward>(tile, p, at.k_base, at.r_base);
+  quantize_columns_of<T, F, kPath>(tile, p, at.k_base, at.r_base);
 }
 
-template <class T, class F>
+template <class T, class F, Path kRow, Path kCol>
 __global__ void __launch_bounds__(TileTraits::kThreads)
     quantize_dual_kernel(const QuantizeParams row, const QuantizeParams col, int64_t tiles_across,
                          bool vector) {
   __shared__ alignas(128) uint8_t tile[TileTraits::kBytes];
   const TilePlace at = tile_place<T>(tiles_across);
   load_tile<T>(col, at, vector, tile);
-  quantize_rows_of<T, F>(tile, row, at.k_base, at.r_base);
-  quantize_columns_of<T, F, false>(tile, col, at.k_base, at.r_base);
+  quantize_rows_of<T, F, kRow>(tile, row, at.k_base, at.r_base);
+  quantize_columns_of<T, F, kCol>(tile, col, at.k_base, at.r_base);
 }
 
 // nvfp4: the operand's largest finite |v| after the transforms, as float bits, into *p.tensor_scale
@@ -261,14 +259,22 @@ static cudaError_t launch_columns(const QuantizeParams& p, cudaStream_t stream) 
   const bool vector = vector_copies<T>(p);
   const cudaError_t error = find_column_scale<T, F>(p, stream);
   if (error != cudaSuccess) return error;
-  if constexpr (!T::kPacked) {
-    if (p.toward) {
-      quantize_columns_kernel<T, F, true>
+  const Path path = choose_path<typename T::Source, F>(p);
+  if constexpr (kHasPairs<typename T::Source, F>) {
+    if (path == Path::kPairs) {
+      quantize_columns_kernel<T, F, Path::kPairs>
           <<<grid.ctas, TileTraits::kThreads, 0, stream>>>(p, grid.across, vector);
       return cudaGetLastError();
     }
   }
-  quantize_columns_kernel<T, F, false>
+  if constexpr (!T::kPacked) {
+    if (path == Path::kToward) {
+      quantize_columns_kernel<T, F, Path::kToward>
+          <<<grid.ctas, TileTraits::kThreads, 0, stream>>>(p, grid.across, vector);
+      return cudaGetLastError();
+    }
+  }
+  quantize_columns_kernel<T, F, Path::kFloats>
       <<<grid.ctas, TileTraits::kThreads, 0, stream>>>(p, grid.across, vector);
   return cudaGetLastError();
 }

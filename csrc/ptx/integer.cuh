@@ -1,0 +1,24 @@
+// SPDX-License-Identifier: Apache-2.0
+// Integer instructions that the compiler would otherwise split (PTX ISA, "Integer Arithmetic" and
+// "Logic and Shift").
+#pragma once
+
+#include <cstdint>
+
+namespace mxtrain::ptx {
+
+// lop3.b32 as a selection: the bits of a where mask is 1, of b where it is 0.
+__device__ __forceinline__ uint32_t lop3_select(uint32_t a, uint32_t b, uint32_t mask) {
+  uint32_t d;
+  asm("lop3.b32 %0, %1, %2, %3, 0xE4;" : "=r"(d) : "r"(a), "r"(b), "r"(mask));
+  return d;
+}
+
+// mad.lo.u32: a * b + c, on the multiply-add pipe.
+__device__ __forceinline__ uint32_t mad_lo_u32(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t d;
+  asm("mad.lo.u32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+
+}  // namespace mxtrain::ptx
