@@ -1,7 +1,9 @@
-"""Build of mxtrain: hands CMake what it needs to know. Nothing here needs a GPU, and torch is never imported.
+"""Build of mxtrain: hands CMake what it needs to know.
 
-MXTRAIN_CUDA_ARCHS  "90a", "80;90a;100a;120a", "native" (the visible GPUs), "all", or "none". Unset: native where a
-                    GPU is visible, otherwise CPU only.
+Nothing here needs a GPU, and torch is never imported.
+
+MXTRAIN_CUDA_ARCHS  "90a", "80;90a;100a;120a", "native" (the visible GPUs), "all", or "none".
+                    Unset: native where a GPU is visible, otherwise CPU only.
 MAX_JOBS            compile jobs; unset: as many as the cores and the free memory allow.
 """
 
@@ -29,9 +31,10 @@ def package_version() -> str:
 
 
 def torch_dir() -> Path:
-    """The torch folder of the environment that installs, also from inside pip's isolated build environment.
+    """The torch folder of the environment that installs.
 
-    There site-packages is hidden from imports, but sysconfig still names it.
+    Also from inside pip's isolated build environment: there site-packages is hidden
+    from imports, but sysconfig still names it.
     """
     spec = importlib.util.find_spec("torch")
     candidates = [Path(spec.origin).parent] if spec and spec.origin else []
@@ -40,7 +43,8 @@ def torch_dir() -> Path:
         if (path / "include/torch/csrc/stable/library.h").exists():
             return path
     raise SystemExit(
-        f"mxtrain: torch >= 2.11 must be installed before mxtrain is built, got none in {sys.prefix}.\n"
+        "mxtrain: torch >= 2.11 must be installed before mxtrain is built, "
+        f"got none in {sys.prefix}.\n"
         f"  {sys.executable} -m pip install 'torch>=2.11'"
     )
 
@@ -72,7 +76,8 @@ def cuda_archs() -> str:
         bad = [a for a in archs if not re.fullmatch(r"\d{2,3}[af]?", a)]
         if bad:
             raise SystemExit(
-                f"mxtrain: MXTRAIN_CUDA_ARCHS must list architectures such as 90a or 80;90a, got {bad[0]!r}. "
+                "mxtrain: MXTRAIN_CUDA_ARCHS must list architectures such as 90a or 80;90a, "
+                f"got {bad[0]!r}. "
                 'Other values: "native", "all", "none".'
             )
         return ";".join(archs)
@@ -103,14 +108,18 @@ def jobs() -> int:
 
 
 class CMakeBuild(build_ext):
-    """One CMake project makes both libraries; setuptools sees them as the extension mxtrain._host."""
+    """One CMake project makes both libraries.
+
+    setuptools sees them as the extension mxtrain._host.
+    """
 
     def build_extension(self, ext: Extension) -> None:
         torch = torch_dir()
         archs = cuda_archs()
         output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         # One folder per (Python, torch, architectures): switching between them never mixes objects.
-        tag = f"{sys.implementation.cache_tag}-torch{torch_version(torch)}-{archs.replace(';', '_') or 'cpu'}"
+        suffix = archs.replace(";", "_") or "cpu"
+        tag = f"{sys.implementation.cache_tag}-torch{torch_version(torch)}-{suffix}"
         build = ROOT / "build" / tag
         build.mkdir(parents=True, exist_ok=True)
         output.mkdir(parents=True, exist_ok=True)
@@ -130,7 +139,8 @@ class CMakeBuild(build_ext):
                 "-B",
                 str(build),
                 "-GNinja",
-                # pip's isolated environments are temporary: a cached path to their ninja goes stale.
+                # pip's isolated environments are temporary: a cached path to their ninja goes
+                # stale.
                 f"-DCMAKE_MAKE_PROGRAM={ninja}",
                 f"-DPython_EXECUTABLE={sys.executable}",
                 f"-Dpybind11_DIR={self.pybind11_dir()}",

@@ -21,6 +21,8 @@ from typing import Any, Protocol
 
 import torch
 
+from mxtrain import env
+
 from .cases import Case
 from .report import describe
 from .suites import PEAKS
@@ -79,7 +81,7 @@ class Prepared:
 def has_kernel(op: str, key: str) -> bool:
     """Whether torch.ops.mxtrain.<op> exists and has a kernel for a dispatch key."""
     try:
-        return torch._C._dispatch_has_kernel_for_dispatch_key(f"mxtrain::{op}", key)
+        return env.has_kernel(op, key)
     except RuntimeError:  # an op that this build does not know
         return False
 

@@ -11,7 +11,7 @@ enable_language(CUDA)
 find_package(CUDAToolkit REQUIRED)
 set(CMAKE_CUDA_STANDARD 17)
 # -fmad=false keeps the rounding contract, as -ffp-contract=off does on the host.
-set(MXT_CUDA_FLAGS -O3 -lineinfo -fmad=false --expt-relaxed-constexpr -Xptxas -v)
+set(MXT_CUDA_FLAGS -O3 -lineinfo -fmad=false --expt-relaxed-constexpr)
 
 set(MXT_CUDA_SOURCES
   csrc/cuda/quantize_rows.cu csrc/cuda/quantize_columns.cu csrc/cuda/quantize_dual.cu
@@ -22,7 +22,7 @@ target_compile_options(mxt_cuda_portable PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:${MX
 set_target_properties(mxt_cuda_portable PROPERTIES CUDA_VISIBILITY_PRESET hidden)
 
 target_sources(mxtrain PRIVATE csrc/dispatch.cpp
-  csrc/ops/cuda_quantize.cpp csrc/ops/cuda_convert.cpp $<TARGET_OBJECTS:mxt_cuda_portable>)
+  csrc/ops/cuda_quantize.cpp csrc/ops/cuda_convert.cpp csrc/ops/cuda_gemm.cpp $<TARGET_OBJECTS:mxt_cuda_portable>)
 string(REPLACE ";" "\\;" MXT_CUDA_ARCHS_TEXT "${MXT_CUDA_ARCHS}")
 target_compile_definitions(mxtrain PRIVATE MXT_WITH_CUDA USE_CUDA
   "MXT_CUDA_ARCHS=\"${MXT_CUDA_ARCHS_TEXT}\"" MXT_CUDA_COMPILER="${CMAKE_CUDA_COMPILER_VERSION}")

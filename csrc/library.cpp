@@ -68,5 +68,6 @@ STABLE_TORCH_LIBRARY_IMPL(mxtrain, CUDA, m) {
   m.impl("stochastic_round", TORCH_BOX(&stochastic_round));
   m.impl("swizzle_scale", TORCH_BOX(&swizzle_scale));
   m.impl("unswizzle_scale", TORCH_BOX(&unswizzle_scale));
+  m.impl("gemm", TORCH_BOX(&gemm));
 }
 #endif

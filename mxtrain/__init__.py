@@ -3,8 +3,9 @@
     import mxtrain
     print(mxtrain.convert(model, "tetrajet"))   # in place; then train as before
 
-`mxtrain.quantize`, `gemm` and the rest are thin names over `torch.ops.mxtrain`; `python -m mxtrain.env` says what this
-machine and build can do; docs/numerics.md says what every byte means.
+`mxtrain.quantize`, `gemm` and the rest are thin names over `torch.ops.mxtrain`;
+`python -m mxtrain.env` says what this machine and build can do; docs/numerics.md says what every
+byte means.
 """
 
 from .version import __version__  # isort: skip

@@ -1,4 +1,7 @@
-"""Loads libmxtrain.so, once, and reads its catalogue: the formats, option names and build facts that live in C++."""
+"""Loads libmxtrain.so, once, and reads its catalogue.
+
+The catalogue is the formats, option names and build facts that live in C++.
+"""
 
 from __future__ import annotations
 
@@ -16,20 +19,23 @@ def _load() -> dict:
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     if version < MINIMUM_TORCH:
         raise ImportError(
-            f"mxtrain: torch must be 2.11 or newer, got {torch.__version__}. Upgrade torch; mxtrain need not be rebuilt."
+            f"mxtrain: torch must be 2.11 or newer, got {torch.__version__}. "
+            "Upgrade torch; mxtrain need not be rebuilt."
         )
     if not PATH.exists():
         raise ImportError(
             f"mxtrain: the op library must be built first, got no {PATH.name} in {PATH.parent}. "
-            "Run `pip install .` (or `pip install -e .`) in the repository; when Python runs inside a checkout that is "
-            "not installed editable, it imports the sources there instead of the installed package."
+            "Run `pip install .` (or `pip install -e .`) in the repository; when Python runs "
+            "inside a checkout that is not installed editable, it imports the sources there "
+            "instead of the installed package."
         )
     try:
         torch.ops.load_library(str(PATH))
     except OSError as error:
         raise ImportError(
             f"mxtrain: {PATH} must load under torch {torch.__version__}, got: {error}. "
-            "Rebuild it in this environment: pip install --no-build-isolation --force-reinstall --no-deps ."
+            "Rebuild it in this environment: "
+            "pip install --no-build-isolation --force-reinstall --no-deps ."
         ) from error
     catalogue = ctypes.CDLL(str(PATH)).mxtrain_catalogue
     catalogue.restype = ctypes.c_char_p

@@ -1,6 +1,8 @@
-"""`python -m mxtrain.env`: versions, GPUs, what this build holds, which backend each op takes and why, and a self test.
+"""`python -m mxtrain.env`: what this machine and build can do.
 
-`report()` is the same as a dict (JSON-able), which the benchmark suite stores beside its measurements.
+Prints versions, GPUs, what this build holds, which backend each op takes and why, and a self test.
+`report()` is the same as a dict (JSON-able), which the benchmark suite stores beside its
+measurements.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ ENVIRONMENT = ("MXTRAIN_CUDA_ARCHS", "MAX_JOBS", "CUDA_VISIBLE_DEVICES", "OMP_NU
 
 
 def has_kernel(op: str, key: str) -> bool:
-    """Whether torch.ops.mxtrain.<op> has a kernel of its own for the dispatch key ("CPU" or "CUDA")."""
+    """Whether this build has a kernel of torch.ops.mxtrain.<op> for "CPU" or "CUDA"."""
+    if key == "CUDA" and not CATALOGUE["build"]["cuda_archs"]:
+        return False
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"mxtrain::{op}", key)
 
 
@@ -72,7 +76,8 @@ def backends(op: str) -> dict[str, str]:
     elif not built_for(found[0]["compute_capability"], archs):
         chosen["cuda"] = f"none: built for {archs}, the GPU is {found[0]['compute_capability']}"
     else:
-        chosen["cuda"] = f"portable kernel for {archs}"
+        kind = "dequant: decode to BF16, cuBLAS" if op == "gemm" else "portable kernel"
+        chosen["cuda"] = f"{kind}, for {archs}"
     return chosen
 
 
@@ -132,19 +137,23 @@ def self_test() -> list[tuple[str, bool, str]]:
 
 def _print_report(data: dict) -> None:
     print(
-        f"mxtrain {data['mxtrain']}   torch {data['torch']}   Python {data['python']}   {data['platform']}"
+        f"mxtrain {data['mxtrain']}   torch {data['torch']}   "
+        f"Python {data['python']}   {data['platform']}"
     )
     build = data["build"]
     archs = build["cuda_archs"] or "none (CPU-only build)"
     print(
-        f"build   CUDA architectures: {archs}   nvcc: {build['nvcc'] or '-'}   compiler: {build['cxx']}"
+        f"build   CUDA architectures: {archs}   nvcc: {build['nvcc'] or '-'}   "
+        f"compiler: {build['cxx']}"
     )
     print(
-        f"        torch ABI {build['torch_abi']}, built with torch {build['built_with_torch']}; CPU kernels: {build['cpu_isa']}"
+        f"        torch ABI {build['torch_abi']}, built with torch {build['built_with_torch']}; "
+        f"CPU kernels: {build['cpu_isa']}"
     )
     for gpu in data["gpus"] or [None]:
         text = (
-            f"{gpu['name']}, compute capability {gpu['compute_capability']}, {gpu['memory_gib']} GiB"
+            f"{gpu['name']}, compute capability {gpu['compute_capability']}, "
+            f"{gpu['memory_gib']} GiB"
             if gpu
             else "none visible"
         )

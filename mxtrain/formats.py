@@ -1,7 +1,8 @@
 """Descriptors of the block formats, and the option names that the ops take as int codes.
 
-The tables live in C++ (csrc/formats/block.h) and are read from the built library: a format added there appears here.
-Sources: OCP Microscaling Formats (MX) v1.0 for mxfp*; NVIDIA's NVFP4 for nvfp4. docs/numerics.md defines the bytes.
+The tables live in C++ (csrc/formats/block.h) and are read from the built library: a format added
+there appears here. Sources: OCP Microscaling Formats (MX) v1.0 for mxfp*; NVIDIA's NVFP4 for nvfp4.
+docs/numerics.md defines the bytes.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from ._library import CATALOGUE
 
 @dataclass(frozen=True)
 class Format:
-    """One block format: elements of `bits` bits that share a scale in blocks of `block` along the contraction axis.
+    """One block format.
+
+    Elements of `bits` bits share a scale in blocks of `block` along the contraction axis.
 
     Attributes:
         name: as `mxtrain.quantize` takes it.

@@ -20,18 +20,18 @@ With X [N, K] the tokens, W [C, K] the weight, dY [N, C] and Q the six quantizer
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from .ema import EmaLinear
+from .ema import update_weight_ema as update_weight_ema
 from .formats import FORMATS
 from .operand import Operand, draw_rng, draw_signs, gemm, quantize, quantize_dual, requantize
+from .ops import column_sum
 from .recipe import Quantizer, Recipe, fixed_signs, get_recipe
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -263,7 +263,10 @@ class _Linear(torch.autograd.Function):
                 recipe.alpha("wgrad"), dtype, ctx.weight_dtype, recipe.accumulate,
             )  # fmt: skip
         if need_b:
-            db = dy.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+            # Inductor would reorder the plain sum, so a trace calls it as an op.
+            compiling = torch.compiler.is_compiling()
+            db = column_sum(dy) if compiling else dy.sum(0, dtype=torch.float32)
+            db = db.to(ctx.bias_dtype)
         return dx, dw, db, None, None, None, None, None
 
 
@@ -362,7 +365,7 @@ def linear(
 # ---- the module ----
 
 
-class MXLinear(nn.Linear):
+class MXLinear(EmaLinear):
     """An `nn.Linear` whose GEMMs run as a recipe says. It has the parameters of `nn.Linear`.
 
     The state_dict is that of `nn.Linear` too, so checkpoints load both ways, unless the recipe has
@@ -383,8 +386,6 @@ class MXLinear(nn.Linear):
     Raises:
         ValueError: where the recipe does not fit in_features and out_features.
     """
-
-    weight_ema: Tensor
 
     def __init__(
         self, in_features: int, out_features: int, bias: bool = True, device: Any = None,
@@ -409,8 +410,7 @@ class MXLinear(nn.Linear):
 
     def _adopt(self, recipe: str | Recipe) -> None:
         """Set what an MXLinear has and an nn.Linear has not."""
-        self._ema_updates = 0
-        self.ema_active = False
+        self._start_without_ema()
         self.recipe = recipe
 
     @property
@@ -423,17 +423,7 @@ class MXLinear(nn.Linear):
         recipe = get_recipe(recipe)
         _check_fit("MXLinear", recipe, self.in_features, self.out_features)
         self._recipe = recipe
-        if recipe.ema_beta is None:
-            if "weight_ema" in self._buffers:
-                del self.weight_ema
-            self._count_ema(0)
-            _EMA_LAYERS.discard(self)
-        else:
-            if "weight_ema" not in self._buffers:
-                ema = _whole(self.weight).to(torch.float32, copy=True)
-                self.register_buffer("weight_ema", ema)
-            self._count_ema(self._ema_updates)
-            _register(self)
+        self._begin_or_end_ema()
 
     def forward(self, x: Tensor) -> Tensor:
         ema = self.weight_ema if self.ema_active else None
@@ -441,120 +431,3 @@ class MXLinear(nn.Linear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, recipe={self._recipe.name!r}"
-
-    def reset_parameters(self) -> None:
-        super().reset_parameters()
-        if "_recipe" in self.__dict__:  # not yet where nn.Linear.__init__ calls this
-            self._restart_ema()
-
-    # ---- Q-EMA state ----
-
-    def _count_ema(self, updates: int) -> None:
-        # forward reads ema_active alone, so torch.compile guards on a bool that flips once.
-        self._ema_updates = updates
-        beta, warmup = self._recipe.ema_beta, self._recipe.ema_warmup
-        self.ema_active = beta is not None and updates >= max(warmup, 1)
-
-    @torch.no_grad()
-    def _copy_to_ema(self, weight: Tensor) -> None:
-        if self.weight_ema.device == weight.device:
-            self.weight_ema.copy_(weight)
-        else:  # the weight has left the meta device by assignment
-            self.weight_ema = weight.to(torch.float32, copy=True)
-
-    def _restart_ema(self) -> None:
-        if "weight_ema" in self._buffers:
-            self._copy_to_ema(_whole(self.weight))
-            self._count_ema(0)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> MXLinear:
-        before = self._buffers.get("weight_ema")
-        super()._apply(fn, recurse)
-        after = self._buffers.get("weight_ema")
-        if after is not None and after.dtype != torch.float32:  # to(bfloat16) is for parameters
-            self._buffers["weight_ema"] = before.to(after.device)
-        return self
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if "weight_ema" in self._buffers:
-            updates = torch.tensor(self._ema_updates, dtype=torch.int64)
-            destination[prefix + "ema_updates"] = updates
-
-    def _load_from_state_dict(
-        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool,
-        missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
-    ) -> None:  # fmt: skip
-        keys = [prefix + "weight_ema", prefix + "ema_updates"]
-        mine = "weight_ema" in self._buffers
-        saved = mine and all(key in state_dict for key in keys)
-        hidden = keys[1:] if saved else keys
-        super()._load_from_state_dict(
-            {key: value for key, value in state_dict.items() if key not in hidden},
-            prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs,
-        )  # fmt: skip
-        if saved:
-            self._count_ema(int(state_dict[keys[1]]))
-        elif mine:
-            if keys[0] in missing_keys:
-                missing_keys.remove(keys[0])
-            if prefix + "weight" in state_dict:
-                self._restart_ema()
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        if "weight_ema" in self._buffers:
-            _register(self)
-
-
-_EMA_LAYERS: weakref.WeakSet[MXLinear] = weakref.WeakSet()
-_HOOK: Any = None
-
-
-def _register(layer: MXLinear) -> None:
-    """Have optimizers update the layer's average. The first layer installs the one hook."""
-    global _HOOK
-    _EMA_LAYERS.add(layer)
-    if _HOOK is None:
-        # Not traced, even where the optimizer's step is compiled: the counts change every step.
-        _HOOK = register_optimizer_step_post_hook(torch.compiler.disable(_after_step))
-
-
-def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    layers: dict[int, list[MXLinear]] = {}
-    for layer in _EMA_LAYERS:
-        layers.setdefault(id(layer.weight), []).append(layer)
-    if layers:  # in the order of the optimizer, which every rank shares
-        params = (p for group in optimizer.param_groups for p in group["params"])
-        held = (layer for p in params if p.requires_grad for layer in layers.get(id(p), ()))
-        update_weight_ema(held)
-
-
-@torch.no_grad()
-def update_weight_ema(layers: Iterable[MXLinear]) -> None:
-    """One Q-EMA update of every layer whose recipe has `ema_beta`. The optimizer hook calls it.
-
-    The first update of a layer copies its weight, so what the weight was at construction leaves no
-    trace; a later one is weight_ema <- weight_ema.lerp(weight, 1 - ema_beta) in float32.
-    """
-    grouped: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
-    for layer in layers:
-        beta = layer.recipe.ema_beta
-        if beta is None:
-            continue
-        weight = _whole(layer.weight)
-        if layer._ema_updates == 0:
-            layer._copy_to_ema(weight)
-        else:
-            emas, weights = grouped.setdefault(1.0 - beta, ([], []))
-            emas.append(layer.weight_ema)
-            weights.append(weight.to(torch.float32))
-        layer._count_ema(layer._ema_updates + 1)
-    for amount, (emas, weights) in grouped.items():
-        torch._foreach_lerp_(emas, weights, amount)
-
-
-def _whole(weight: Tensor) -> Tensor:
-    """The weight without its graph; gathered where FSDP2 keeps a shard between steps."""
-    weight = weight.detach()
-    return weight.full_tensor() if hasattr(weight, "full_tensor") else weight

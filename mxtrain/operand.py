@@ -1,6 +1,7 @@
-"""Quantized operands, and the functions that make, change and multiply them: names and defaults over `torch.ops.mxtrain`.
+"""Quantized operands, and the functions that make, change and multiply them.
 
-The ops check their arguments; here names become codes. docs/numerics.md defines the bytes.
+Names and defaults over `torch.ops.mxtrain`. The ops check their arguments; here names become codes.
+docs/numerics.md defines the bytes.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ class Operand:
 
     Attributes:
         data: uint8 `[R, Kp * bits / 8]`, the element codes; Kp is K rounded up to a block.
-        scale: uint8 `[R, Kp / block]` block scales; `[ceil(R/128), ceil(Kp/block/4), 512]` where swizzled.
+        scale: uint8 `[R, Kp / block]` block scales; `[ceil(R/128), ceil(Kp/block/4), 512]` where
+            swizzled.
         format: the format's name.
         shape: (R, K).
         tensor_scale: float32 `[1]` for nvfp4, else None.
@@ -73,7 +75,8 @@ def _codes(what: str, scale_rule: str, rounding: str) -> tuple[int, int]:
 def _check_operand(what: str, argument: str, value: object) -> None:
     if not isinstance(value, Operand):
         raise TypeError(
-            f"mxtrain::{what}: {argument} must be an Operand, got {type(value).__name__}. Make one with mxtrain.quantize."
+            f"mxtrain::{what}: {argument} must be an Operand, got {type(value).__name__}. "
+            "Make one with mxtrain.quantize."
         )
 
 
@@ -91,7 +94,9 @@ def quantize(
     toward: Tensor | None = None,
     swizzle: bool = False,
 ) -> Operand:
-    """Quantize a matrix in blocks along its last axis (along its first, as the operand of x.T, with `transpose`).
+    """Quantize a matrix in blocks along its last axis.
+
+    With `transpose`: along its first, as the operand of x.T.
 
     Args:
         x: `[R, K]`, bfloat16, float16 or float32, any strides.
@@ -103,14 +108,16 @@ def quantize(
         hadamard: rotate groups of 16, 32, 64, 128 or 256 along K first; 0 for none.
         signs: int8 `[hadamard]`; negative entries flip their element before the rotation.
         prescale: factor on the elements, after the scale is chosen and before rounding.
-        toward: a tensor of x's shape; each element rounds to whichever of its two neighbours is nearer to it (Q-EMA).
+        toward: a tensor of x's shape; each element rounds to whichever of its two neighbours is
+            nearer to it (Q-EMA).
         swizzle: return the scales in the 128x4 tile layout.
 
     Returns:
         Operand of shape (R, K), or (K, R) with transpose.
 
     Raises:
-        ValueError: for an unknown name. RuntimeError: for tensors that do not fit; see `mxtrain.ops`.
+        ValueError: for an unknown name.
+        RuntimeError: for tensors that do not fit; see `mxtrain.ops`.
     """
     fmt = format_named(format)
     rule, mode = _codes("quantize", scale_rule, rounding)
@@ -139,7 +146,8 @@ def quantize_dual(
 
     Args:
         x: `[R, K]`, as in `quantize`.
-        row, col: `mxtrain.Quantizer`s; their format must not be None. (Their `signs` field is not read: pass the vectors.)
+        row, col: `mxtrain.Quantizer`s; their format must not be None. (Their `signs` field is not
+            read: pass the vectors.)
         rng, row_signs, col_signs, row_toward, col_toward, swizzle: as in `quantize`.
 
     Returns:
@@ -178,7 +186,8 @@ def requantize(
     Args:
         operand: of shape (R, K).
         format: of the result; the operand's own by default.
-        scale_rule, rounding, rng, hadamard, signs, prescale, swizzle: as in `quantize`; rounding is not "toward".
+        scale_rule, rounding, rng, hadamard, signs, prescale, swizzle: as in `quantize`; rounding is
+            not "toward".
 
     Returns:
         Operand of shape (K, R).
@@ -229,24 +238,28 @@ def gemm(
         bias: `[N]` float vector, or None.
         alpha: factor on the product.
         out_dtype: bfloat16, float16 or float32.
-        accumulate: "fp32", or "fast" where a backend has a quicker, less exact way (the CPU has none).
+        accumulate: "fp32", or "fast" where a backend has a quicker, less exact way (the CPU has
+            none).
 
     Returns:
         `[M, N]` of out_dtype.
 
     Raises:
-        ValueError: if the formats differ, or for an unknown name. RuntimeError: for tensors that do not fit.
+        ValueError: if the formats differ, or for an unknown name.
+        RuntimeError: for tensors that do not fit.
     """
     _check_operand("gemm", "a", a)
     _check_operand("gemm", "b", b)
     check_name("gemm", "accumulate", accumulate, ACCUMULATE)
     if a.format != b.format:
         raise ValueError(
-            f"mxtrain::gemm: a and b must have the same format, got {a.format} and {b.format}. Quantize both to one format."
+            f"mxtrain::gemm: a and b must have the same format, got {a.format} and {b.format}. "
+            "Quantize both to one format."
         )
     if a.shape[1] != b.shape[1]:
         raise ValueError(
-            f"mxtrain::gemm: a and b must have the same K, got {a.shape[1]} and {b.shape[1]} (a {a.shape}, b {b.shape}). "
+            f"mxtrain::gemm: a and b must have the same K, got {a.shape[1]} and {b.shape[1]} "
+            f"(a {a.shape}, b {b.shape}). "
             "Both are quantized along the contraction axis: D = A B^T."
         )
     return _ops.gemm(
@@ -265,20 +278,27 @@ def gemm(
 
 
 def hadamard(x: Tensor, group: int, signs: Tensor | None = None) -> Tensor:
-    """(x * signs) H_group / sqrt(group) on consecutive groups along the last axis, in float32, rounded to x's dtype.
+    """(x * signs) H_group / sqrt(group) on consecutive groups along the last axis.
 
-    Differentiable. group is 16, 32, 64, 128 or 256 and divides the last axis; signs is int8 `[group]`.
+    In float32, rounded to x's dtype. Differentiable. group is 16, 32, 64, 128 or 256 and divides
+    the last axis; signs is int8 `[group]`.
     """
     return _ops.hadamard(x, group, signs)
 
 
 def stochastic_round(x: Tensor, dtype: torch.dtype, rng: Tensor) -> Tensor:
-    """Round float32 to bfloat16, float8_e4m3fn or float8_e5m2, up with the probability of the fraction (in 2^-16 steps)."""
+    """Round float32 to bfloat16, float8_e4m3fn or float8_e5m2.
+
+    Up with the probability of the fraction (in 2^-16 steps).
+    """
     return _ops.stochastic_round(x, dtype, rng)
 
 
 def swizzle_scale(scale: Tensor) -> Tensor:
-    """Scales `[R, C]` in the 128x4 tile layout of Blackwell tensor cores: uint8 `[ceil(R/128), ceil(C/4), 512]`."""
+    """Scales `[R, C]` in the 128x4 tile layout of Blackwell tensor cores.
+
+    uint8 `[ceil(R/128), ceil(C/4), 512]`.
+    """
     return _ops.swizzle_scale(scale)
 
 
@@ -288,10 +308,13 @@ def unswizzle_scale(scale: Tensor, rows: int, cols: int) -> Tensor:
 
 
 def draw_rng(n: int = 1, device: torch.device | str = "cpu") -> Tensor:
-    """n (seed, offset) pairs, int64 `[n, 2]`, from torch's default generator of the device: pass one row as `rng`."""
+    """n (seed, offset) pairs, int64 `[n, 2]`, from torch's default generator of the device.
+
+    Pass one row as `rng`.
+    """
     return torch.randint(0, 2**63 - 1, (n, 2), dtype=torch.int64, device=device)
 
 
 def draw_signs(group: int, n: int = 1, device: torch.device | str = "cpu") -> Tensor:
-    """n vectors of random signs, int8 `[n, group]`, from torch's default generator of the device."""
+    """n vectors of random signs, int8 `[n, group]`, from the device's default generator."""
     return torch.randint(0, 2, (n, group), dtype=torch.int8, device=device) * 2 - 1

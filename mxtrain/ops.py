@@ -1,34 +1,51 @@
-"""What each op of `torch.ops.mxtrain` is: its shapes (as fake kernels), its errors and its autograd.
+"""What each op of `torch.ops.mxtrain` is: shapes (as fake kernels), errors and autograd.
 
-The schemas are in csrc/library.cpp; docs/numerics.md defines every byte. An *operand* is a logical `[R, K]` matrix as
-`data` uint8 `[R, Kp * bits / 8]`, `scale` uint8 `[R, Kp / block]` (E8M0, or E4M3 for nvfp4) and `tensor_scale` float32 `[1]`
-for nvfp4, `[0]` for the others (inputs may pass None); Kp is K rounded up to a block. `format`, `scale_rule`, `rounding` and
-`accumulate` are the int codes of `mxtrain.formats`. All ops are functional and raise RuntimeError with
+The schemas are in csrc/library.cpp; docs/numerics.md defines every byte. An *operand* is a logical
+`[R, K]` matrix as `data` uint8 `[R, Kp * bits / 8]`, `scale` uint8 `[R, Kp / block]` (E8M0, or E4M3
+for nvfp4) and `tensor_scale` float32 `[1]` for nvfp4, `[0]` for the others (inputs may pass None);
+Kp is K rounded up to a block. `format`, `scale_rule`, `rounding` and `accumulate` are the int codes
+of `mxtrain.formats`. All ops are functional and raise RuntimeError with
 `mxtrain::<op>: <argument> must <condition>, got <value> (<context>). <what to do>` on bad input.
 
-quantize(x, format, scale_rule=1, rounding=0, transpose=False, rng=None, hadamard=0, signs=None, prescale=1.0, toward=None,
-         swizzle=False) -> (data, scale, tensor_scale)
-    The operand of x `[R, K]` (bfloat16, float16 or float32, any strides), or with transpose of x.T `[K, R]`.
-    Raises for another dtype or rank, a block axis of size 0, an unknown code, stochastic rounding without rng, rng that is not
-    int64 [2] on x's device, signs that are not int8 [hadamard], hadamard that does not divide Kp, a prescale that is not finite
-    and positive, toward without rounding "toward" or of another shape. Source: OCP MX v1.0 section 6; arXiv 2502.20853 section 3.
+quantize(x, format, scale_rule=1, rounding=0, transpose=False, rng=None, hadamard=0, signs=None,
+         prescale=1.0, toward=None, swizzle=False) -> (data, scale, tensor_scale)
+    The operand of x `[R, K]` (bfloat16, float16 or float32, any strides), or with transpose of x.T
+    `[K, R]`. Raises for another dtype or rank, a block axis of size 0, an unknown code, stochastic
+    rounding without rng, rng that is not int64 [2] on x's device, signs that are not int8
+    [hadamard], hadamard that does not divide Kp, a prescale that is not finite and positive, toward
+    without rounding "toward" or of another shape. Source: OCP MX v1.0 section 6; arXiv 2502.20853
+    section 3.
 quantize_dual(x, rng, row_*, col_*, swizzle=False) -> (data, scale, tensor_scale) of x, then of x.T
     The same bytes as two calls of quantize, from one read of x. Errors as quantize.
-requantize(data, scale, tensor_scale, format, cols, out_format, scale_rule=1, rounding=0, rng=None, hadamard=0, signs=None,
-           prescale=1.0, swizzle=False) -> (data, scale, tensor_scale)
-    The operand of the transpose of an operand `[R, cols]`: the same bytes as quantize(dequantize(...), transpose=True), from
-    packed bytes to packed bytes. Raises also where codes, scales and format disagree. Source: arXiv 2502.20853 (double quantization).
-dequantize(data, scale, tensor_scale, format, cols, dtype) -> `[R, cols]` of dtype (bfloat16, float16 or float32).
+requantize(data, scale, tensor_scale, format, cols, out_format, scale_rule=1, rounding=0, rng=None,
+           hadamard=0, signs=None, prescale=1.0, swizzle=False) -> (data, scale, tensor_scale)
+    The operand of the transpose of an operand `[R, cols]`: the same bytes as
+    quantize(dequantize(...), transpose=True), from packed bytes to packed bytes. Raises also where
+    codes, scales and format disagree. Source: arXiv 2502.20853 (double quantization).
+dequantize(data, scale, tensor_scale, format, cols, dtype)
+    -> `[R, cols]` of dtype (bfloat16, float16 or float32).
 hadamard(x, group, signs=None) -> x's shape and dtype
-    (x * signs) H_group / sqrt(group) on consecutive groups along the last axis, in float32. Differentiable.
-    Raises unless group is 16, 32, 64, 128 or 256 and divides the last axis. Source: arXiv 2502.20586 section 3.
+    (x * signs) H_group / sqrt(group) on consecutive groups along the last axis, in float32.
+    Differentiable. Raises unless group is 16, 32, 64, 128 or 256 and divides the last axis.
+    Source: arXiv 2502.20586 section 3.
 stochastic_round(x, dtype, rng) -> x's shape
     float32 to bfloat16, float8_e4m3fn or float8_e5m2; finite values stay finite.
-swizzle_scale(scale) -> uint8 `[ceil(R/128), ceil(C/4), 512]` from `[R, C]`; unswizzle_scale(scale, rows, cols) undoes it.
-    The scale layout of Blackwell's tensor cores (PTX ISA, tcgen05 scale factors); see docs/layouts.md.
-gemm(a, a_scale, a_tensor_scale, b, b_scale, b_tensor_scale, format, bias, alpha, out_dtype, accumulate=0) -> `[M, N]`
-    alpha * A B^T + bias for operands A `[M, K]` and B `[N, K]`, float32 accumulation. A NaN scale makes its row (column) NaN.
-    Raises where K or the formats differ, or bias is not a float vector of N.
+swizzle_scale(scale) -> uint8 `[ceil(R/128), ceil(C/4), 512]` from `[R, C]`;
+unswizzle_scale(scale, rows, cols) undoes it.
+    The scale layout of Blackwell's tensor cores (PTX ISA, tcgen05 scale factors); see
+    docs/layouts.md.
+gemm(a, a_scale, a_tensor_scale, b, b_scale, b_tensor_scale, format, bias, alpha, out_dtype,
+     accumulate=0) -> `[M, N]`
+    alpha * A B^T + bias for operands A `[M, K]` and B `[N, K]`, float32 accumulation. A NaN scale
+    makes its row (column) NaN. Raises where K or the formats differ, or bias is not a float vector
+    of N.
+
+One op is Python, for every device:
+
+column_sum(dy) -> float32 `[C]`
+    The sum over the rows of dy `[N, C]` (bfloat16, float16 or float32, any strides), added in
+    float32: dy.sum(0, dtype=torch.float32), as an op that Inductor cannot reorder, so a compiled
+    bias gradient is bitwise that of eager. Raises for another dtype or rank.
 """
 
 from __future__ import annotations
@@ -36,6 +53,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ._library import CATALOGUE
 from .formats import FORMATS, Format
 
 _BY_CODE: list[Format] = list(FORMATS.values())
@@ -50,6 +68,7 @@ OP_NAMES = (
     "unswizzle_scale",
     "gemm",
 )
+PYTHON_OPS = ("column_sum",)
 
 
 # ---- fake kernels: shapes only; the real kernels check the arguments ----
@@ -175,6 +194,44 @@ def _(
     return a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype)
 
 
+# ---- the Python op ----
+
+
+@torch.library.custom_op("mxtrain::column_sum", mutates_args=())
+def column_sum(dy: Tensor) -> Tensor:
+    if dy.dim() != 2 or dy.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise RuntimeError(
+            "mxtrain::column_sum: dy must be a matrix of bfloat16, float16 or float32, "
+            f"got {dy.dtype} {list(dy.shape)} (dy). Reshape or cast it first."
+        )
+    return dy.sum(0, dtype=torch.float32)
+
+
+@column_sum.register_fake
+def _(dy):
+    return dy.new_empty((dy.shape[1],), dtype=torch.float32)
+
+
+# ---- CUDA tensors in a CPU-only build ----
+
+
+def _refuse_cuda(name: str) -> None:
+    """Make torch.ops.mxtrain.<name> say what to do, instead of the dispatcher's list of backends."""
+
+    def refuse(*args, **kwargs):
+        raise RuntimeError(
+            f"mxtrain::{name}: tensors must be on the CPU, got CUDA tensors (this build has no "
+            "CUDA kernels). Rebuild with nvcc on the PATH: MXTRAIN_CUDA_ARCHS=native pip install ."
+        )
+
+    torch.library.impl(f"mxtrain::{name}", "CUDA")(refuse)
+
+
+if not CATALOGUE["build"]["cuda_archs"]:
+    for _name in OP_NAMES:
+        _refuse_cuda(_name)
+
+
 # ---- autograd of the differentiable op ----
 
 
@@ -184,7 +241,8 @@ def _hadamard_setup(ctx, inputs, output) -> None:
 
 
 def _hadamard_backward(ctx, grad: Tensor):
-    # The rotation is (diag(signs) H / sqrt(g)); H is symmetric, so its transpose is H first, signs last.
+    # The rotation is (diag(signs) H / sqrt(g)); H is symmetric, so its transpose is H first,
+    # signs last.
     (signs,) = ctx.saved_tensors
     out = torch.ops.mxtrain.hadamard(grad, ctx.group)
     if signs is not None:

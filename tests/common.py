@@ -1,4 +1,4 @@
-"""What the tests share: byte comparison, hard inputs, and the options that formats are swept over."""
+"""What the tests share: byte comparison, hard inputs, and the options that formats sweep."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from torch import Tensor
 
 import mxtrain
 from mxtrain import reference
+from mxtrain.env import has_kernel
 
 FORMATS = list(mxtrain.FORMATS)
 RULES = ["floor", "ceil", "even"]
@@ -16,7 +17,7 @@ FLOATS = [torch.bfloat16, torch.float16, torch.float32]
 
 def cuda_has(op: str) -> bool:
     """Whether this build has a CUDA kernel for torch.ops.mxtrain.<op>."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"mxtrain::{op}", "CUDA")
+    return has_kernel(op, "CUDA")
 
 
 def assert_same_bytes(got: Tensor, expected: Tensor, what: str = "") -> None:
@@ -73,7 +74,8 @@ def _like(x: Tensor, device: str) -> Tensor:
 def all_bfloat16(order: str) -> Tensor:
     """Every one of the 65,536 bfloat16 values, as [512, 128].
 
-    "natural": neighbours in value share blocks. "shuffled": magnitudes mix (and most blocks hold a NaN).
+    "natural": neighbours in value share blocks.
+    "shuffled": magnitudes mix (and most blocks hold a NaN).
     "finite": shuffled, NaN and Inf left at the end, so that mixed blocks are quantized.
     """
     x = torch.arange(65536, dtype=torch.int32).to(torch.uint16).view(torch.bfloat16)

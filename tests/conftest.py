@@ -20,7 +20,11 @@ def _seed() -> None:
 
 
 def pytest_collection_modifyitems(config, items) -> None:
-    """Tests marked `ops("quantize", ...)` run on CUDA once the build has CUDA kernels for those ops; slow ones when asked."""
+    """Deselect what cannot or should not run.
+
+    Tests marked `ops("quantize", ...)` run on CUDA once the build has CUDA kernels for those ops;
+    slow ones when asked.
+    """
     dropped = []
     for item in items:
         mark = item.get_closest_marker("ops")

@@ -1,4 +1,7 @@
-"""dequantize, hadamard, stochastic_round and the scale layouts against the reference, byte for byte."""
+"""dequantize, hadamard, stochastic_round and the scale layouts against the reference.
+
+Byte for byte.
+"""
 
 from __future__ import annotations
 
@@ -115,7 +118,10 @@ def test_stochastic_round(dtype, device):
 
 @pytest.mark.ops("stochastic_round")
 def test_stochastic_round_is_unbiased(device):
-    """The mean of n draws of 1 + f/256 (bf16 step 2^-7) has standard error step * sqrt(f(1-f)/n): 7 of them is p < 1e-11."""
+    """The mean of n draws of 1 + f/256 (bf16 step 2^-7) is unbiased.
+
+    It has standard error step * sqrt(f(1-f)/n): 7 of them is p < 1e-11.
+    """
     n = 200_000
     for f in (0.03, 0.5, 0.9):
         x = torch.full((n,), 1 + f / 128, device=device)

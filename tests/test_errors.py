@@ -1,4 +1,7 @@
-"""Bad input: every refusal is one message that names the op, the argument, the condition, what came and what to do."""
+"""Bad input: every refusal is one message.
+
+It names the op, the argument, the condition, what came and what to do.
+"""
 
 from __future__ import annotations
 
@@ -172,9 +175,12 @@ def test_gemm():
     )
     refused(RuntimeError, "out_dtype must be", lambda: mxtrain.gemm(a, b, out_dtype=torch.float64))
     refused(RuntimeError, "alpha must be finite", lambda: mxtrain.gemm(a, b, alpha=float("inf")))
-    raw = lambda: torch.ops.mxtrain.gemm(
-        a.data, a.scale, None, c.data, c.scale, None, 0, None, 1.0, torch.float32
-    )  # noqa: E731
+
+    def raw():
+        return torch.ops.mxtrain.gemm(
+            a.data, a.scale, None, c.data, c.scale, None, 0, None, 1.0, torch.float32
+        )
+
     refused(RuntimeError, "a and b must have the same K, got 64 and 96", raw)
 
 

@@ -16,7 +16,10 @@ SHAPES = [(1, 1, 1), (16, 16, 32), (33, 65, 100), (128, 96, 512), (5, 300, 1000)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("format", FORMATS)
 def test_error_bound(format, shape, device):
-    """|D - D64| <= c |A||B|^T with c = K 2^-24: the worst case of a float32 sum of K exact products."""
+    """|D - D64| <= c |A||B|^T with c = K 2^-24.
+
+    That is the worst case of a float32 sum of K exact products.
+    """
     m, n, k = shape
     a, b = (
         operand(m, k, format, seed=1, device=device),
@@ -31,7 +34,7 @@ def test_error_bound(format, shape, device):
 @pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("format", [f for f in FORMATS if f != "nvfp4"])
 def test_exact_where_sums_are_exact(format, out_dtype, device):
-    """Small integers: every partial sum is an integer below 2^24, so the only rounding is the output's."""
+    """Small integers: partial sums are integers below 2^24, so only the output is rounded."""
     k = 160
     a = torch.randint(-1, 2, (40, k)).float() * 2
     b = torch.randint(-1, 2, (24, k)).float() * 4
@@ -106,7 +109,10 @@ def test_swizzled_operands(device):
 
 
 def test_hadamard_cancels(device):
-    """Both operands rotated by the same T: (A T)(B T)^T = A B^T, up to quantization; exact T for mxfp8 data of a few binades."""
+    """Both operands rotated by the same T: (A T)(B T)^T = A B^T, up to quantization.
+
+    Exact T for mxfp8 data of a few binades.
+    """
     x, y = torch.randn(32, 256, device=device), torch.randn(48, 256, device=device)
     signs = mxtrain.draw_signs(64, device=device)[0]
     a, b = (mxtrain.quantize(t, "mxfp8_e4m3", hadamard=64, signs=signs) for t in (x, y))

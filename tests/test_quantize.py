@@ -275,7 +275,10 @@ def test_rng_may_be_a_strided_row(device):
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_any_options_any_layout(data):
-    """Random shapes, strides, dtypes and options; values that mix magnitudes, zeros, subnormals and specials."""
+    """Random shapes, strides, dtypes and options.
+
+    Values that mix magnitudes, zeros, subnormals and specials.
+    """
     draw = data.draw
     format, rule = draw(st.sampled_from(FORMATS)), draw(st.sampled_from(RULES))
     rounding, transpose = draw(st.sampled_from(ROUNDINGS)), draw(st.booleans())

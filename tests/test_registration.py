@@ -1,4 +1,7 @@
-"""What makes the ops good citizens of torch: schemas, fake kernels, autograd (opcheck), torch.compile, and the built library."""
+"""What makes the ops good citizens of torch.
+
+Schemas, fake kernels, autograd (opcheck), torch.compile, and the built library.
+"""
 
 from __future__ import annotations
 
@@ -70,11 +73,13 @@ def op_samples(device: str) -> list[tuple[str, tuple, dict]]:
         ("stochastic_round", (x.T, torch.float8_e4m3fn, rng), {}),
         ("swizzle_scale", (scale,), {}),
         ("unswizzle_scale", (mxtrain.swizzle_scale(scale), 130, 5), {}),
+        ("column_sum", (x.bfloat16(),), {}),
+        ("column_sum", (x.T,), {}),
     ]
     return samples
 
 
-@pytest.mark.parametrize("name", ops.OP_NAMES)
+@pytest.mark.parametrize("name", ops.OP_NAMES + ops.PYTHON_OPS)
 @pytest.mark.ops(*ops.OP_NAMES)
 def test_opcheck(name, device):
     samples = [s for s in op_samples(device) if s[0] == name]
@@ -89,9 +94,10 @@ def test_every_op_is_named_and_documented():
         for schema in torch._C._jit_get_all_schemas()
         if schema.name.startswith("mxtrain::")
     }
-    assert registered == set(ops.OP_NAMES)
+    assert registered == set(ops.OP_NAMES + ops.PYTHON_OPS)
     for name in registered:
         assert f"\n{name}(" in ops.__doc__ or f"; {name}(" in ops.__doc__
+    for name in ops.OP_NAMES:
         assert getattr(mxtrain, name).__doc__
 
 
@@ -210,7 +216,8 @@ def test_import_is_lean():
         "import sys, torch\n"
         "before = set(sys.modules)\n"
         "import mxtrain\n"
-        "optional = {'torchao', 'matplotlib', 'sklearn', 'tqdm', 'scipy', 'torch._inductor.compile_fx'}\n"
+        "optional = {'torchao', 'matplotlib', 'sklearn', 'tqdm', 'scipy', "
+        "'torch._inductor.compile_fx'}\n"
         "bad = optional & (set(sys.modules) - before)\n"
         "sys.exit(repr(bad) if bad else 0)"
     )

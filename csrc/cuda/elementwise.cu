@@ -145,6 +145,48 @@ cudaError_t launch_stochastic_round(const StochasticRoundParams& p, cudaStream_t
   return cudaGetLastError();
 }
 
+// ---- epilogue ----
+
+template <FloatType kType>
+__global__ void __launch_bounds__(ElementwiseTraits::kThreads)
+    epilogue_kernel(const EpilogueParams p, int64_t groups, bool vector) {
+  const int64_t group =
+      static_cast<int64_t>(blockIdx.x) * ElementwiseTraits::kThreads + threadIdx.x;
+  if (group >= groups) return;
+  const int64_t i0 = group * 8, n = p.rows * p.cols;
+  const float a = p.a_scale ? *p.a_scale : 1.0f, b = p.b_scale ? *p.b_scale : 1.0f;
+  float v[8];
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    v[i] = i0 + i < n ? p.acc[i0 + i] * a * b * p.alpha : 0.0f;
+    if (p.bias && i0 + i < n) v[i] += load_any(p.bias, p.bias_type, (i0 + i) % p.cols);
+  }
+  store_floats8<kType>(p.out, i0, v, vector && i0 + 8 <= n,
+                       static_cast<int>(min(n - i0, static_cast<int64_t>(8))));
+}
+
+cudaError_t launch_epilogue(const EpilogueParams& p, cudaStream_t stream) {
+  const int64_t groups = (p.rows * p.cols + 7) / 8;
+  if (groups == 0) return cudaSuccess;
+  const unsigned grid = grid_for(groups, ElementwiseTraits::kThreads);
+  const bool vector = reinterpret_cast<uintptr_t>(p.out) % 16 == 0;
+  switch (p.out_type) {
+    case FloatType::kFloat32:
+      epilogue_kernel<FloatType::kFloat32>
+          <<<grid, ElementwiseTraits::kThreads, 0, stream>>>(p, groups, vector);
+      break;
+    case FloatType::kBfloat16:
+      epilogue_kernel<FloatType::kBfloat16>
+          <<<grid, ElementwiseTraits::kThreads, 0, stream>>>(p, groups, vector);
+      break;
+    case FloatType::kFloat16:
+      epilogue_kernel<FloatType::kFloat16>
+          <<<grid, ElementwiseTraits::kThreads, 0, stream>>>(p, groups, vector);
+      break;
+  }
+  return cudaGetLastError();
+}
+
 // ---- swizzle ----
 
 __global__ void __launch_bounds__(ElementwiseTraits::kThreads)

@@ -74,6 +74,20 @@ struct StochasticRoundParams {
 };
 cudaError_t launch_stochastic_round(const StochasticRoundParams& p, cudaStream_t stream);
 
+// out = acc * a_scale * b_scale * alpha + bias, one float32 operation after the other, then one
+// cast.
+struct EpilogueParams {
+  const float* acc;  // [rows, cols]
+  int64_t rows, cols;
+  const float* a_scale;  // nvfp4's tensor scales, [1] each, or null
+  const float* b_scale;
+  float alpha;
+  const void* bias;  // [cols], or null
+  FloatType bias_type, out_type;
+  void* out;  // [rows, cols]
+};
+cudaError_t launch_epilogue(const EpilogueParams& p, cudaStream_t stream);
+
 struct SwizzleParams {
   const uint8_t* in;
   uint8_t* out;

@@ -38,13 +38,13 @@ void check_gemm(const Tensor& a, const Tensor& a_scale, const OptionalTensor& a_
   Tensor hadamard(Tensor x, int64_t group, OptionalTensor signs);                                  \
   Tensor stochastic_round(Tensor x, ScalarType dtype, Tensor rng);                                 \
   Tensor swizzle_scale(Tensor scale);                                                              \
-  Tensor unswizzle_scale(Tensor scale, int64_t rows, int64_t cols);
+  Tensor unswizzle_scale(Tensor scale, int64_t rows, int64_t cols);                                \
+  Tensor gemm(Tensor a, Tensor a_scale, OptionalTensor a_tensor_scale, Tensor b, Tensor b_scale,   \
+              OptionalTensor b_tensor_scale, int64_t format, OptionalTensor bias, double alpha,    \
+              ScalarType out_dtype, int64_t accumulate);
 
 namespace cpu {
 MXT_DECLARE_OPS
-Tensor gemm(Tensor a, Tensor a_scale, OptionalTensor a_tensor_scale, Tensor b, Tensor b_scale,
-            OptionalTensor b_tensor_scale, int64_t format, OptionalTensor bias, double alpha,
-            ScalarType out_dtype, int64_t accumulate);
 }  // namespace cpu
 
 namespace cuda {

@@ -86,9 +86,7 @@ def hadamard(x: Tensor, group: int, signs: Tensor | None = None) -> Tensor:
     return _rotate(x.to(torch.float32), group, signs).to(x.dtype)
 
 
-def _prepare(
-    x: Tensor, block: int, transpose: bool, group: int, signs: Tensor | None
-) -> Tensor:
+def _prepare(x: Tensor, block: int, transpose: bool, group: int, signs: Tensor | None) -> Tensor:
     """Steps 1 and 2: float32 [R, Kp], zero padded, rotated."""
     v = (x.t() if transpose else x).to(torch.float32)
     rows, cols = v.shape

@@ -1,0 +1,168 @@
+"""Q-EMA: the running average of a weight that its forward quantizer rounds toward.
+
+- Formula, with W the weight after step t: A_1 = W_1, then A_t = A_(t-1).lerp(W_t, 1 - ema_beta),
+  in float32 whatever the dtype of W. Rounding "toward" takes, of the two grid values around an
+  element of W, the one nearer to that of A (docs/numerics.md).
+- When: one update after every `step()` of an optimizer that holds the weight and trains it, from a
+  hook on all optimizers that the first such layer installs. `update_weight_ema` does one by hand.
+  The forward uses A from max(ema_warmup, 1) updates on; until then W rounds to nearest.
+- Saved in the state_dict: A as `weight_ema` (float32) and the count as `ema_updates` (int64), only
+  where the recipe has `ema_beta`. What is loaded with them goes on bitwise; loading a weight
+  without them, or `reset_parameters`, starts anew from that weight, with a count of 0.
+
+Source: arXiv 2502.20853, its section on the EMA quantizer (Q-EMA).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from .recipe import Recipe
+
+
+class EmaLinear(nn.Linear):
+    """An `nn.Linear` with the Q-EMA state that its recipe asks for. MXLinear is one."""
+
+    weight_ema: Tensor
+    ema_active: bool
+    _ema_updates: int
+    _recipe: Recipe
+
+    def _start_without_ema(self) -> None:
+        self._ema_updates = 0
+        self.ema_active = False
+
+    def _begin_or_end_ema(self) -> None:
+        """Have what _recipe needs: the state and its updates, or neither."""
+        if self._recipe.ema_beta is None:
+            if "weight_ema" in self._buffers:
+                del self.weight_ema
+            self._count_ema(0)
+            _EMA_LAYERS.discard(self)
+        else:
+            if "weight_ema" not in self._buffers:
+                ema = _whole(self.weight).to(torch.float32, copy=True)
+                self.register_buffer("weight_ema", ema)
+            self._count_ema(self._ema_updates)
+            _register(self)
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if "_recipe" in self.__dict__:  # not yet where nn.Linear.__init__ calls this
+            self._restart_ema()
+
+    def _count_ema(self, updates: int) -> None:
+        # forward reads ema_active alone, so torch.compile guards on a bool that flips once.
+        self._ema_updates = updates
+        beta, warmup = self._recipe.ema_beta, self._recipe.ema_warmup
+        self.ema_active = beta is not None and updates >= max(warmup, 1)
+
+    @torch.no_grad()
+    def _copy_to_ema(self, weight: Tensor) -> None:
+        if self.weight_ema.device == weight.device:
+            self.weight_ema.copy_(weight)
+        else:  # the weight has left the meta device by assignment
+            self.weight_ema = weight.to(torch.float32, copy=True)
+
+    def _restart_ema(self) -> None:
+        if "weight_ema" in self._buffers:
+            self._copy_to_ema(_whole(self.weight))
+            self._count_ema(0)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> EmaLinear:
+        before = self._buffers.get("weight_ema")
+        super()._apply(fn, recurse)
+        after = self._buffers.get("weight_ema")
+        if after is not None and after.dtype != torch.float32:  # to(bfloat16) is for parameters
+            self._buffers["weight_ema"] = before.to(after.device)
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if "weight_ema" in self._buffers:
+            updates = torch.tensor(self._ema_updates, dtype=torch.int64)
+            destination[prefix + "ema_updates"] = updates
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool,
+        missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        keys = [prefix + "weight_ema", prefix + "ema_updates"]
+        mine = "weight_ema" in self._buffers
+        saved = mine and all(key in state_dict for key in keys)
+        hidden = keys[1:] if saved else keys
+        super()._load_from_state_dict(
+            {key: value for key, value in state_dict.items() if key not in hidden},
+            prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs,
+        )  # fmt: skip
+        if saved:
+            self._count_ema(int(state_dict[keys[1]]))
+        elif mine:
+            if keys[0] in missing_keys:
+                missing_keys.remove(keys[0])
+            if prefix + "weight" in state_dict:
+                self._restart_ema()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "weight_ema" in self._buffers:
+            _register(self)
+
+
+_EMA_LAYERS: weakref.WeakSet[EmaLinear] = weakref.WeakSet()
+_HOOK: Any = None
+
+
+def _register(layer: EmaLinear) -> None:
+    """Have optimizers update the layer's average. The first layer installs the one hook."""
+    global _HOOK
+    _EMA_LAYERS.add(layer)
+    if _HOOK is None:
+        # Not traced, even where the optimizer's step is compiled: the counts change every step.
+        _HOOK = register_optimizer_step_post_hook(torch.compiler.disable(_after_step))
+
+
+def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    layers: dict[int, list[EmaLinear]] = {}
+    for layer in _EMA_LAYERS:
+        layers.setdefault(id(layer.weight), []).append(layer)
+    if layers:  # in the order of the optimizer, which every rank shares
+        params = (p for group in optimizer.param_groups for p in group["params"])
+        held = (layer for p in params if p.requires_grad for layer in layers.get(id(p), ()))
+        update_weight_ema(held)
+
+
+@torch.no_grad()
+def update_weight_ema(layers: Iterable[EmaLinear]) -> None:
+    """One Q-EMA update of every layer whose recipe has `ema_beta`. The optimizer hook calls it.
+
+    The first update of a layer copies its weight, so what the weight was at construction leaves no
+    trace; a later one is weight_ema <- weight_ema.lerp(weight, 1 - ema_beta) in float32.
+    """
+    grouped: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
+    for layer in layers:
+        beta = layer._recipe.ema_beta
+        if beta is None:
+            continue
+        weight = _whole(layer.weight)
+        if layer._ema_updates == 0:
+            layer._copy_to_ema(weight)
+        else:
+            emas, weights = grouped.setdefault(1.0 - beta, ([], []))
+            emas.append(layer.weight_ema)
+            weights.append(weight.to(torch.float32))
+        layer._count_ema(layer._ema_updates + 1)
+    for amount, (emas, weights) in grouped.items():
+        torch._foreach_lerp_(emas, weights, amount)
+
+
+def _whole(weight: Tensor) -> Tensor:
+    """The weight without its graph; gathered where FSDP2 keeps a shard between steps."""
+    weight = weight.detach()
+    return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
