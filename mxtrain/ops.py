@@ -216,7 +216,7 @@ def _(dy):
 
 
 def _refuse_cuda(name: str) -> None:
-    """Make torch.ops.mxtrain.<name> say what to do, instead of the dispatcher's list of backends."""
+    """Make torch.ops.mxtrain.<name> say what to do, not list the dispatcher's backends."""
 
     def refuse(*args, **kwargs):
         raise RuntimeError(
