@@ -280,14 +280,13 @@ def _reject_unknown(what: str, fields: dict[str, Any], cls: type) -> None:
 def fixed_signs(g: int, device: torch.device | str = "cpu") -> Tensor:
     """The constant signs of a "fixed" rotation: int8 `[g]` of +-1, alike on every device.
 
-    Integer arithmetic on the device, so it takes no generator and no copy from the host. With
-    h = (i + 1) * 0x9E3779B1 mod 2^32, then h = (h xor (h >> 15)) * 0x2C1B3C6D mod 2^32, element i
-    is negative where h >= 2^31.
+    Integer arithmetic on the device, so it takes no generator and no copy from the host, and
+    within 32 bits, so that compilers may narrow it: with i counted from 1, element i is negative
+    where (24 i^2 + 45 i) mod 251 is above 125. No Walsh function is closer to it than 2.3 sqrt(g).
     """
     _check_one_of("fixed_signs: g", g, HADAMARD_GROUPS)
-    h = torch.arange(1, g + 1, dtype=torch.int64, device=device) * 0x9E3779B1 & 0xFFFFFFFF
-    h = (h ^ (h >> 15)) * 0x2C1B3C6D & 0xFFFFFFFF
-    return (1 - 2 * (h >> 31)).to(torch.int8)
+    i = torch.arange(1, g + 1, dtype=torch.int32, device=device)
+    return torch.where((24 * i * i + 45 * i) % 251 > 125, -1, 1).to(torch.int8)
 
 
 # ---- the table ----

@@ -212,6 +212,14 @@ def test_no_features(device, k, c):
     assert torch.equal(db, dy.sum(0))
 
 
+def same(got, expected, name):
+    """Bitwise; on CUDA near, where the recipe leaves a product to cuBLAS, whose kernel (and so the
+    order of its sums) depends on the strides."""
+    if got.is_cuda and name not in QUANTIZED:
+        return torch.allclose(got, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    return torch.equal(got, expected)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_strided_input(device, name):
     x, w, b, dy = tensors(6, 10, device=device)
@@ -223,10 +231,10 @@ def test_strided_input(device, name):
         lambda x, w, b: linear(x.transpose(0, 1), w.t().contiguous().t(), b, name),
     ):
         got = run(f, x, w, b, dy.transpose(0, 1))
-        assert all(torch.equal(a, e) for a, e in zip(got, reference, strict=True))
+        assert all(same(a, e, name) for a, e in zip(got, reference, strict=True))
     with torch.no_grad():
         sliced = linear(wide[:, 3:131], w, b, name)
-        assert torch.equal(sliced, linear(wide[:, 3:131].contiguous(), w, b, name))
+        assert same(sliced, linear(wide[:, 3:131].contiguous(), w, b, name), name)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -237,7 +245,7 @@ def test_expanded_gradient(device, name, lead):
     expected = run(lambda x, w, b: linear(x, w, b, name), x, w, b, torch.ones_like(dy))
     torch.manual_seed(1)
     linear(x, w, b, name).sum().backward()
-    assert all(torch.equal(t.grad, e) for t, e in zip((x, w, b), expected[1:], strict=True))
+    assert all(same(t.grad, e, name) for t, e in zip((x, w, b), expected[1:], strict=True))
 
 
 @pytest.mark.parametrize("name", NAMES)
