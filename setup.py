@@ -116,13 +116,17 @@ class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         torch = torch_dir()
         archs = cuda_archs()
-        output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        host_output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        # Editable: setuptools copies the extension that it knows next to the sources, so the op
+        # library goes there at once.
+        editable = self.inplace or getattr(self, "editable_mode", False)
+        output = ROOT / "mxtrain" if editable else host_output
         # One folder per (Python, torch, architectures): switching between them never mixes objects.
         suffix = archs.replace(";", "_") or "cpu"
         tag = f"{sys.implementation.cache_tag}-torch{torch_version(torch)}-{suffix}"
         build = ROOT / "build" / tag
         build.mkdir(parents=True, exist_ok=True)
-        output.mkdir(parents=True, exist_ok=True)
+        host_output.mkdir(parents=True, exist_ok=True)
         cmake, ninja = shutil.which("cmake"), shutil.which("ninja")
         if not cmake or not ninja:
             raise SystemExit(
@@ -149,7 +153,7 @@ class CMakeBuild(build_ext):
                 f"-DMXT_VERSION={package_version()}",
                 f"-DMXT_CUDA_ARCHS={archs}",
                 f"-DMXT_OUTPUT_DIR={output}",
-                f"-DMXT_HOST_OUTPUT_DIR={output}",
+                f"-DMXT_HOST_OUTPUT_DIR={host_output}",
                 *launchers,
             ],
             check=True,

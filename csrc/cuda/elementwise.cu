@@ -29,10 +29,7 @@ __global__ void __launch_bounds__(ElementwiseTraits::kThreads)
   constexpr int N = ElementwiseTraits::kGroups;
   const int lane = threadIdx.x % 32;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * ElementwiseTraits::kPerCta + threadIdx.x;
-  QuantizeParams q = {};
-  q.hadamard = p.group;
-  q.signs = p.signs;
-  const Rotation rotation = make_rotation(q, lane);
+  const Rotation rotation = make_rotation(p.group, p.signs, lane);
   using Type = typename Source::Type;
   uint4 raw[N][Source::kVectors] = {};
 #pragma unroll

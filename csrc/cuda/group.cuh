@@ -70,19 +70,19 @@ __device__ __forceinline__ float load_any(const void* p, FloatType type, int64_t
 
 // ---- transforms ----
 
-// What stays the same for every group of a thread: its place in the Hadamard group and the signs
-// there.
+// What stays the same for every group of a thread: the lanes of its Hadamard group and the signs of
+// its elements there.
 struct Rotation {
-  int lanes;       // lanes that hold one Hadamard group; 0: none
-  uint32_t signs;  // bit i: element i of the thread's groups is negated
+  int lanes;  // lanes that hold one Hadamard group; 0: none
+  bool flips;
+  float sign[8];
 };
 
-__device__ __forceinline__ Rotation make_rotation(const QuantizeParams& p, int lane_in_row) {
-  Rotation r = {p.hadamard / 8, 0};
-  if (p.signs)
+__device__ __forceinline__ Rotation make_rotation(int group, const int8_t* signs, int lane_in_row) {
+  Rotation r = {group / 8, signs != nullptr, {}};
+  if (r.flips)
 #pragma unroll
-    for (int i = 0; i < 8; ++i)
-      r.signs |= (p.signs[lane_in_row % r.lanes * 8 + i] < 0 ? 1u : 0u) << i;
+    for (int i = 0; i < 8; ++i) r.sign[i] = signs[lane_in_row % r.lanes * 8 + i] < 0 ? -1.0f : 1.0f;
   return r;
 }
 
@@ -107,9 +107,18 @@ __device__ __forceinline__ void butterfly_lanes(float (&v)[8], int stride, int l
 
 __device__ __forceinline__ void rotate8(float (&v)[8], const Rotation& r, float norm,
                                         int lane_in_row) {
+  if (r.flips) {
+    // Signs and the first butterfly together: products with +-1 are exact, so each result is
+    // rounded once, as a + b is.
 #pragma unroll
-  for (int i = 0; i < 8; ++i) v[i] = bits_float(float_bits(v[i]) ^ ((r.signs >> i) << 31));
-  butterfly8<1>(v);
+    for (int i = 0; i < 8; i += 2) {
+      const float a = v[i] * r.sign[i], b = v[i + 1];
+      v[i] = __fmaf_rn(b, r.sign[i + 1], a);
+      v[i + 1] = __fmaf_rn(b, -r.sign[i + 1], a);
+    }
+  } else {
+    butterfly8<1>(v);
+  }
   butterfly8<2>(v);
   butterfly8<4>(v);
   for (int stride = 1; stride < r.lanes; stride *= 2) butterfly_lanes(v, stride, lane_in_row);
@@ -152,6 +161,14 @@ __device__ __forceinline__ uint32_t block_amax_bits(uint32_t m) {
   m = max(m, __shfl_xor_sync(kAllLanes, m, 1));
   if (F::kBlock == 32) m = max(m, __shfl_xor_sync(kAllLanes, m, 2));
   return m;
+}
+
+// The same of both halves of a word, for two operand rows.
+template <class F>
+__device__ __forceinline__ uint32_t block_amax2(uint32_t m2) {
+  m2 = ptx::max_nan_bf16x2(m2, __shfl_xor_sync(kAllLanes, m2, 1));
+  if (F::kBlock == 32) m2 = ptx::max_nan_bf16x2(m2, __shfl_xor_sync(kAllLanes, m2, 2));
+  return m2;
 }
 
 struct BlockScale {
@@ -288,9 +305,7 @@ __device__ __forceinline__ void quantize_column_pairs(const uint32_t (&x2)[8],
                                                       const ScaleChooser<F>& scales,
                                                       BlockScale (&s)[2], Packed8 (&codes)[2]) {
   uint32_t ax2[8], c[8], low, high;
-  uint32_t m2 = abs_amax2(x2, ax2);
-  m2 = ptx::max_nan_bf16x2(m2, __shfl_xor_sync(kAllLanes, m2, 1));
-  if (F::kBlock == 32) m2 = ptx::max_nan_bf16x2(m2, __shfl_xor_sync(kAllLanes, m2, 2));
+  const uint32_t m2 = block_amax2<F>(abs_amax2(x2, ax2));
   s[0] = scales.choose(m2 << 16);
   s[1] = scales.choose(m2 & 0xFFFF0000u);
   const uint32_t inv2 = __byte_perm(float_bits(s[0].factor), float_bits(s[1].factor), 0x7632);

@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(RowTraits::kThreads)
   }
   Philox4 draws[N] = {};
   if (kPath == Path::kFloats) draw_groups<N>(make_draw_key(p), group, draws);
-  const Rotation rotation = make_rotation(p, lane);
+  const Rotation rotation = make_rotation(p.hadamard, p.signs, lane);
   const ScaleChooser<F> scales(p);
 #pragma unroll
   for (int n = 0; n < N; ++n) {
@@ -141,7 +141,7 @@ template <class Source>
 __global__ void __launch_bounds__(RowTraits::kThreads)
     amax_rows_kernel(const QuantizeParams p, int64_t groups, bool vector) {
   const int lane = threadIdx.x % 32;
-  const Rotation rotation = make_rotation(p, lane);
+  const Rotation rotation = make_rotation(p.hadamard, p.signs, lane);
   uint32_t m = 0;
   for (int64_t base = static_cast<int64_t>(blockIdx.x) * RowTraits::kThreads; base < groups;
        base += static_cast<int64_t>(gridDim.x) * RowTraits::kThreads) {

@@ -49,12 +49,19 @@ __device__ __forceinline__ void quantize_columns_of(const uint8_t* tile, const Q
                                                     int64_t k_base, int64_t r_base) {
   constexpr int kLanes = F::kBlock / 8;
   const ColumnPlace<T> place(p.hadamard);
-  const Rotation rotation = make_rotation(p, place.lane_k);
+  const Rotation rotation = make_rotation(p.hadamard, p.signs, place.lane_k);
   const DrawKey key = make_draw_key(p);
   const ScaleChooser<F> scales(p);
   const int64_t k0 = k_base + place.k, groups_per_row = p.kp / 8;
   const bool writes_scale = place.lane_k % kLanes == 0;
   int64_t row = r_base + place.column, group = row * groups_per_row + k0 / 8;
+  const int64_t row_bytes = groups_per_row * F::kBits, row_blocks = groups_per_row / kLanes;
+  uint8_t* out = codes_at<F>(p, group);
+  uint8_t* scale_out = p.scale + group / kLanes;
+  int left = k0 < p.kp
+                 ? static_cast<int>(min(p.rows - row, static_cast<int64_t>(ColumnPlace<T>::kStep *
+                                                                           ColumnPlace<T>::kSteps)))
+                 : 0;
 #pragma unroll 1
   for (int step = 0; step < ColumnPlace<T>::kSteps; ++step) {
     ColumnPair<T> x;
@@ -67,12 +74,24 @@ __device__ __forceinline__ void quantize_columns_of(const uint8_t* tile, const Q
       Philox4 draws[2] = {};
       const int64_t both[2] = {group, group + groups_per_row};
       draw_groups<2>(key, both, draws);
+      // The maxima of both columns at once, where nothing has touched the elements.
+      constexpr bool kWords = std::is_same<typename T::Source, Bfloat16Source>::value;
+      uint32_t raw_max[2] = {};
+      if constexpr (kWords) {
+        if (!rotation.lanes) {
+          uint32_t unused[8];
+          const uint32_t m2 = block_amax2<F>(abs_amax2(x.w, unused));
+          raw_max[0] = m2 << 16;
+          raw_max[1] = m2 & 0xFFFF0000u;
+        }
+      }
 #pragma unroll
       for (int n = 0; n < 2; ++n) {
         float v[8], z[8] = {};
         x.widen(n, v);
         transform8(v, p, rotation, place.lane_k);
-        uint32_t block_max = block_amax_bits<F>(amax_bits8(v));
+        uint32_t block_max =
+            kWords && !rotation.lanes ? raw_max[n] : block_amax_bits<F>(amax_bits8(v));
         if (kPath == Path::kToward) {
           load_toward_column(p, row + n, k0, z);
           transform8(z, p, rotation, place.lane_k);
@@ -85,15 +104,17 @@ __device__ __forceinline__ void quantize_columns_of(const uint8_t* tile, const Q
     }
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
-      if (row + n >= p.rows || k0 >= p.kp) continue;
-      const int64_t at = group + n * groups_per_row;
-      store_codes<F>(codes_at<F>(p, at), codes[n]);
-      if (writes_scale)
-        *(p.swizzled ? scale_at<F>(p, row + n, k0) : p.scale + at / kLanes) =
-            static_cast<uint8_t>(s[n].code);
+      if (n >= left) continue;
+      store_codes<F>(out + n * row_bytes, codes[n]);
+      if (!writes_scale) continue;
+      uint8_t* at = p.swizzled ? scale_at<F>(p, row + n, k0) : scale_out + n * row_blocks;
+      *at = static_cast<uint8_t>(s[n].code);
     }
+    left -= ColumnPlace<T>::kStep;
     row += ColumnPlace<T>::kStep;
     group += ColumnPlace<T>::kStep * groups_per_row;
+    out += ColumnPlace<T>::kStep * row_bytes;
+    scale_out += ColumnPlace<T>::kStep * row_blocks;
   }
 }
 
@@ -108,7 +129,7 @@ __device__ __forceinline__ void quantize_rows_of(const uint8_t* tile, const Quan
   constexpr int kLanes = F::kBlock / 8;
   static_assert(kSteps % N == 0 && kGroupsPerRow >= kLanes, "a tile's row holds whole blocks");
   const int lane_in_row = threadIdx.x % kGroupsPerRow, column = lane_in_row * 8;
-  const Rotation rotation = make_rotation(p, lane_in_row);
+  const Rotation rotation = make_rotation(p.hadamard, p.signs, lane_in_row);
   const DrawKey key = make_draw_key(p);
   const ScaleChooser<F> scales(p);
   const int64_t k0 = k_base + column, groups_per_row = p.kp / 8;
@@ -199,7 +220,7 @@ __global__ void __launch_bounds__(TileTraits::kThreads)
   const TilePlace at = tile_place<T>(tiles_across);
   load_tile<T>(p, at, vector, tile);
   const ColumnPlace<T> place(p.hadamard);
-  const Rotation rotation = make_rotation(p, place.lane_k);
+  const Rotation rotation = make_rotation(p.hadamard, p.signs, place.lane_k);
   uint32_t m = 0;
   for (int step = 0; step < ColumnPlace<T>::kSteps; ++step) {
     ColumnPair<T> x;

@@ -90,27 +90,30 @@ __device__ __forceinline__ void read_row8(const uint8_t* tile, int k, int column
   T::Source::unpack(raw, v);
 }
 
-// Fill the tile at (k_base, r_base) of x; zeros outside. `vector`: 16-byte copies are aligned.
+// Fill the tile at (k_base, r_base) of x; zeros outside. `vector`: 16-byte copies are aligned. A
+// thread keeps its chunk and moves on by 32 rows of x.
 template <class T>
 __device__ __forceinline__ void load_float_tile(const QuantizeParams& p, int64_t k_base,
                                                 int64_t r_base, bool vector, uint8_t* tile) {
   using Type = typename T::Type;
-  const Type* x = static_cast<const Type*>(p.x);
-  for (int i = threadIdx.x; i < TileTraits::kTileK * TileTraits::kChunks;
-       i += TileTraits::kThreads) {
-    const int k = i / TileTraits::kChunks, chunk = i % TileTraits::kChunks;
-    const int64_t r = r_base + chunk * T::kPerChunk, row = k_base + k;
+  constexpr int kRowStep = TileTraits::kThreads / TileTraits::kChunks;
+  const int chunk = threadIdx.x % TileTraits::kChunks, k_first = threadIdx.x / TileTraits::kChunks;
+  const int64_t r = r_base + chunk * T::kPerChunk, left = p.rows - r;
+  const int valid = left <= 0 ? 0 : left < T::kPerChunk ? static_cast<int>(left) : T::kPerChunk;
+  const int rows = static_cast<int>(min(p.cols - k_base, static_cast<int64_t>(TileTraits::kTileK)));
+  const Type* from =
+      static_cast<const Type*>(p.x) + (k_base + k_first) * p.stride_k + r * p.stride_row;
+#pragma unroll
+  for (int k = k_first; k < TileTraits::kTileK; k += kRowStep, from += kRowStep * p.stride_k) {
     uint8_t* to = tile + chunk_offset(k, chunk);
-    const Type* from = x + row * p.stride_k + r * p.stride_row;
-    const int64_t left = row < p.cols ? p.rows - r : 0;
-    const int valid = left <= 0 ? 0 : left < T::kPerChunk ? static_cast<int>(left) : T::kPerChunk;
+    const int count = k < rows ? valid : 0;
     if (vector) {
-      ptx::cp_async_16(ptx::shared_address(to), valid ? from : x,
-                       valid * static_cast<int>(sizeof(Type)));
+      const void* safe = count ? static_cast<const void*>(from) : p.x;
+      ptx::cp_async_16(ptx::shared_address(to), safe, count * static_cast<int>(sizeof(Type)));
     } else {
 #pragma unroll
       for (int e = 0; e < T::kPerChunk; ++e)
-        reinterpret_cast<Type*>(to)[e] = e < valid ? from[e * p.stride_row] : Type(0);
+        reinterpret_cast<Type*>(to)[e] = e < count ? from[e * p.stride_row] : Type(0);
     }
   }
   if (vector) ptx::cp_async_wait_all();
