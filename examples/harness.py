@@ -301,10 +301,17 @@ def make_parser(task: Task) -> argparse.ArgumentParser:
     return parser
 
 
+# What no machine here trains: past it, a mistyped number would fill the memory before it failed.
+LIMITS = {"batch": 65536, "dim": 65536, "depth": 1024, "heads": 4096, "threads": 4096}
+
+
 def check_options(args: argparse.Namespace) -> None:
     for name, value in vars(args).items():
         if type(value) in (int, float) and not 0 < value < math.inf:
             raise BadInput(f"--{name.replace('_', '-')} must be positive, got {value}. See --help.")
+        if name in LIMITS and value > LIMITS[name]:
+            limit = LIMITS[name]
+            raise BadInput(f"--{name} must be at most {limit}, got {value}. See --help.")
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     devices = ["cpu", "cuda", *gpus] if gpus else ["cpu"]
     known = [("--recipe", name, list(mxtrain.RECIPES)) for name in args.recipe]

@@ -247,6 +247,7 @@ def test_refused_checkpoints(checkpoints, name, task, options, reason, capsys):
         (["--steps", "0"], "--steps must be positive, got 0"),
         (["--lr", "nan"], "--lr must be positive, got nan"),
         (["--eval-every", "-1"], "--eval-every must be positive, got -1"),
+        (["--batch", "999999999999"], "--batch must be at most 65536, got 999999999999"),
         (["--heads", "5"], "--dim must be a multiple of --heads"),
     ],
 )
