@@ -43,6 +43,7 @@ ifneq ($(VENV),)
 	$(PY) -m pip install --quiet --upgrade pip
 endif
 	$(PIP_INSTALL)
+	$(PY) -c "import mxtrain"
 	@mkdir -p $(dir $@) && touch $@
 
 clean:

@@ -78,9 +78,24 @@ def _swizzled_shape(rows, cols) -> tuple:
     return ((rows + 127) // 128, (cols + 3) // 4, 512)
 
 
+def _check_devices(op: str, x: Tensor, **others: Tensor | None) -> None:
+    """A meta tensor among real ones brings a call to the fake kernels: refuse it."""
+    for name, t in others.items():
+        if t is not None and t.device != x.device:
+            raise RuntimeError(
+                f"mxtrain::{op}: {name} must be on the device of the first argument, got "
+                f"{t.device} (the first argument is on {x.device}). Move it there."
+            )
+
+
 def _empty_operand(
     like: Tensor, rows, cols, format: int, swizzle: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if not 0 <= format < len(_BY_CODE):
+        raise RuntimeError(
+            f"mxtrain: format must be one of the known codes, got {format} (known: 0 to "
+            f"{len(_BY_CODE) - 1}). Use the names in mxtrain.formats."
+        )
     fmt = _BY_CODE[format]
     blocks = (cols + fmt.block - 1) // fmt.block
     scale_shape = _swizzled_shape(rows, blocks) if swizzle else (rows, blocks)
@@ -105,6 +120,7 @@ def _(
     toward=None,
     swizzle=False,
 ):
+    _check_devices("quantize", x, rng=rng, signs=signs, toward=toward)
     rows, cols = (x.shape[1], x.shape[0]) if transpose else (x.shape[0], x.shape[1])
     return _empty_operand(x, rows, cols, format, swizzle)
 
@@ -129,6 +145,15 @@ def _(
     col_toward,
     swizzle=False,
 ):
+    _check_devices(
+        "quantize_dual",
+        x,
+        rng=rng,
+        row_signs=row_signs,
+        row_toward=row_toward,
+        col_signs=col_signs,
+        col_toward=col_toward,
+    )
     row = _empty_operand(x, x.shape[0], x.shape[1], row_format, swizzle)
     return row + _empty_operand(x, x.shape[1], x.shape[0], col_format, swizzle)
 
@@ -149,21 +174,25 @@ def _(
     prescale=1.0,
     swizzle=False,
 ):
+    _check_devices("requantize", data, scale=scale, tensor_scale=tensor_scale, rng=rng, signs=signs)
     return _empty_operand(data, cols, data.shape[0], out_format, swizzle)
 
 
 @torch.library.register_fake("mxtrain::dequantize")
 def _(data, scale, tensor_scale, format, cols, dtype):
+    _check_devices("dequantize", data, scale=scale, tensor_scale=tensor_scale)
     return data.new_empty((data.shape[0], cols), dtype=dtype)
 
 
 @torch.library.register_fake("mxtrain::hadamard")
 def _(x, group, signs=None):
+    _check_devices("hadamard", x, signs=signs)
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 @torch.library.register_fake("mxtrain::stochastic_round")
 def _(x, dtype, rng):
+    _check_devices("stochastic_round", x, rng=rng)
     return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
 
 
@@ -191,6 +220,16 @@ def _(
     out_dtype,
     accumulate=0,
 ):
+    _check_devices(
+        "gemm",
+        a,
+        a_scale=a_scale,
+        a_tensor_scale=a_tensor_scale,
+        b=b,
+        b_scale=b_scale,
+        b_tensor_scale=b_tensor_scale,
+        bias=bias,
+    )
     return a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype)
 
 

@@ -237,3 +237,25 @@ def test_devices(device):
             q(x, rounding="stochastic", rng=RNG),
         )
         refused(RuntimeError, "signs must be on the device", q(x, hadamard=64, signs=SIGNS))
+
+
+def test_meta_tensors_among_real_ones():
+    """A meta tensor would otherwise select the fake kernel, which returns memory as it finds it."""
+    meta_rng, meta_signs = RNG.to("meta"), SIGNS.to("meta")
+    a = operand(4, 64, "mxfp4")
+    match = "must be on the device of the first argument, got meta"
+    refused(RuntimeError, match, q(rounding="stochastic", rng=meta_rng))
+    refused(RuntimeError, match, q(hadamard=64, signs=meta_signs))
+    refused(RuntimeError, match, q(rounding="toward", toward=X.to("meta")))
+    refused(RuntimeError, match, lambda: mxtrain.hadamard(X, 64, meta_signs))
+    refused(RuntimeError, match, lambda: mxtrain.stochastic_round(X, torch.bfloat16, meta_rng))
+    refused(RuntimeError, match, lambda: mxtrain.gemm(a, a, torch.ones(4, device="meta")))
+    layer = mxtrain.MXLinear(64, 64, device="meta")
+    refused(RuntimeError, match, lambda: layer(X))
+
+
+def test_factors_are_checked_as_float32():
+    refused(RuntimeError, "prescale must be finite and positive", q(prescale=1e300))
+    refused(RuntimeError, "prescale must be finite and positive", q(prescale=1e-300))
+    a = operand(4, 64, "mxfp4")
+    refused(RuntimeError, "alpha must be finite", lambda: mxtrain.gemm(a, a, alpha=1e300))

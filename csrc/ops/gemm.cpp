@@ -22,8 +22,8 @@ void check_gemm(const Tensor& a, const Tensor& a_scale, const OptionalTensor& a_
   check_same_device(op, "b", b, a);
   MXT_CHECK(is_input_float(out_dtype), op, "out_dtype must be bfloat16, float16 or float32, got ",
             dtype_name(out_dtype), " (a ", shape_of(a), ").");
-  MXT_CHECK(std::isfinite(alpha), op, "alpha must be finite, got ", alpha, " (a ", shape_of(a),
-            ").");
+  MXT_CHECK(std::isfinite(static_cast<float>(alpha)), op, "alpha must be finite, got ", alpha,
+            " (a ", shape_of(a), ").");
   check_choice(op, "accumulate", accumulate, kAccumulateNames, kAccumulates);
   if (!bias) return;
   MXT_CHECK(is_input_float(bias->scalar_type()) && bias->dim() == 1 && bias->size(0) == sb.rows, op,

@@ -14,7 +14,7 @@ void check_target(const char* op, const Tensor& x, const Target& t, const Option
             "). A product over no elements is zero; handle it before quantizing.");
   check_hadamard(op, t.hadamard, t.signs, x);
   check_divides(op, t.hadamard, k, f.padded(k));
-  MXT_CHECK(std::isfinite(t.prescale) && t.prescale > 0, op,
+  MXT_CHECK(std::isfinite(static_cast<float>(t.prescale)) && static_cast<float>(t.prescale) > 0, op,
             "prescale must be finite and positive, got ", t.prescale, " (x has shape ", shape_of(x),
             "). Use 1 for none.");
   const auto rounding = static_cast<Rounding>(t.rounding);
