@@ -13,7 +13,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
 from .linear import DTYPES, MXLinear
-from .recipe import Recipe, get_recipe
+from .recipe import RECIPES, Recipe, get_recipe
 
 log = logging.getLogger("mxtrain")
 
@@ -126,6 +126,9 @@ def convert(
         ValueError: for an unknown recipe, for a pattern that matches no linear layer, or with
             strict for a recipe that does not fit. The model is then unchanged.
     """
+    if not isinstance(model, nn.Module):
+        got = type(model).__name__
+        raise TypeError(f"mxtrain::convert: model must be a torch.nn.Module, got {got}.")
     linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     rules, included, excluded = _read_patterns(linears, recipe, include, exclude)
     ends = _ends(model)
@@ -235,8 +238,15 @@ def _read_patterns(
     exclude: Patterns | None,
 ) -> tuple[list[tuple[Pattern, Recipe]], list[Pattern] | None, list[Pattern]]:
     """(pattern, recipe) rules, include and exclude as lists; each pattern matches some layer."""
-    rules = [("*", recipe)] if isinstance(recipe, (str, Recipe)) else list(recipe)
-    rules = [(pattern, get_recipe(r)) for pattern, r in rules]
+    if isinstance(recipe, (str, Recipe)):
+        recipe = [("*", recipe)]
+    pairs = isinstance(recipe, (list, tuple)) and len(recipe) > 0
+    if not pairs or not all(isinstance(rule, (list, tuple)) and len(rule) == 2 for rule in recipe):
+        raise TypeError(
+            "mxtrain::convert: recipe must be a name, a Recipe, or a list of (pattern, recipe), "
+            f"got {recipe!r}. The names: {', '.join(RECIPES)}."
+        )
+    rules = [(pattern, get_recipe(r)) for pattern, r in recipe]
     included = None if include is None else _as_list(include)
     excluded = [] if exclude is None else _as_list(exclude)
     _check_match("recipe", (pattern for pattern, _ in rules if pattern != "*"), linears)
@@ -246,7 +256,8 @@ def _read_patterns(
 
 
 def _as_list(patterns: Patterns) -> list[Pattern]:
-    return [patterns] if isinstance(patterns, str) or callable(patterns) else list(patterns)
+    many = isinstance(patterns, Iterable) and not isinstance(patterns, str)
+    return list(patterns) if many else [patterns]
 
 
 def _matches(patterns: Iterable[Pattern], name: str, module: nn.Module) -> bool:
@@ -262,8 +273,25 @@ def _matches(patterns: Iterable[Pattern], name: str, module: nn.Module) -> bool:
     return False
 
 
+def _check_pattern(what: str, pattern: object) -> None:
+    if not isinstance(pattern, str) and not callable(pattern):
+        raise TypeError(
+            f"mxtrain::convert: {what} must be made of strings or callables, got {pattern!r}. "
+            "A string is a shell glob, or a regular expression after 're:'."
+        )
+    if isinstance(pattern, str) and pattern.startswith("re:"):
+        try:
+            re.compile(pattern[3:])
+        except re.error as error:
+            raise ValueError(
+                f"mxtrain::convert: {what} must be a regular expression after 're:', "
+                f"got {pattern!r} ({error}). Correct it."
+            ) from None
+
+
 def _check_match(what: str, patterns: Iterable[Pattern], linears: dict[str, nn.Linear]) -> None:
     for pattern in patterns:
+        _check_pattern(what, pattern)
         if not any(_matches([pattern], name, module) for name, module in linears.items()):
             raise ValueError(
                 f"mxtrain::convert: {what} must match a linear layer of the model, "

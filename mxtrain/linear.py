@@ -294,6 +294,9 @@ def _linear(
 
 def _check_arguments(x: Tensor, weight: Tensor, bias: Tensor | None, ema: Tensor | None) -> None:
     for name, t in (("x", x), ("weight", weight), ("bias", bias)):
+        if not isinstance(t, Tensor) and (name != "bias" or t is not None):
+            got = type(t).__name__
+            raise TypeError(f"mxtrain::linear: {name} must be a torch.Tensor, got {got}.")
         if t is not None and t.dtype not in DTYPES:
             raise TypeError(
                 f"mxtrain::linear: {name} must be bfloat16, float16 or float32, got {t.dtype} "

@@ -20,6 +20,14 @@ if TYPE_CHECKING:
 _ops = torch.ops.mxtrain
 
 
+def _check_tensor(what: str, argument: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"mxtrain::{what}: {argument} must be a torch.Tensor, got {type(value).__name__}. "
+            "Convert it first."
+        )
+
+
 @dataclass(frozen=True)
 class Operand:
     """A logical `[R, K]` matrix, quantized in blocks along K.
@@ -40,6 +48,16 @@ class Operand:
     shape: tuple[int, int]
     tensor_scale: Tensor | None = None
     swizzled: bool = False
+
+    def __post_init__(self) -> None:
+        check_name("Operand", "format", self.format, FORMATS)
+        _check_tensor("Operand", "data", self.data)
+        _check_tensor("Operand", "scale", self.scale)
+        if self.data.dim() != 2 or self.data.shape[0] != self.shape[0]:
+            raise ValueError(
+                f"mxtrain::Operand: shape must have data's rows, got {self.shape} "
+                f"(data {list(self.data.shape)}). Pass what quantize returned."
+            )
 
     @property
     def nbytes(self) -> int:
@@ -119,6 +137,7 @@ def quantize(
         ValueError: for an unknown name.
         RuntimeError: for tensors that do not fit; see `mxtrain.ops`.
     """
+    _check_tensor("quantize", "x", x)
     fmt = format_named(format)
     rule, mode = _codes("quantize", scale_rule, rounding)
     parts = _ops.quantize(
@@ -153,6 +172,7 @@ def quantize_dual(
     Returns:
         Operands of shape (R, K) and (K, R).
     """
+    _check_tensor("quantize_dual", "x", x)
     formats, arguments = [], []
     for quantizer, signs, toward in ((row, row_signs, row_toward), (col, col_signs, col_toward)):
         fmt = format_named(quantizer.format, "quantize_dual")
@@ -283,6 +303,7 @@ def hadamard(x: Tensor, group: int, signs: Tensor | None = None) -> Tensor:
     In float32, rounded to x's dtype. Differentiable. group is 16, 32, 64, 128 or 256 and divides
     the last axis; signs is int8 `[group]`.
     """
+    _check_tensor("hadamard", "x", x)
     return _ops.hadamard(x, group, signs)
 
 
@@ -291,6 +312,8 @@ def stochastic_round(x: Tensor, dtype: torch.dtype, rng: Tensor) -> Tensor:
 
     Up with the probability of the fraction (in 2^-16 steps).
     """
+    _check_tensor("stochastic_round", "x", x)
+    _check_tensor("stochastic_round", "rng", rng)
     return _ops.stochastic_round(x, dtype, rng)
 
 
@@ -299,11 +322,13 @@ def swizzle_scale(scale: Tensor) -> Tensor:
 
     uint8 `[ceil(R/128), ceil(C/4), 512]`.
     """
+    _check_tensor("swizzle_scale", "scale", scale)
     return _ops.swizzle_scale(scale)
 
 
 def unswizzle_scale(scale: Tensor, rows: int, cols: int) -> Tensor:
     """The inverse of `swizzle_scale`: uint8 `[rows, cols]`."""
+    _check_tensor("unswizzle_scale", "scale", scale)
     return _ops.unswizzle_scale(scale, rows, cols)
 
 

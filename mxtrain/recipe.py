@@ -89,7 +89,7 @@ class Quantizer:
         _check_one_of("Quantizer: hadamard", self.hadamard, (0, *HADAMARD_GROUPS))
         _check_one_of("Quantizer: signs", self.signs, SIGNS)
         _check_one_of("Quantizer: source", self.source, SOURCES)
-        ok = 0 < self.prescale < float("inf")
+        ok = isinstance(self.prescale, (int, float)) and 0 < self.prescale < float("inf")
         _check(ok, "Quantizer: prescale", "be positive and finite", self.prescale)
         ok = self.signs == "none" or self.hadamard > 0
         advice = "Set hadamard to the size of the groups that the signs belong to."

@@ -259,3 +259,63 @@ def test_factors_are_checked_as_float32():
     refused(RuntimeError, "prescale must be finite and positive", q(prescale=1e-300))
     a = operand(4, 64, "mxfp4")
     refused(RuntimeError, "alpha must be finite", lambda: mxtrain.gemm(a, a, alpha=1e300))
+
+
+def test_not_even_tensors():
+    a = operand(4, 64, "mxfp4")
+    refused(TypeError, "x must be a torch.Tensor, got NoneType", q(None))
+    refused(TypeError, "x must be a torch.Tensor, got list", q([1.0]))
+    refused(
+        TypeError,
+        "rng must be a torch.Tensor",
+        lambda: mxtrain.stochastic_round(X, torch.bfloat16, None),
+    )
+    refused(
+        TypeError,
+        "data must be a torch.Tensor",
+        lambda: mxtrain.Operand(None, a.scale, "mxfp4", (4, 64)),
+    )
+    refused(
+        ValueError,
+        "format must be one of",
+        lambda: mxtrain.Operand(a.data, a.scale, "zzz", (4, 64)),
+    )
+    refused(
+        ValueError,
+        "shape must have data's rows",
+        lambda: mxtrain.Operand(a.data, a.scale, "mxfp4", (9, 64)),
+    )
+    refused(TypeError, "x must be a torch.Tensor", lambda: mxtrain.MXLinear(64, 64)(None))
+
+
+@pytest.mark.parametrize("recipe", [None, 3, {}, [], ["tetrajet"], ("*", "tetrajet")])
+def test_convert_wants_a_recipe(recipe):
+    refused(
+        TypeError,
+        "recipe must be a name, a Recipe, or a list",
+        lambda: mxtrain.convert(torch.nn.Linear(64, 64), recipe),
+    )
+
+
+def test_convert_wants_a_model_and_patterns():
+    model = torch.nn.Linear(64, 64)
+    refused(
+        TypeError,
+        "model must be a torch.nn.Module, got NoneType",
+        lambda: mxtrain.convert(None, "tetrajet"),
+    )
+    refused(
+        TypeError,
+        "include must be made of strings",
+        lambda: mxtrain.convert(model, "tetrajet", include=5),
+    )
+    refused(
+        ValueError,
+        "must be a regular expression",
+        lambda: mxtrain.convert(model, "tetrajet", include="re:("),
+    )
+    refused(
+        ValueError,
+        "prescale must be positive and finite",
+        lambda: mxtrain.Quantizer("mxfp4", prescale="a"),
+    )
