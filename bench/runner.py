@@ -56,7 +56,7 @@ class Outcome:
 
 
 class Reporter(Protocol):
-    """What a session tells while it works."""
+    """What a run tells while it works."""
 
     def begin(self, name: str) -> None: ...
 

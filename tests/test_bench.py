@@ -75,7 +75,7 @@ class FakeTimer(timing.CpuTimer):
         return cases.Case(name, lambda device: (torch.ones(4),), call, **options)
 
 
-def session(chosen, timer=None, seconds=0.001) -> runner.Outcome:
+def run(chosen, timer=None, seconds=0.001) -> runner.Outcome:
     return runner.Session(chosen, timer or timing.CpuTimer(0), seconds, Quiet()).run()
 
 
@@ -227,7 +227,7 @@ def test_a_row_and_its_baselines_are_sampled_alternately():
         "gemm/mine/1", 3000.0, flops=6_000_000, peers=("peer/none", "peer/a"), bf16="peer/b"
     )
     chosen = [ours, timer.case("peer/a", 6000.0), timer.case("peer/b", 12000.0, bytes=600_000)]
-    outcome = session(chosen, timer)
+    outcome = run(chosen, timer)
     assert [row["name"] for row in outcome.rows] == ["gemm/mine/1", "peer/a", "peer/b"]
     mine, _, other = outcome.rows
     assert mine["us"]["p50"] == pytest.approx(1500) and mine["eager_us"] == pytest.approx(3000)
@@ -244,13 +244,13 @@ def test_rows_that_share_a_baseline_are_one_group():
     names = ["x/1", "x/2", "peer/p"]
     chosen = [timer.case(name, 2000.0, peers=("peer/p",)) for name in names[:2]]
     chosen += [timer.case("peer/p", 2000.0)]
-    assert [row["vs_peer"] for row in session(chosen, timer).rows] == [1.0, 1.0, None]
+    assert [row["vs_peer"] for row in run(chosen, timer).rows] == [1.0, 1.0, None]
     assert timer.log[-9:] == names * 3
 
 
 def test_a_failed_capture_falls_back_to_eager():
     timer = FakeTimer("operation not permitted\nwhen stream is capturing")
-    (row,) = session([timer.case("x/1", 2000.0)], timer).rows
+    (row,) = run([timer.case("x/1", 2000.0)], timer).rows
     assert not row["graph"] and row["us"]["p50"] == pytest.approx(2000)
     assert row["note"] == "no graph: operation not permitted"
 
@@ -325,7 +325,7 @@ def test_the_rest_is_skipped_once_the_device_is_lost():
         cases.Case("a/1", lambda d: (torch.ones(2),), broken, op="quantize"),
         cases.Case("b/1", lambda d: (torch.ones(2),), torch.neg),
     ]
-    outcome = session(chosen, Lost(0))
+    outcome = run(chosen, Lost(0))
     assert outcome.failed == [("a/1", "RuntimeError: illegal memory access")]
     assert outcome.skipped == [("b/1", "not run: the device failed in a/1")]
 
@@ -342,6 +342,6 @@ def test_an_error_while_sampling_costs_the_row():
         cases.Case("mine/1", lambda d: (torch.ones(2),), call, op="quantize"),
         cases.Case("b/1", lambda d: (torch.ones(2),), torch.neg),
     ]
-    outcome = session(chosen)
+    outcome = run(chosen)
     assert outcome.failed == [("mine/1", "RuntimeError: late")]
     assert [row["name"] for row in outcome.rows] == ["b/1"]
