@@ -32,7 +32,8 @@ auto with_element(const std::string& name, const F& f) {
   if (name == "e4m3") return f(E4M3{});
   if (name == "e5m2") return f(E5M2{});
   throw py::value_error(
-      "mxtrain::_host: element must be one of e2m1, e3m2, e2m3, e4m3, e5m2, got " + name + ".");
+      "mxtrain::_host: element must be one of e2m1, e3m2, e2m3, e4m3, e5m2, got " + name +
+      " (a name). Choose one of these.");
 }
 
 Array<uint8_t> encode_array(const std::string& element, const Array<float>& values) {
@@ -40,7 +41,9 @@ Array<uint8_t> encode_array(const std::string& element, const Array<float>& valu
   with_element(element, [&](auto e) {
     for (py::ssize_t i = 0; i < values.size(); ++i) {
       if (!std::isfinite(values.data()[i]))
-        throw py::value_error("mxtrain::_host.encode: values must be finite.");
+        throw py::value_error("mxtrain::_host.encode: values must be finite, got " +
+                              std::to_string(values.data()[i]) + " (value " + std::to_string(i) +
+                              "). Replace it first.");
       out.mutable_data()[i] = static_cast<uint8_t>(encode_nearest<decltype(e)>(values.data()[i]));
     }
   });
@@ -58,7 +61,10 @@ Array<float> decode_array(const std::string& element, const Array<uint8_t>& code
 
 Array<uint8_t> scale_codes(const std::string& element, const Array<float>& block_max, int rule) {
   if (rule < 0 || rule >= kScaleRules)
-    throw py::value_error("mxtrain::_host.e8m0_scale: rule must be a known code.");
+    throw py::value_error("mxtrain::_host.e8m0_scale: rule must be a known code, got " +
+                          std::to_string(rule) + " (known: 0 to " +
+                          std::to_string(kScaleRules - 1) +
+                          "). Take it from mxtrain.formats.SCALE_RULES.");
   Array<uint8_t> out(
       std::vector<py::ssize_t>(block_max.shape(), block_max.shape() + block_max.ndim()));
   with_element(element, [&](auto e) {
@@ -66,7 +72,9 @@ Array<uint8_t> scale_codes(const std::string& element, const Array<float>& block
       const uint32_t bits = float_bits(block_max.data()[i]);
       if (bits >= kInfBits)
         throw py::value_error(
-            "mxtrain::_host.e8m0_scale: block_max must be finite and not negative.");
+            "mxtrain::_host.e8m0_scale: block_max must be finite and not negative, got " +
+            std::to_string(block_max.data()[i]) + " (value " + std::to_string(i) +
+            "). Pass the largest magnitude of each block.");
       out.mutable_data()[i] = static_cast<uint8_t>(
           e8m0_scale<decltype(e)>(bits, e8m0_round_up<decltype(e)>(static_cast<ScaleRule>(rule))));
     }

@@ -26,6 +26,14 @@ void check_matrix(const char* op, const char* name, const Tensor& t) {
             shape_of(t), "). Convert it first.");
   MXT_CHECK(t.dim() == 2, op, name, " must have 2 dimensions, got ", t.dim(), " (shape ",
             shape_of(t), "). Flatten the leading axes: x.flatten(0, -2).");
+  check_sizes(op, name, t);
+}
+
+void check_sizes(const char* op, const char* name, const Tensor& t) {
+  constexpr int64_t kMaxSize = int64_t{1} << 56;
+  for (int64_t i = 0; i < t.dim(); ++i)
+    MXT_CHECK(t.size(i) <= kMaxSize, op, name, " must have sizes of at most 2^56, got ", t.size(i),
+              " (shape ", shape_of(t), "). No memory holds as many; split it.");
 }
 
 void check_same_device(const char* op, const char* name, const Tensor& t, const Tensor& x) {
@@ -50,27 +58,22 @@ void check_choice(const char* op, const char* name, int64_t value, const char* c
        "). Use the names in mxtrain.formats.");
 }
 
-void check_hadamard(const char* op, int64_t group, const OptionalTensor& signs, const Tensor& x) {
-  MXT_CHECK(group == 0 || group == 16 || group == 32 || group == 64 || group == 128 || group == 256,
-            op, "hadamard must be 0, 16, 32, 64, 128 or 256, got ", group, " (x has shape ",
-            shape_of(x), "). Choose one of these.");
+void check_hadamard(const char* op, const char* name, int64_t group, bool none,
+                    const OptionalTensor& signs, const Tensor& x) {
+  const bool known = group == 16 || group == 32 || group == 64 || group == 128 || group == 256;
+  MXT_CHECK(known || (none && group == 0), op, name, " must be ", none ? "0, " : "",
+            "16, 32, 64, 128 or 256, got ", group, " (x has shape ", shape_of(x),
+            "). Choose one of these.");
   if (!signs) return;
   MXT_CHECK(group != 0, op, "signs must come with a Hadamard group, got signs of shape ",
-            shape_of(*signs), " (hadamard is 0). Set hadamard, or leave signs out.");
+            shape_of(*signs), " (", name, " is 0). Set ", name, ", or leave signs out.");
   MXT_CHECK(signs->scalar_type() == ScalarType::Char, op, "signs must be int8, got ",
             dtype_name(signs->scalar_type()), " (shape ", shape_of(*signs),
             "). See mxtrain.draw_signs.");
   MXT_CHECK(signs->dim() == 1 && signs->size(0) == group && signs->is_contiguous(), op,
-            "signs must be contiguous, of shape [", group, "], got ", shape_of(*signs),
-            " (hadamard is ", group, "). See mxtrain.draw_signs.");
+            "signs must be contiguous, of shape [", group, "], got ", shape_of(*signs), " (", name,
+            " is ", group, "). See mxtrain.draw_signs.");
   check_same_device(op, "signs", *signs, x);
-}
-
-void check_divides(const char* op, int64_t group, int64_t k, int64_t kp) {
-  MXT_CHECK(group == 0 || kp % group == 0, op,
-            "hadamard must divide the padded contraction axis, got ", group, " (K = ", k,
-            ", padded to ", kp, "). Pad x with zeros to a multiple of ", group,
-            ", or take a smaller group.");
 }
 
 void check_rng(const char* op, const OptionalTensor& rng, const Tensor& x) {
@@ -95,6 +98,7 @@ PackedShape check_operand(const char* op, const char* name, const Tensor& data, 
   MXT_CHECK(is_bytes(scale), op, name, " scale must be uint8 with 2 dimensions, got ",
             dtype_name(scale.scalar_type()), " (shape ", shape_of(scale),
             "). Unswizzle a swizzled scale first.");
+  check_sizes(op, name, data);
   const int64_t rows = data.size(0), kp = data.size(1) * 8 / f.bits;
   MXT_CHECK(data.size(1) > 0 && f.bytes(kp) == data.size(1) && kp % f.block == 0, op, name,
             " data must hold whole blocks of ", f.block, " codes of ", f.bits,

@@ -43,8 +43,11 @@ void check_same_device(const char* op, const char* name, const Tensor& t, const 
 const FormatInfo& check_format(const char* op, const char* name, int64_t format);
 void check_choice(const char* op, const char* name, int64_t value, const char* const* names,
                   int count);
-void check_hadamard(const char* op, int64_t group, const OptionalTensor& signs, const Tensor& x);
-void check_divides(const char* op, int64_t group, int64_t k, int64_t kp);  // g | Kp
+// name: what the op calls the group; none: whether 0, for no rotation, is legal.
+void check_hadamard(const char* op, const char* name, int64_t group, bool none,
+                    const OptionalTensor& signs, const Tensor& x);
+// Sizes whose padding and bytes stay within 64 bits; only empty and expanded tensors can be larger.
+void check_sizes(const char* op, const char* name, const Tensor& t);
 void check_rng(const char* op, const OptionalTensor& rng,
                const Tensor& x);  // int64 [2] on x's device
 

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
+from .checks import check_bool, kind, refusal, show
 from .linear import DTYPES, MXLinear
 from .recipe import RECIPES, Recipe, get_recipe
 
@@ -125,12 +126,39 @@ def convert(
     Raises:
         ValueError: for an unknown recipe, for a pattern that matches no linear layer, or with
             strict for a recipe that does not fit. The model is then unchanged.
+        TypeError: for a model, recipe or pattern of another type.
     """
     if not isinstance(model, nn.Module):
-        got = type(model).__name__
-        raise TypeError(f"mxtrain::convert: model must be a torch.nn.Module, got {got}.")
+        got, advice = type(model).__name__, "Pass the model; it is converted in place."
+        condition = "be a torch.nn.Module"
+        raise TypeError(refusal("convert", "model", condition, got, show(model), advice))
+    check_bool("convert", "strict", strict)
     linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     rules, included, excluded = _read_patterns(linears, recipe, include, exclude)
+    plan = _plan(model, linears, rules, included, excluded, strict)
+    report = ConversionReport()
+    for name, module, chosen, reason in plan:
+        if chosen is None:
+            if isinstance(module, MXLinear):
+                reason = f"{reason}; keeps {module.recipe.name}"
+        elif isinstance(module, MXLinear):
+            module.recipe = chosen
+        else:
+            MXLinear.from_linear(module, chosen)
+        shape = (module.out_features, module.in_features)
+        report.layers.append(ReportedLayer(name, shape, chosen.name if chosen else None, reason))
+    report.notes.extend(_disable_fast_paths(model))
+    # That nothing was converted is rarely what was meant, so it shows with logging as it comes.
+    level = logging.INFO if report.converted else logging.WARNING
+    log.log(level, "convert: %s", report.summary)
+    return report
+
+
+def _plan(
+    model: nn.Module, linears: dict[str, nn.Linear], rules: list[tuple[Pattern, Recipe]],
+    included: list[Pattern] | None, excluded: list[Pattern], strict: bool,
+) -> list[tuple[str, nn.Linear, Recipe | None, str | None]]:  # fmt: skip
+    """(name, layer, its recipe or None, why it is left or None), without changing anything."""
     ends = _ends(model)
     plan: list[tuple[str, nn.Linear, Recipe | None, str | None]] = []
     for name, module in linears.items():
@@ -150,28 +178,14 @@ def convert(
             if reason is None:
                 reason = chosen.misfit(module.in_features, module.out_features)
                 if strict and reason is not None:
+                    context = f"recipe {chosen.name!r}"
+                    advice = "Exclude the layer, give it another recipe, or leave strict off."
+                    condition = f"fit layer {name!r}"
                     raise ValueError(
-                        f"mxtrain::convert: recipe must fit layer {name!r}, got {reason}. "
-                        "Exclude the layer, give it another recipe, or leave strict off."
+                        refusal("convert", "recipe", condition, reason, context, advice)
                     )
         plan.append((name, module, chosen if reason is None else None, reason))
-
-    report = ConversionReport()
-    for name, module, chosen, reason in plan:
-        if chosen is None:
-            if isinstance(module, MXLinear):
-                reason = f"{reason}; keeps {module.recipe.name}"
-        elif isinstance(module, MXLinear):
-            module.recipe = chosen
-        else:
-            MXLinear.from_linear(module, chosen)
-        shape = (module.out_features, module.in_features)
-        report.layers.append(ReportedLayer(name, shape, chosen.name if chosen else None, reason))
-    report.notes.extend(_disable_fast_paths(model))
-    # That nothing was converted is rarely what was meant, so it shows with logging as it comes.
-    level = logging.INFO if report.converted else logging.WARNING
-    log.log(level, "convert: %s", report.summary)
-    return report
+    return plan
 
 
 # ---- what may be converted ----
@@ -242,12 +256,17 @@ def _read_patterns(
         recipe = [("*", recipe)]
     pairs = isinstance(recipe, (list, tuple)) and len(recipe) > 0
     if not pairs or not all(isinstance(rule, (list, tuple)) and len(rule) == 2 for rule in recipe):
-        raise TypeError(
-            "mxtrain::convert: recipe must be a name, a Recipe, or a list of (pattern, recipe), "
-            f"got {recipe!r}. The names: {', '.join(RECIPES)}."
-        )
+        condition = "be a name, a Recipe, or a list of (pattern, recipe)"
+        advice = f"The names: {', '.join(RECIPES)}."
+        raise TypeError(refusal("convert", "recipe", condition, show(recipe), kind(recipe), advice))
     rules = [(pattern, get_recipe(r)) for pattern, r in recipe]
     included = None if include is None else _as_list(include)
+    if included == []:
+        condition = "name at least one pattern, or be left out"
+        advice = "Without include, every linear layer but the first and the last is converted."
+        raise ValueError(
+            refusal("convert", "include", condition, show(include), kind(include), advice)
+        )
     excluded = [] if exclude is None else _as_list(exclude)
     _check_match("recipe", (pattern for pattern, _ in rules if pattern != "*"), linears)
     _check_match("include", included or [], linears)
@@ -274,26 +293,24 @@ def _matches(patterns: Iterable[Pattern], name: str, module: nn.Module) -> bool:
 
 
 def _check_pattern(what: str, pattern: object) -> None:
+    advice = "A string is a shell glob, or a regular expression after 're:'."
     if not isinstance(pattern, str) and not callable(pattern):
-        raise TypeError(
-            f"mxtrain::convert: {what} must be made of strings or callables, got {pattern!r}. "
-            "A string is a shell glob, or a regular expression after 're:'."
-        )
+        condition = "be made of strings or callables"
+        raise TypeError(refusal("convert", what, condition, show(pattern), kind(pattern), advice))
     if isinstance(pattern, str) and pattern.startswith("re:"):
         try:
             re.compile(pattern[3:])
         except re.error as error:
-            raise ValueError(
-                f"mxtrain::convert: {what} must be a regular expression after 're:', "
-                f"got {pattern!r} ({error}). Correct it."
-            ) from None
+            condition = "be a regular expression after 're:'"
+            message = refusal("convert", what, condition, show(pattern), error, "Correct it.")
+            raise ValueError(message) from None
 
 
 def _check_match(what: str, patterns: Iterable[Pattern], linears: dict[str, nn.Linear]) -> None:
     for pattern in patterns:
         _check_pattern(what, pattern)
         if not any(_matches([pattern], name, module) for name, module in linears.items()):
-            raise ValueError(
-                f"mxtrain::convert: {what} must match a linear layer of the model, "
-                f"got {pattern!r}. The linear layers: {', '.join(linears) or 'none'}."
-            )
+            condition = "match a linear layer of the model"
+            context = f"the linear layers: {', '.join(linears) or 'none'}"
+            advice = "Correct the pattern, or leave it out."
+            raise ValueError(refusal("convert", what, condition, show(pattern), context, advice))

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from .checks import refusal, show
 from .recipe import Recipe
 
 
@@ -146,7 +147,7 @@ def update_weight_ema(layers: Iterable[EmaLinear]) -> None:
     trace; a later one is weight_ema <- weight_ema.lerp(weight, 1 - ema_beta) in float32.
     """
     grouped: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
-    for layer in layers:
+    for layer in _checked(layers):
         beta = layer._recipe.ema_beta
         if beta is None:
             continue
@@ -160,6 +161,21 @@ def update_weight_ema(layers: Iterable[EmaLinear]) -> None:
         layer._count_ema(layer._ema_updates + 1)
     for amount, (emas, weights) in grouped.items():
         torch._foreach_lerp_(emas, weights, amount)
+
+
+def _checked(layers: Iterable[EmaLinear]) -> list[EmaLinear]:
+    what, argument, advice = "update_weight_ema", "layers", "Pass a list of mxtrain.MXLinear."
+    if not isinstance(layers, Iterable) or isinstance(layers, (str, Tensor)):
+        got = type(layers).__name__
+        raise TypeError(refusal(what, argument, "be a list", got, show(layers), advice))
+    layers = list(layers)
+    for layer in layers:
+        if not isinstance(layer, EmaLinear):
+            got = type(layer).__name__
+            raise TypeError(
+                refusal(what, argument, "be made of MXLinear", got, show(layer), advice)
+            )
+    return layers
 
 
 def _whole(weight: Tensor) -> Tensor:

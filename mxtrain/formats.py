@@ -7,10 +7,10 @@ docs/numerics.md defines the bytes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ._library import CATALOGUE
+from .checks import check_name
 
 
 @dataclass(frozen=True)
@@ -65,15 +65,6 @@ SCALE_RULES: dict[str, int] = {name: code for code, name in enumerate(CATALOGUE[
 ROUNDINGS: dict[str, int] = {name: code for code, name in enumerate(CATALOGUE["roundings"])}
 ACCUMULATE: dict[str, int] = {name: code for code, name in enumerate(CATALOGUE["accumulate"])}
 HADAMARD_GROUPS: tuple[int, ...] = tuple(CATALOGUE["hadamard_groups"])
-
-
-def check_name(what: str, argument: str, value: object, known: Iterable[str]) -> None:
-    """Raise ValueError, listing what is known, unless value is one of the known names."""
-    known = list(known)
-    if value not in known:
-        raise ValueError(
-            f"mxtrain::{what}: {argument} must be one of {', '.join(known)}, got {value!r}."
-        )
 
 
 def format_named(name: str, what: str = "quantize") -> Format:

@@ -27,14 +27,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .checks import FLOATS as DTYPES
+from .checks import check_bool, check_device, check_int, check_tensor, kind, refusal, show
 from .ema import EmaLinear
 from .ema import update_weight_ema as update_weight_ema
 from .formats import FORMATS
 from .operand import Operand, draw_rng, draw_signs, gemm, quantize, quantize_dual, requantize
 from .ops import column_sum
 from .recipe import Quantizer, Recipe, fixed_signs, get_recipe
-
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 # Rows of the drawn rng ([3, 2]) and of the drawn signs ([3, largest group]).
 _X, _W, _DY = 0, 1, 2
@@ -274,10 +274,9 @@ def _linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, recipe: Recipe, ema: Tensor | None,
     training: bool,
 ) -> Tensor:  # fmt: skip
-    _check_arguments(x, weight, bias, ema)
-    kind = x.device.type
-    autocast = kind != "meta" and torch.is_autocast_enabled(kind)
-    dtype = torch.get_autocast_dtype(kind) if autocast else x.dtype
+    device = x.device.type
+    autocast = device != "meta" and torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
     if x.numel() == 0 or weight.numel() == 0:
         # Nothing to quantize; torch knows the shapes and that the gradients are zero.
         bias = None if bias is None else bias.to(dtype)
@@ -293,42 +292,35 @@ def _linear(
 
 
 def _check_arguments(x: Tensor, weight: Tensor, bias: Tensor | None, ema: Tensor | None) -> None:
-    for name, t in (("x", x), ("weight", weight), ("bias", bias)):
-        if not isinstance(t, Tensor) and (name != "bias" or t is not None):
-            got = type(t).__name__
-            raise TypeError(f"mxtrain::linear: {name} must be a torch.Tensor, got {got}.")
+    what = "linear"
+    for name, t in (("x", x), ("weight", weight), ("bias", bias), ("weight_ema", ema)):
+        check_tensor(what, name, t, optional=name in ("bias", "weight_ema"))
         if t is not None and t.dtype not in DTYPES:
-            raise TypeError(
-                f"mxtrain::linear: {name} must be bfloat16, float16 or float32, got {t.dtype} "
-                f"({name} {list(t.shape)}). Cast it first."
-            )
-    if weight.dim() != 2:
-        raise ValueError(
-            "mxtrain::linear: weight must be [out_features, in_features], "
-            f"got {list(weight.shape)}."
-        )
-    out_features, in_features = weight.shape
+            condition, context = "be bfloat16, float16 or float32", f"shape {list(t.shape)}"
+            raise TypeError(refusal(what, name, condition, t.dtype, context, "Cast it first."))
+    shape = list(weight.shape)
+    if len(shape) != 2:
+        condition, advice = "be [out_features, in_features]", "Reshape it."
+        context = f"{len(shape)} dimensions"
+        raise ValueError(refusal(what, "weight", condition, shape, context, advice))
+    out_features, in_features = shape
+    context, advice = f"weight {shape}", "Pass tensors of one layer."
     if x.dim() == 0 or x.shape[-1] != in_features:
-        raise ValueError(
-            f"mxtrain::linear: x must have in_features = {in_features} as its last size, "
-            f"got {list(x.shape)} (weight {list(weight.shape)})."
-        )
+        condition = f"have in_features = {in_features} as its last size"
+        raise ValueError(refusal(what, "x", condition, list(x.shape), context, advice))
     if bias is not None and bias.shape != (out_features,):
-        raise ValueError(
-            f"mxtrain::linear: bias must have out_features = {out_features} elements, "
-            f"got {list(bias.shape)} (weight {list(weight.shape)})."
-        )
+        condition = f"have out_features = {out_features} elements"
+        raise ValueError(refusal(what, "bias", condition, list(bias.shape), context, advice))
     if ema is not None and ema.shape != weight.shape:
-        raise ValueError(
-            "mxtrain::linear: weight_ema must have the shape of weight, "
-            f"got {list(ema.shape)} (weight {list(weight.shape)})."
-        )
+        condition = "have the shape of weight"
+        raise ValueError(refusal(what, "weight_ema", condition, list(ema.shape), context, advice))
 
 
 def _check_fit(what: str, recipe: Recipe, in_features: int, out_features: int) -> None:
     misfit = recipe.misfit(in_features, out_features)
     if misfit is not None:
-        raise ValueError(f"mxtrain::{what}: {misfit}. Choose a recipe with a smaller group.")
+        context, advice = f"recipe {recipe.name!r}", "Choose a recipe with a smaller group."
+        raise ValueError(refusal(what, "recipe", "fit the layer", misfit, context, advice))
 
 
 def linear(
@@ -360,12 +352,30 @@ def linear(
         ValueError: where the shapes disagree or the recipe does not fit them.
     """
     recipe = get_recipe(recipe)
-    if weight.dim() == 2:
-        _check_fit("linear", recipe, weight.shape[1], weight.shape[0])
+    _check_arguments(x, weight, bias, weight_ema)
+    _check_fit("linear", recipe, weight.shape[1], weight.shape[0])
     return _linear(x, weight, bias, recipe, weight_ema, True)
 
 
 # ---- the module ----
+
+
+def _check_layer(
+    in_features: object, out_features: object, bias: object, device: Any, dtype: object
+) -> None:
+    what = "MXLinear"
+    check_int(what, "in_features", in_features, low=0)
+    check_int(what, "out_features", out_features, low=0)
+    if in_features * out_features >= 2**58:
+        got, advice = f"{out_features} x {in_features}", "Choose a smaller layer."
+        condition, context = "have fewer than 2^58 elements", "out_features x in_features"
+        raise ValueError(refusal(what, "weight", condition, got, context, advice))
+    check_bool(what, "bias", bias)
+    if device is not None:
+        check_device(what, device)
+    if dtype is not None and dtype not in DTYPES:
+        condition, advice = "be bfloat16, float16 or float32, or None", "Choose one of these."
+        raise TypeError(refusal(what, "dtype", condition, show(dtype), kind(dtype), advice))
 
 
 class MXLinear(EmaLinear):
@@ -394,6 +404,8 @@ class MXLinear(EmaLinear):
         self, in_features: int, out_features: int, bias: bool = True, device: Any = None,
         dtype: torch.dtype | None = None, *, recipe: str | Recipe = "tetrajet",
     ) -> None:  # fmt: skip
+        _check_layer(in_features, out_features, bias, device, dtype)
+        recipe = get_recipe(recipe)
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
         self._adopt(recipe)
 
@@ -401,10 +413,9 @@ class MXLinear(EmaLinear):
     def from_linear(cls, module: nn.Linear, recipe: str | Recipe = "tetrajet") -> MXLinear:
         """Turn module itself into an MXLinear and return it: same object, parameters and hooks."""
         if type(module) is not nn.Linear:
-            raise TypeError(
-                "mxtrain::MXLinear.from_linear: module must be exactly a torch.nn.Linear, got "
-                f"{type(module).__name__}. A subclass may use its weight in ways of its own."
-            )
+            got, advice = type(module).__name__, "A subclass may use its weight in its own ways."
+            what, condition = "MXLinear.from_linear", "be exactly a torch.nn.Linear"
+            raise TypeError(refusal(what, "module", condition, got, show(module), advice))
         recipe = get_recipe(recipe)
         _check_fit("MXLinear", recipe, module.in_features, module.out_features)
         module.__class__ = cls
@@ -430,6 +441,7 @@ class MXLinear(EmaLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         ema = self.weight_ema if self.ema_active else None
+        _check_arguments(x, self.weight, self.bias, ema)
         return _linear(x, self.weight, self.bias, self._recipe, ema, self.training)
 
     def extra_repr(self) -> str:

@@ -7,25 +7,26 @@ docs/numerics.md defines the bytes.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from .formats import ACCUMULATE, FORMATS, ROUNDINGS, SCALE_RULES, Format, check_name, format_named
-
-if TYPE_CHECKING:
-    from .recipe import Quantizer
+from .checks import (
+    check_bool,
+    check_device,
+    check_dtype,
+    check_int,
+    check_name,
+    check_number,
+    check_tensor,
+    kind,
+    refusal,
+    show,
+)
+from .formats import ACCUMULATE, FORMATS, ROUNDINGS, SCALE_RULES, Format, format_named
+from .recipe import Quantizer
 
 _ops = torch.ops.mxtrain
-
-
-def _check_tensor(what: str, argument: str, value: object) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(
-            f"mxtrain::{what}: {argument} must be a torch.Tensor, got {type(value).__name__}. "
-            "Convert it first."
-        )
 
 
 @dataclass(frozen=True)
@@ -51,12 +52,21 @@ class Operand:
 
     def __post_init__(self) -> None:
         check_name("Operand", "format", self.format, FORMATS)
-        _check_tensor("Operand", "data", self.data)
-        _check_tensor("Operand", "scale", self.scale)
+        check_tensor("Operand", "data", self.data)
+        check_tensor("Operand", "scale", self.scale)
+        check_tensor("Operand", "tensor_scale", self.tensor_scale, optional=True)
+        check_bool("Operand", "swizzled", self.swizzled)
+        if not isinstance(self.shape, tuple) or len(self.shape) != 2:
+            got, advice = show(self.shape), "Pass what quantize returned."
+            raise TypeError(
+                refusal("Operand", "shape", "be a tuple (R, K)", got, kind(self.shape), advice)
+            )
+        for size in self.shape:
+            check_int("Operand", "shape", size, low=0)
         if self.data.dim() != 2 or self.data.shape[0] != self.shape[0]:
+            context, advice = f"data {list(self.data.shape)}", "Pass what quantize returned."
             raise ValueError(
-                f"mxtrain::Operand: shape must have data's rows, got {self.shape} "
-                f"(data {list(self.data.shape)}). Pass what quantize returned."
+                refusal("Operand", "shape", "have data's rows", self.shape, context, advice)
             )
 
     @property
@@ -92,10 +102,21 @@ def _codes(what: str, scale_rule: str, rounding: str) -> tuple[int, int]:
 
 def _check_operand(what: str, argument: str, value: object) -> None:
     if not isinstance(value, Operand):
-        raise TypeError(
-            f"mxtrain::{what}: {argument} must be an Operand, got {type(value).__name__}. "
-            "Make one with mxtrain.quantize."
-        )
+        got, advice = type(value).__name__, "Make one with mxtrain.quantize."
+        raise TypeError(refusal(what, argument, "be an Operand", got, show(value), advice))
+
+
+def _check_target(what: str, hadamard: object, prescale: object, swizzle: object) -> None:
+    check_int(what, "hadamard", hadamard)
+    check_number(what, "prescale", prescale)
+    check_bool(what, "swizzle", swizzle)
+
+
+def _check_tensors(what: str, **tensors: object) -> None:
+    """Of arguments that may be None."""
+    for name, t in tensors.items():
+        if t is not None:
+            check_tensor(what, name, t, optional=True)
 
 
 def quantize(
@@ -137,9 +158,12 @@ def quantize(
         ValueError: for an unknown name.
         RuntimeError: for tensors that do not fit; see `mxtrain.ops`.
     """
-    _check_tensor("quantize", "x", x)
+    check_tensor("quantize", "x", x)
     fmt = format_named(format)
     rule, mode = _codes("quantize", scale_rule, rounding)
+    check_bool("quantize", "transpose", transpose)
+    _check_target("quantize", hadamard, prescale, swizzle)
+    _check_tensors("quantize", rng=rng, signs=signs, toward=toward)
     parts = _ops.quantize(
         x, fmt.code, rule, mode, transpose, rng, hadamard, signs, prescale, toward, swizzle
     )
@@ -172,9 +196,19 @@ def quantize_dual(
     Returns:
         Operands of shape (R, K) and (K, R).
     """
-    _check_tensor("quantize_dual", "x", x)
+    check_tensor("quantize_dual", "x", x)
+    check_bool("quantize_dual", "swizzle", swizzle)
+    _check_tensors(
+        "quantize_dual", rng=rng, row_signs=row_signs, col_signs=col_signs, row_toward=row_toward,
+        col_toward=col_toward,
+    )  # fmt: skip
     formats, arguments = [], []
-    for quantizer, signs, toward in ((row, row_signs, row_toward), (col, col_signs, col_toward)):
+    sides = (("row", row, row_signs, row_toward), ("col", col, col_signs, col_toward))
+    for side, quantizer, signs, toward in sides:
+        if not isinstance(quantizer, Quantizer):
+            got, advice = type(quantizer).__name__, 'Pass one such as mxtrain.Quantizer("mxfp4").'
+            condition = "be a mxtrain.Quantizer"
+            raise TypeError(refusal("quantize_dual", side, condition, got, show(quantizer), advice))
         fmt = format_named(quantizer.format, "quantize_dual")
         rule, mode = _codes("quantize_dual", quantizer.scale_rule, quantizer.rounding)
         formats.append(fmt)
@@ -213,8 +247,10 @@ def requantize(
         Operand of shape (K, R).
     """
     _check_operand("requantize", "operand", operand)
-    fmt = format_named(format or operand.format, "requantize")
+    fmt = format_named(operand.format if format is None else format, "requantize")
     rule, mode = _codes("requantize", scale_rule, rounding)
+    _check_target("requantize", hadamard, prescale, swizzle)
+    _check_tensors("requantize", rng=rng, signs=signs)
     rows, cols = operand.shape
     parts = _ops.requantize(
         operand.data,
@@ -237,6 +273,7 @@ def requantize(
 def dequantize(operand: Operand, dtype: torch.dtype = torch.float32) -> Tensor:
     """The values of an operand as `[R, K]` of dtype (float32, bfloat16 or float16)."""
     _check_operand("dequantize", "operand", operand)
+    check_dtype("dequantize", "dtype", dtype)
     code = FORMATS[operand.format].code
     return _ops.dequantize(
         operand.data, operand.plain_scale(), operand.tensor_scale, code, operand.shape[1], dtype
@@ -271,17 +308,17 @@ def gemm(
     _check_operand("gemm", "a", a)
     _check_operand("gemm", "b", b)
     check_name("gemm", "accumulate", accumulate, ACCUMULATE)
+    check_number("gemm", "alpha", alpha)
+    check_dtype("gemm", "out_dtype", out_dtype)
+    check_tensor("gemm", "bias", bias, optional=True)
     if a.format != b.format:
-        raise ValueError(
-            f"mxtrain::gemm: a and b must have the same format, got {a.format} and {b.format}. "
-            "Quantize both to one format."
-        )
+        got, advice = f"{a.format} and {b.format}", "Quantize both to one format."
+        context = f"a {a.shape}, b {b.shape}"
+        raise ValueError(refusal("gemm", "a and b", "have the same format", got, context, advice))
     if a.shape[1] != b.shape[1]:
-        raise ValueError(
-            f"mxtrain::gemm: a and b must have the same K, got {a.shape[1]} and {b.shape[1]} "
-            f"(a {a.shape}, b {b.shape}). "
-            "Both are quantized along the contraction axis: D = A B^T."
-        )
+        got, context = f"{a.shape[1]} and {b.shape[1]}", f"a {a.shape}, b {b.shape}"
+        advice = "Both are quantized along the contraction axis: D = A B^T."
+        raise ValueError(refusal("gemm", "a and b", "have the same K", got, context, advice))
     return _ops.gemm(
         a.data,
         a.plain_scale(),
@@ -303,7 +340,9 @@ def hadamard(x: Tensor, group: int, signs: Tensor | None = None) -> Tensor:
     In float32, rounded to x's dtype. Differentiable. group is 16, 32, 64, 128 or 256 and divides
     the last axis; signs is int8 `[group]`.
     """
-    _check_tensor("hadamard", "x", x)
+    check_tensor("hadamard", "x", x)
+    check_int("hadamard", "group", group)
+    check_tensor("hadamard", "signs", signs, optional=True)
     return _ops.hadamard(x, group, signs)
 
 
@@ -312,8 +351,9 @@ def stochastic_round(x: Tensor, dtype: torch.dtype, rng: Tensor) -> Tensor:
 
     Up with the probability of the fraction (in 2^-16 steps).
     """
-    _check_tensor("stochastic_round", "x", x)
-    _check_tensor("stochastic_round", "rng", rng)
+    check_tensor("stochastic_round", "x", x)
+    check_dtype("stochastic_round", "dtype", dtype)
+    check_tensor("stochastic_round", "rng", rng)
     return _ops.stochastic_round(x, dtype, rng)
 
 
@@ -322,14 +362,21 @@ def swizzle_scale(scale: Tensor) -> Tensor:
 
     uint8 `[ceil(R/128), ceil(C/4), 512]`.
     """
-    _check_tensor("swizzle_scale", "scale", scale)
+    check_tensor("swizzle_scale", "scale", scale)
     return _ops.swizzle_scale(scale)
 
 
 def unswizzle_scale(scale: Tensor, rows: int, cols: int) -> Tensor:
     """The inverse of `swizzle_scale`: uint8 `[rows, cols]`."""
-    _check_tensor("unswizzle_scale", "scale", scale)
+    check_tensor("unswizzle_scale", "scale", scale)
+    check_int("unswizzle_scale", "rows", rows)
+    check_int("unswizzle_scale", "cols", cols)
     return _ops.unswizzle_scale(scale, rows, cols)
+
+
+def _check_draw(what: str, n: object, device: object) -> None:
+    check_int(what, "n", n, low=0)
+    check_device(what, device)
 
 
 def draw_rng(n: int = 1, device: torch.device | str = "cpu") -> Tensor:
@@ -337,9 +384,12 @@ def draw_rng(n: int = 1, device: torch.device | str = "cpu") -> Tensor:
 
     Pass one row as `rng`.
     """
+    _check_draw("draw_rng", n, device)
     return torch.randint(0, 2**63 - 1, (n, 2), dtype=torch.int64, device=device)
 
 
 def draw_signs(group: int, n: int = 1, device: torch.device | str = "cpu") -> Tensor:
     """n vectors of random signs, int8 `[n, group]`, from the device's default generator."""
+    check_int("draw_signs", "group", group, low=0)
+    _check_draw("draw_signs", n, device)
     return torch.randint(0, 2, (n, group), dtype=torch.int8, device=device) * 2 - 1

@@ -53,10 +53,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import op_checks as check
 from ._library import CATALOGUE
-from .formats import FORMATS, Format
 
-_BY_CODE: list[Format] = list(FORMATS.values())
 OP_NAMES = (
     "quantize",
     "quantize_dual",
@@ -71,32 +70,17 @@ OP_NAMES = (
 PYTHON_OPS = ("column_sum",)
 
 
-# ---- fake kernels: shapes only; the real kernels check the arguments ----
+# ---- fake kernels: the checks of the real ones, and shapes ----
 
 
 def _swizzled_shape(rows, cols) -> tuple:
     return ((rows + 127) // 128, (cols + 3) // 4, 512)
 
 
-def _check_devices(op: str, x: Tensor, **others: Tensor | None) -> None:
-    """A meta tensor among real ones brings a call to the fake kernels: refuse it."""
-    for name, t in others.items():
-        if t is not None and t.device != x.device:
-            raise RuntimeError(
-                f"mxtrain::{op}: {name} must be on the device of the first argument, got "
-                f"{t.device} (the first argument is on {x.device}). Move it there."
-            )
-
-
 def _empty_operand(
     like: Tensor, rows, cols, format: int, swizzle: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if not 0 <= format < len(_BY_CODE):
-        raise RuntimeError(
-            f"mxtrain: format must be one of the known codes, got {format} (known: 0 to "
-            f"{len(_BY_CODE) - 1}). Use the names in mxtrain.formats."
-        )
-    fmt = _BY_CODE[format]
+    fmt = check.BY_CODE[format]
     blocks = (cols + fmt.block - 1) // fmt.block
     scale_shape = _swizzled_shape(rows, blocks) if swizzle else (rows, blocks)
     return (
@@ -120,8 +104,11 @@ def _(
     toward=None,
     swizzle=False,
 ):
-    _check_devices("quantize", x, rng=rng, signs=signs, toward=toward)
+    check.check_matrix("quantize", "x", x)
     rows, cols = (x.shape[1], x.shape[0]) if transpose else (x.shape[0], x.shape[1])
+    target = check.Target(format, scale_rule, rounding, hadamard, signs, prescale, toward)
+    check.check_target("quantize", x, target, rng, cols)
+    check.check_devices("quantize", x, rng=rng, signs=signs, toward=toward)
     return _empty_operand(x, rows, cols, format, swizzle)
 
 
@@ -145,8 +132,14 @@ def _(
     col_toward,
     swizzle=False,
 ):
-    _check_devices(
-        "quantize_dual",
+    op = "quantize_dual"
+    check.check_matrix(op, "x", x)
+    row_options = (row_scale_rule, row_rounding, row_hadamard, row_signs, row_prescale, row_toward)
+    col_options = (col_scale_rule, col_rounding, col_hadamard, col_signs, col_prescale, col_toward)
+    check.check_target(op, x, check.Target(row_format, *row_options), rng, x.shape[1])
+    check.check_target(op, x, check.Target(col_format, *col_options), rng, x.shape[0])
+    check.check_devices(
+        op,
         x,
         rng=rng,
         row_signs=row_signs,
@@ -174,35 +167,42 @@ def _(
     prescale=1.0,
     swizzle=False,
 ):
-    _check_devices("requantize", data, scale=scale, tensor_scale=tensor_scale, rng=rng, signs=signs)
+    target = check.Target(out_format, scale_rule, rounding, hadamard, signs, prescale, None)
+    check.check_requantize(data, scale, tensor_scale, format, cols, target, rng)
+    check.check_devices(
+        "requantize", data, scale=scale, tensor_scale=tensor_scale, rng=rng, signs=signs
+    )
     return _empty_operand(data, cols, data.shape[0], out_format, swizzle)
 
 
 @torch.library.register_fake("mxtrain::dequantize")
 def _(data, scale, tensor_scale, format, cols, dtype):
-    _check_devices("dequantize", data, scale=scale, tensor_scale=tensor_scale)
+    check.check_dequantize(data, scale, tensor_scale, format, cols, dtype)
+    check.check_devices("dequantize", data, scale=scale, tensor_scale=tensor_scale)
     return data.new_empty((data.shape[0], cols), dtype=dtype)
 
 
 @torch.library.register_fake("mxtrain::hadamard")
 def _(x, group, signs=None):
-    _check_devices("hadamard", x, signs=signs)
+    check.check_hadamard(x, group, signs)
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 @torch.library.register_fake("mxtrain::stochastic_round")
 def _(x, dtype, rng):
-    _check_devices("stochastic_round", x, rng=rng)
+    check.check_stochastic_round(x, dtype, rng)
     return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 @torch.library.register_fake("mxtrain::swizzle_scale")
 def _(scale):
+    check.check_swizzle(scale)
     return scale.new_empty(_swizzled_shape(scale.shape[0], scale.shape[1]))
 
 
 @torch.library.register_fake("mxtrain::unswizzle_scale")
 def _(scale, rows, cols):
+    check.check_unswizzle(scale, rows, cols)
     return scale.new_empty((rows, cols))
 
 
@@ -220,7 +220,9 @@ def _(
     out_dtype,
     accumulate=0,
 ):
-    _check_devices(
+    a_parts, b_parts = (a, a_scale, a_tensor_scale), (b, b_scale, b_tensor_scale)
+    check.check_gemm(a_parts, b_parts, format, bias, alpha, out_dtype, accumulate)
+    check.check_devices(
         "gemm",
         a,
         a_scale=a_scale,
@@ -238,16 +240,13 @@ def _(
 
 @torch.library.custom_op("mxtrain::column_sum", mutates_args=())
 def column_sum(dy: Tensor) -> Tensor:
-    if dy.dim() != 2 or dy.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        raise RuntimeError(
-            "mxtrain::column_sum: dy must be a matrix of bfloat16, float16 or float32, "
-            f"got {dy.dtype} {list(dy.shape)} (dy). Reshape or cast it first."
-        )
+    check.check_column_sum(dy)
     return dy.sum(0, dtype=torch.float32)
 
 
 @column_sum.register_fake
 def _(dy):
+    check.check_column_sum(dy)
     return dy.new_empty((dy.shape[1],), dtype=torch.float32)
 
 

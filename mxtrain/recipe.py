@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .checks import check_device, check_int, check_name, is_int, is_number, kind, refusal, show
 from .formats import ACCUMULATE, FORMATS, HADAMARD_GROUPS, ROUNDINGS, SCALE_RULES
 
 SIGNS = ("none", "fixed", "drawn")
@@ -41,16 +42,19 @@ _TENSOR = {
 _FORWARD_OF = {"dgrad_w": "fprop_w", "wgrad_x": "fprop_x"}
 
 
-def _check(ok: bool, argument: str, condition: str, got: Any, advice: str = "") -> None:
-    """Raise ValueError in the house style unless ok."""
+def _check(
+    ok: bool, where: str, argument: str, condition: str, got: Any, advice: str, context: str = ""
+) -> None:  # fmt: skip
+    """Raise ValueError unless ok."""
     if not ok:
-        text = f"mxtrain::{argument} must {condition}, got {got!r}."
-        raise ValueError(f"{text} {advice}" if advice else text)
+        context = context or kind(got)
+        raise ValueError(refusal(where, argument, condition, show(got), context, advice))
 
 
-def _check_one_of(argument: str, value: Any, known: Any) -> None:
-    if value not in known:
-        _check(False, argument, "be one of " + ", ".join(map(str, known)), value)
+def _check_one_of(where: str, argument: str, value: Any, known: tuple[int, ...]) -> None:
+    ok = type(value) is int and value in known
+    condition = "be one of " + ", ".join(map(str, known))
+    _check(ok, where, argument, condition, value, "Choose one of these.")
 
 
 @dataclass(frozen=True)
@@ -82,24 +86,29 @@ class Quantizer:
     source: str = "original"
 
     def __post_init__(self) -> None:
+        what = "Quantizer"
         if self.format is not None:
-            _check_one_of("Quantizer: format", self.format, FORMATS)
-        _check_one_of("Quantizer: scale_rule", self.scale_rule, SCALE_RULES)
-        _check_one_of("Quantizer: rounding", self.rounding, ROUNDINGS)
-        _check_one_of("Quantizer: hadamard", self.hadamard, (0, *HADAMARD_GROUPS))
-        _check_one_of("Quantizer: signs", self.signs, SIGNS)
-        _check_one_of("Quantizer: source", self.source, SOURCES)
-        ok = isinstance(self.prescale, (int, float)) and 0 < self.prescale < float("inf")
-        _check(ok, "Quantizer: prescale", "be positive and finite", self.prescale)
+            check_name(what, "format", self.format, FORMATS)
+        check_name(what, "scale_rule", self.scale_rule, SCALE_RULES)
+        check_name(what, "rounding", self.rounding, ROUNDINGS)
+        _check_one_of(what, "hadamard", self.hadamard, (0, *HADAMARD_GROUPS))
+        check_name(what, "signs", self.signs, SIGNS)
+        check_name(what, "source", self.source, SOURCES)
+        ok = is_number(self.prescale) and 0 < self.prescale < float("inf")
+        advice = "Use 1 for none."
+        _check(ok, what, "prescale", "be positive and finite", self.prescale, advice)
         ok = self.signs == "none" or self.hadamard > 0
         advice = "Set hadamard to the size of the groups that the signs belong to."
-        _check(ok, "Quantizer: signs", "be 'none' without a Hadamard", self.signs, advice)
+        condition = "be 'none' without a Hadamard"
+        _check(ok, what, "signs", condition, self.signs, advice, f"hadamard {self.hadamard}")
         if self.format is None:
             ok = (self.hadamard, self.prescale, self.source) == (0, 1.0, "original")
             ok = ok and self.rounding != "toward"
-            what = "Quantizer: hadamard, prescale, source and rounding"
+            argument = "hadamard, prescale, source and rounding"
+            condition = "keep their defaults without a format"
+            got = (self.hadamard, self.prescale, self.source, self.rounding)
             advice = "Set a format, or use Quantizer()."
-            _check(ok, what, "keep their defaults without a format", self, advice)
+            _check(ok, what, argument, condition, got, advice, "format None")
 
     def __str__(self) -> str:
         if self.format is None:
@@ -147,57 +156,71 @@ class Recipe:
 
     def __post_init__(self) -> None:
         ok = isinstance(self.name, str) and self.name != ""
-        _check(ok, "Recipe: name", "be a non-empty string", self.name)
-        where = f"Recipe {self.name!r}"
-        _check_one_of(f"{where}: accumulate", self.accumulate, ACCUMULATE)
+        advice = "Reports call the recipe by it."
+        _check(ok, "Recipe", "name", "be a non-empty string", self.name, advice)
+        check_name("Recipe", "accumulate", self.accumulate, ACCUMULATE)
         for field in _TENSOR:
-            self._check_quantizer(f"{where}: {field}", field)
+            self._check_quantizer(field)
         for gemm, (a, b) in GEMMS.items():
-            self._check_pair(f"{where}: {gemm}", a, b)
-        ok = isinstance(self.ema_warmup, int) and self.ema_warmup >= 0
-        _check(ok, f"{where}: ema_warmup", "be an int >= 0", self.ema_warmup)
+            self._check_pair(gemm, a, b)
+        ok = is_int(self.ema_warmup) and 0 <= self.ema_warmup < 2**63
+        advice = "It counts optimizer steps."
+        self._refuse_unless(ok, "ema_warmup", "be an int >= 0", self.ema_warmup, advice)
         beta, toward = self.ema_beta, self.fprop_w.rounding == "toward"
-        _check(beta is None or 0.0 < beta < 1.0, f"{where}: ema_beta", "lie in (0, 1)", beta)
+        if beta is not None:
+            ok = is_number(beta) and 0.0 < beta < 1.0
+            self._refuse_unless(ok, "ema_beta", "lie in (0, 1)", beta, "Try 0.998.")
         condition = "be set if and only if fprop_w rounds 'toward'"
-        advice = f"fprop_w.rounding is {self.fprop_w.rounding!r}."
-        _check(toward == (beta is not None), f"{where}: ema_beta", condition, beta, advice)
+        advice = f"Set both or neither: fprop_w.rounding is {self.fprop_w.rounding!r}."
+        self._refuse_unless(toward == (beta is not None), "ema_beta", condition, beta, advice)
+        ok = isinstance(self.reference, str)
+        advice = "Say where the recipe was published, or leave it empty."
+        self._refuse_unless(ok, "reference", "be a string", self.reference, advice)
 
-    def _check_quantizer(self, where: str, field: str) -> None:
-        q = getattr(self, field)
-        _check(isinstance(q, Quantizer), where, "be a Quantizer", q)
+    def _refuse_unless(
+        self, ok: bool, argument: str, condition: str, got: Any, advice: str
+    ) -> None:  # fmt: skip
+        _check(ok, "Recipe", argument, condition, got, advice, f"recipe {self.name!r}")
+
+    def _check_quantizer(self, field: str) -> None:
+        q, check = getattr(self, field), self._refuse_unless
+        advice = 'Pass one such as mxtrain.Quantizer("mxfp4").'
+        check(isinstance(q, Quantizer), field, "be a Quantizer", q, advice)
         ok = q.rounding != "toward" or field == "fprop_w"
         advice = "Only fprop_w rounds toward the average of the weights."
-        _check(ok, f"{where}.rounding", "be 'nearest' or 'stochastic'", q.rounding, advice)
+        check(ok, f"{field}.rounding", "be 'nearest' or 'stochastic'", q.rounding, advice)
         if q.source == "original":
             return
-        where += ".source"
+        source = f"{field}.source"
         advice = "Only dgrad_w and wgrad_x have a forward operand."
-        _check(field in _FORWARD_OF, where, "be 'original'", q.source, advice)
+        check(field in _FORWARD_OF, source, "be 'original'", q.source, advice)
         forward = _FORWARD_OF[field]
         f = getattr(self, forward)
         condition = f"be 'original' where {forward} has no format"
         advice = f"Give {forward} a format, or quantize the original."
-        _check(f.format is not None, where, condition, q.source, advice)
+        check(f.format is not None, source, condition, q.source, advice)
         condition = f"be 'original' where {forward} is rotated or prescaled"
         advice = "Requantizing the forward operand would not undo that."
-        _check(f.hadamard == 0 and f.prescale == 1.0, where, condition, q.source, advice)
+        check(f.hadamard == 0 and f.prescale == 1.0, source, condition, q.source, advice)
 
-    def _check_pair(self, where: str, a: str, b: str) -> None:
-        qa, qb = getattr(self, a), getattr(self, b)
+    def _check_pair(self, gemm: str, a: str, b: str) -> None:
+        qa, qb, check = getattr(self, a), getattr(self, b), self._refuse_unless
         formats = (qa.format, qb.format)
         both = None not in formats
-        _check(not both or qa.format == qb.format, where, f"give {a} and {b} one format", formats)
+        ok, condition = not both or qa.format == qb.format, f"give {a} and {b} one format"
+        check(ok, gemm, condition, formats, "A GEMM multiplies operands of one format.")
         rotations = ((qa.hadamard, qa.signs), (qb.hadamard, qb.signs))
         condition = f"give {a} and {b} the same hadamard and signs"
         advice = "Both operands of a GEMM share the rotation, which then cancels."
-        _check(rotations[0] == rotations[1], where, condition, rotations, advice)
+        check(rotations[0] == rotations[1], gemm, condition, rotations, advice)
         prescales = (qa.prescale, qb.prescale)
         condition = f"leave {a} and {b} at prescale 1 where one of them has no format"
-        _check(both or prescales == (1.0, 1.0), where, condition, prescales)
+        advice = "Give both a format, or neither a prescale."
+        check(both or prescales == (1.0, 1.0), gemm, condition, prescales, advice)
 
     def pair(self, gemm: str) -> tuple[Quantizer, Quantizer]:
         """The quantizers of A and B of "fprop", "dgrad" or "wgrad"."""
-        _check_one_of("Recipe.pair: gemm", gemm, GEMMS)
+        check_name("Recipe.pair", "gemm", gemm, GEMMS)
         a, b = GEMMS[gemm]
         return getattr(self, a), getattr(self, b)
 
@@ -225,6 +248,8 @@ class Recipe:
         A Hadamard group must divide the contraction axis, once that is padded to whole blocks. The
         axis of wgrad, the tokens, is padded further at run time, so it always fits.
         """
+        check_int("Recipe.misfit", "in_features", in_features, low=0)
+        check_int("Recipe.misfit", "out_features", out_features, low=0)
         axes = {"fprop": ("in_features", in_features), "dgrad": ("out_features", out_features)}
         for gemm, (axis, size) in axes.items():
             q = self.pair(gemm)[0]
@@ -262,19 +287,24 @@ class Recipe:
 
         Raises ValueError for a field that does not exist, or for a recipe that is not valid.
         """
-        _reject_unknown("Recipe.from_dict: fields", fields, cls)
+        _reject_unknown("fields", fields, cls)
         fields = dict(fields)
         for field in _TENSOR:
             if isinstance(fields.get(field), dict):
-                _reject_unknown(f"Recipe.from_dict: {field}", fields[field], Quantizer)
+                _reject_unknown(field, fields[field], Quantizer)
                 fields[field] = Quantizer(**fields[field])
-        return cls(**fields)
+        return cls(**{"name": "", **fields})  # without a name, __post_init__ refuses it
 
 
-def _reject_unknown(what: str, fields: dict[str, Any], cls: type) -> None:
+def _reject_unknown(argument: str, fields: dict[str, Any], cls: type) -> None:
+    what = "Recipe.from_dict"
+    if not isinstance(fields, dict):
+        advice = "Pass what Recipe.to_dict returned."
+        raise TypeError(refusal(what, argument, "be a dict", show(fields), kind(fields), advice))
     known = [field.name for field in dataclasses.fields(cls)]
     unknown = [key for key in fields if key not in known]
-    _check(not unknown, what, "be among " + ", ".join(known), unknown)
+    condition = "be among " + ", ".join(known)
+    _check(not unknown, what, argument, condition, unknown, "Remove or rename what is not.")
 
 
 def fixed_signs(g: int, device: torch.device | str = "cpu") -> Tensor:
@@ -284,7 +314,8 @@ def fixed_signs(g: int, device: torch.device | str = "cpu") -> Tensor:
     within 32 bits, so that compilers may narrow it: with i counted from 1, element i is negative
     where (24 i^2 + 45 i) mod 251 is above 125. No Walsh function is closer to it than 2.3 sqrt(g).
     """
-    _check_one_of("fixed_signs: g", g, HADAMARD_GROUPS)
+    _check_one_of("fixed_signs", "g", g, HADAMARD_GROUPS)
+    check_device("fixed_signs", device)
     i = torch.arange(1, g + 1, dtype=torch.int32, device=device)
     return torch.where((24 * i * i + 45 * i) % 251 > 125, -1, 1).to(torch.int8)
 
@@ -354,14 +385,13 @@ def get_recipe(recipe: str | Recipe) -> Recipe:
     """
     if isinstance(recipe, Recipe):
         return recipe
+    what, advice = "get_recipe", "Pass a mxtrain.Recipe for one of your own."
     if not isinstance(recipe, str):
         got = type(recipe).__name__
-        raise TypeError(f"mxtrain::get_recipe: recipe must be a name or a Recipe, got {got}.")
-    if recipe not in RECIPES:
-        raise ValueError(
-            f"mxtrain::get_recipe: recipe must be one of {', '.join(RECIPES)}, got {recipe!r}. "
-            "Pass a mxtrain.Recipe for one of your own."
-        )
+        condition = "be a name or a Recipe"
+        raise TypeError(refusal(what, "recipe", condition, got, show(recipe), advice))
+    condition = f"be one of {', '.join(RECIPES)}"
+    _check(recipe in RECIPES, what, "recipe", condition, recipe, advice)
     return RECIPES[recipe]
 
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
+
+import pytest
 import torch
 from torch import Tensor
 
@@ -13,6 +17,20 @@ FORMATS = list(mxtrain.FORMATS)
 RULES = ["floor", "ceil", "even"]
 ROUNDINGS = ["nearest", "stochastic", "toward"]
 FLOATS = [torch.bfloat16, torch.float16, torch.float32]
+
+
+# mxtrain::<op>: <argument> must <condition>, got <value> (<context>). <what to do>
+STYLE = re.compile(r"mxtrain::[\w.]+: [^:]+? must .+, got .+ \(.+\)\. [A-Z].*[.:)\w]", re.DOTALL)
+
+
+@contextlib.contextmanager
+def refuses(error: type[Exception], match: str):
+    """pytest.raises of exactly this error, whose message is in the style of the package."""
+    with pytest.raises(error, match=match) as caught:
+        yield caught
+    assert caught.type is error
+    message = str(caught.value)
+    assert STYLE.fullmatch(message) and "\n" not in message, message
 
 
 def cuda_has(op: str) -> bool:

@@ -77,6 +77,7 @@ Tensor swizzle_scale(Tensor scale) {
   const int64_t rows = in.size(0), cols = in.size(1), row_tiles = tiles(rows, kTileRows),
                 col_tiles = tiles(cols, kTileCols);
   Tensor out = torch::stable::new_zeros(in, {row_tiles, col_tiles, kTileBytes});
+  if (out.numel() == 0) return out;
   const uint8_t* from = bytes(in);
   uint8_t* to = mutable_bytes(out);
   torch::stable::parallel_for(0, rows, grain(cols), [&](int64_t begin, int64_t end) {
@@ -91,6 +92,7 @@ Tensor unswizzle_scale(Tensor scale, int64_t rows, int64_t cols) {
   const int64_t col_tiles = tiles(cols, kTileCols);
   const Tensor in = torch::stable::contiguous(scale);
   Tensor out = empty_bytes(in, rows, cols);
+  if (out.numel() == 0) return out;
   const uint8_t* from = bytes(in);
   uint8_t* to = mutable_bytes(out);
   torch::stable::parallel_for(0, rows, grain(cols), [&](int64_t begin, int64_t end) {

@@ -21,14 +21,15 @@ void check_gemm(const Tensor& a, const Tensor& a_scale, const OptionalTensor& a_
             "). Both are quantized along the contraction axis: D = A B^T.");
   check_same_device(op, "b", b, a);
   MXT_CHECK(is_input_float(out_dtype), op, "out_dtype must be bfloat16, float16 or float32, got ",
-            dtype_name(out_dtype), " (a ", shape_of(a), ").");
+            dtype_name(out_dtype), " (a ", shape_of(a), "). Convert afterwards.");
   MXT_CHECK(std::isfinite(static_cast<float>(alpha)), op, "alpha must be finite, got ", alpha,
-            " (a ", shape_of(a), ").");
+            " (a ", shape_of(a), "). It is a float32 factor on the product; 1 for none.");
   check_choice(op, "accumulate", accumulate, kAccumulateNames, kAccumulates);
   if (!bias) return;
   MXT_CHECK(is_input_float(bias->scalar_type()) && bias->dim() == 1 && bias->size(0) == sb.rows, op,
             "bias must be a float vector of shape [", sb.rows, "], got ",
-            dtype_name(bias->scalar_type()), " ", shape_of(*bias), " (b has ", sb.rows, " rows).");
+            dtype_name(bias->scalar_type()), " ", shape_of(*bias), " (b has ", sb.rows,
+            " rows). Convert or reshape it.");
   check_same_device(op, "bias", *bias, a);
 }
 

@@ -12,8 +12,11 @@ void check_target(const char* op, const Tensor& x, const Target& t, const Option
   check_choice(op, "rounding", t.rounding, kRoundingNames, kRoundings);
   MXT_CHECK(k > 0, op, "x must have a block axis longer than 0, got 0 (shape ", shape_of(x),
             "). A product over no elements is zero; handle it before quantizing.");
-  check_hadamard(op, t.hadamard, t.signs, x);
-  check_divides(op, t.hadamard, k, f.padded(k));
+  check_hadamard(op, "hadamard", t.hadamard, true, t.signs, x);
+  MXT_CHECK(t.hadamard == 0 || f.padded(k) % t.hadamard == 0, op,
+            "hadamard must divide the padded contraction axis, got ", t.hadamard, " (K = ", k,
+            ", padded to ", f.padded(k), "). Pad x with zeros to a multiple of ", t.hadamard,
+            ", or take a smaller group.");
   MXT_CHECK(std::isfinite(static_cast<float>(t.prescale)) && static_cast<float>(t.prescale) > 0, op,
             "prescale must be finite and positive, got ", t.prescale, " (x has shape ", shape_of(x),
             "). Use 1 for none.");
@@ -21,12 +24,13 @@ void check_target(const char* op, const Tensor& x, const Target& t, const Option
   if (rounding == Rounding::kStochastic) check_rng(op, rng, x);
   MXT_CHECK((rounding == Rounding::kToward) == t.toward.has_value(), op,
             "toward must be given with rounding 'toward' and only then, got ",
-            t.toward ? "a tensor" : "None", " (rounding is ", kRoundingNames[t.rounding], ").");
+            t.toward ? "a tensor" : "None", " (rounding is ", kRoundingNames[t.rounding],
+            "). Give both, or neither.");
   if (!t.toward) return;
   check_matrix(op, "toward", *t.toward);
   MXT_CHECK(t.toward->size(0) == x.size(0) && t.toward->size(1) == x.size(1), op,
             "toward must have x's shape, got ", shape_of(*t.toward), " (x has shape ", shape_of(x),
-            ").");
+            "). With transpose too, it lies as x does.");
   check_same_device(op, "toward", *t.toward, x);
 }
 
@@ -59,11 +63,10 @@ void check_hadamard_op(const Tensor& x, int64_t group, const OptionalTensor& sig
   MXT_CHECK(is_input_float(x.scalar_type()), op, "x must be bfloat16, float16 or float32, got ",
             dtype_name(x.scalar_type()), " (shape ", shape_of(x), "). Convert it first.");
   MXT_CHECK(x.dim() >= 1, op, "x must have at least 1 dimension, got 0 (shape []). Reshape it.");
-  MXT_CHECK(group != 0, op, "hadamard must be 16, 32, 64, 128 or 256, got 0 (x has shape ",
-            shape_of(x), ").");
-  check_hadamard(op, group, signs, x);
-  const int64_t k = x.size(x.dim() - 1);
-  check_divides(op, group, k, k);
+  check_hadamard(op, "group", group, false, signs, x);
+  MXT_CHECK(x.size(x.dim() - 1) % group == 0, op, "group must divide the last axis, got ", group,
+            " (x has shape ", shape_of(x), "). Pad x with zeros to a multiple of ", group,
+            ", or take a smaller group.");
 }
 
 void check_stochastic_round(const Tensor& x, ScalarType dtype, const Tensor& rng) {
@@ -73,7 +76,7 @@ void check_stochastic_round(const Tensor& x, ScalarType dtype, const Tensor& rng
   const bool bf16 = dtype == ScalarType::BFloat16, e4m3 = dtype == ScalarType::Float8_e4m3fn,
              e5m2 = dtype == ScalarType::Float8_e5m2;
   MXT_CHECK(bf16 || e4m3 || e5m2, op, "dtype must be bfloat16, float8_e4m3fn or float8_e5m2, got ",
-            dtype_name(dtype), " (x has shape ", shape_of(x), ").");
+            dtype_name(dtype), " (x has shape ", shape_of(x), "). Choose one of these.");
   check_rng(op, rng, x);
 }
 
@@ -82,13 +85,16 @@ void check_swizzle(const Tensor& scale) {
   MXT_CHECK(scale.scalar_type() == ScalarType::Byte && scale.dim() == 2, op,
             "scale must be uint8 with 2 dimensions, got ", dtype_name(scale.scalar_type()),
             " (shape ", shape_of(scale), "). Pass the scale of an unswizzled operand.");
+  check_sizes(op, "scale", scale);
 }
 
 void check_unswizzle(const Tensor& scale, int64_t rows, int64_t cols) {
   const char* op = "unswizzle_scale";
+  constexpr int64_t kMaxSize = int64_t{1} << 56;  // as check_sizes: nothing below overflows
+  MXT_CHECK(rows >= 0 && cols >= 0 && rows <= kMaxSize && cols <= kMaxSize, op,
+            "rows and cols must lie in [0, 2^56], got ", rows, " and ", cols, " (scale ",
+            shape_of(scale), "). Pass the shape that was swizzled.");
   const int64_t row_tiles = tiles(rows, kTileRows), col_tiles = tiles(cols, kTileCols);
-  MXT_CHECK(rows >= 0 && cols >= 0, op, "rows and cols must not be negative, got ", rows, " and ",
-            cols, " (scale ", shape_of(scale), ").");
   MXT_CHECK(scale.scalar_type() == ScalarType::Byte && scale.dim() == 3 &&
                 scale.size(0) == row_tiles && scale.size(1) == col_tiles &&
                 scale.size(2) == kTileBytes,

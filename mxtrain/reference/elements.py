@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .errors import refusal
+
 
 @dataclass(frozen=True)
 class Element:
@@ -76,11 +78,10 @@ FORMATS: dict[str, Format] = {
 
 def format_named(name: str) -> Format:
     """The `Format` called ``name``; ValueError with the known names where there is none."""
-    if name not in FORMATS:
-        raise ValueError(
-            f"mxtrain::reference: format must be one of {', '.join(FORMATS)}, got {name!r}. "
-            "Pass a format by its name."
-        )
+    if not isinstance(name, str) or name not in FORMATS:
+        condition, context = f"be one of {', '.join(FORMATS)}", f"type {type(name).__name__}"
+        advice = "Pass a format by its name."
+        raise ValueError(refusal("format_named", "format", condition, repr(name), context, advice))
     return FORMATS[name]
 
 
@@ -111,7 +112,8 @@ def encode(
     already divided by the scale), "down" (toward zero) or "up" (away from zero).
     """
     if u.dtype != torch.float32:
-        raise TypeError(f"mxtrain::reference.encode: u must be float32, got {u.dtype}.")
+        context, advice = f"shape {list(u.shape)}", "Convert it first."
+        raise TypeError(refusal("encode", "u", "be float32", u.dtype, context, advice))
     sign = (u.contiguous().view(torch.int32) < 0).to(torch.int64)
     limit = int(float32_bits(torch.tensor(element.max, dtype=torch.float32)))
     magnitude = float32_bits(u).clamp(max=limit)
@@ -143,10 +145,9 @@ def encode(
     elif rounding == "up":
         up = rest > 0
     else:
-        raise ValueError(
-            "mxtrain::reference.encode: rounding must be one of nearest, stochastic, toward, down, "
-            f"up, got {rounding!r}."
-        )
+        condition = "be one of nearest, stochastic, toward, down, up"
+        context, advice = f"element {element.name}", "Choose one of these."
+        raise ValueError(refusal("encode", "rounding", condition, repr(rounding), context, advice))
     # n runs up to 2^(mbits+1), and the codes of consecutive binades are consecutive, so a carry
     # needs no special case
     code = ((top - element.emin) << element.mbits) + n + up.to(torch.int64)
@@ -199,7 +200,8 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     elif bits == 8:
         out = [c]
     else:
-        raise ValueError(f"mxtrain::reference.pack: bits must be 4, 6 or 8, got {bits}.")
+        context, advice = f"codes {list(codes.shape)}", "Pass the bits of an element."
+        raise ValueError(refusal("pack", "bits", "be 4, 6 or 8", bits, context, advice))
     packed = torch.stack(out, dim=-1)
     rows, *rest = packed.shape
     return packed.reshape(rows, math.prod(rest)).to(torch.uint8)
@@ -221,7 +223,8 @@ def unpack(data: Tensor, bits: int) -> Tensor:
     elif bits == 8:
         out = [d]
     else:
-        raise ValueError(f"mxtrain::reference.unpack: bits must be 4, 6 or 8, got {bits}.")
+        context, advice = f"data {list(data.shape)}", "Pass the bits of an element."
+        raise ValueError(refusal("unpack", "bits", "be 4, 6 or 8", bits, context, advice))
     codes = torch.stack(out, dim=-1)
     rows, *rest = codes.shape
     return codes.reshape(rows, math.prod(rest))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .elements import format_named
+from .errors import refusal
 from .quantize import dequantize
 
 ACCUMULATE = ("fp32", "fast")
@@ -80,16 +81,17 @@ def gemm(
     scales must not be swizzled.
     """
     if accumulate not in ACCUMULATE:
+        condition, advice = f"be one of {', '.join(ACCUMULATE)}", "Choose one of these."
+        context = f"format {format}"
         raise ValueError(
-            f"mxtrain::reference.gemm: accumulate must be one of {ACCUMULATE}, got {accumulate!r}."
+            refusal("gemm", "accumulate", condition, repr(accumulate), context, advice)
         )
     one_scale = format_named(format).scale == "e4m3"
     operands = []
     for data, scale, tensor_scale in ((a, a_scale, a_tensor_scale), (b, b_scale, b_tensor_scale)):
         if one_scale and tensor_scale is None:
-            raise ValueError(
-                f"mxtrain::reference.gemm: tensor scales must be given, got None ({format})."
-            )
+            context, advice = f"format {format}", "Pass what quantize returned."
+            raise ValueError(refusal("gemm", "tensor scales", "be given", None, context, advice))
         unit = torch.ones_like(tensor_scale) if one_scale else tensor_scale
         operands.append(dequantize(data, scale, unit, format, _cols(data, format)))
     d = operands[0] @ operands[1].t()

@@ -9,12 +9,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .errors import refusal
+
 
 def swizzle(scale: Tensor) -> Tensor:
     """uint8 [R, C] to uint8 [ceil(R/128), ceil(C/4), 512]."""
     if scale.dim() != 2:
+        context, advice = f"shape {list(scale.shape)}", "Pass the scale of an unswizzled operand."
         raise ValueError(
-            f"mxtrain::reference.swizzle: scale must have 2 dimensions, got {list(scale.shape)}."
+            refusal("swizzle", "scale", "have 2 dimensions", scale.dim(), context, advice)
         )
     rows, cols = scale.shape
     row_tiles, col_tiles = -(-rows // 128), -(-cols // 4)
@@ -28,9 +31,8 @@ def unswizzle(scale: Tensor, rows: int, cols: int) -> Tensor:
     """uint8 [ceil(rows/128), ceil(cols/4), 512] to uint8 [rows, cols]."""
     row_tiles, col_tiles = -(-rows // 128), -(-cols // 4)
     if scale.shape != (row_tiles, col_tiles, 512):
-        raise ValueError(
-            f"mxtrain::reference.unswizzle: scale must have shape {[row_tiles, col_tiles, 512]}, "
-            f"got {list(scale.shape)} (rows {rows}, cols {cols})."
-        )
+        condition, context = f"have shape {[row_tiles, col_tiles, 512]}", f"for {rows} x {cols}"
+        got, advice = list(scale.shape), "Pass what swizzle returned."
+        raise ValueError(refusal("unswizzle", "scale", condition, got, context, advice))
     tiles = scale.reshape(row_tiles, col_tiles, 32, 4, 4).permute(0, 3, 2, 1, 4)
     return tiles.reshape(row_tiles * 128, col_tiles * 4)[:rows, :cols].contiguous()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .errors import refusal
+
 MASK = 0xFFFFFFFF
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -38,12 +40,11 @@ def draws(rng: Tensor, rows: int, cols: int, stream: int) -> Tensor:
     element j takes half j % 2 (low half first) of word j // 2.
     """
     if rng.dtype != torch.int64 or rng.shape != (2,):
-        raise ValueError(
-            f"mxtrain::reference.draws: rng must be int64 [2], got {rng.dtype} {list(rng.shape)} "
-            "(seed, offset)."
-        )
+        got, advice = f"{rng.dtype} {list(rng.shape)}", "See mxtrain.draw_rng."
+        raise ValueError(refusal("draws", "rng", "be int64 [2]", got, "seed, offset", advice))
     if cols % 8:
-        raise ValueError(f"mxtrain::reference.draws: cols must be a multiple of 8, got {cols}.")
+        context, advice = f"{rows} rows", "Pad to whole groups of 8."
+        raise ValueError(refusal("draws", "cols", "be a multiple of 8", cols, context, advice))
     seed, offset = rng[0], rng[1]
     g = torch.arange(rows * cols // 8, dtype=torch.int64, device=rng.device)
     counter = [g & MASK, (g >> 32) & MASK, offset & MASK, torch.full_like(offset, stream)]

@@ -27,6 +27,7 @@ from .elements import (
     pow2,
     unpack,
 )
+from .errors import refusal
 from .layout import swizzle as swizzle_scale
 from .philox import draws
 
@@ -53,21 +54,19 @@ def _rotate(v: Tensor, group: int, signs: Tensor | None) -> Tensor:
     return (v * constant).reshape(shape)
 
 
-def _check_group(name: str, group: int, signs: Tensor | None, cols: int) -> None:
+def _check_group(name: str, argument: str, group: int, signs: Tensor | None, cols: int) -> None:
+    context = f"row length {cols}"
     if group < 1 or group & (group - 1):
-        raise ValueError(
-            f"mxtrain::reference.{name}: hadamard must be a power of two, got {group}. "
-            "Pass 16, 32, 64, 128 or 256."
-        )
+        advice = "Pass 16, 32, 64, 128 or 256."
+        raise ValueError(refusal(name, argument, "be a power of two", group, context, advice))
     if cols % group:
-        raise ValueError(
-            f"mxtrain::reference.{name}: hadamard must divide the padded row length, got {group} "
-            f"(row length {cols}). Choose a smaller group or pad the input."
-        )
+        condition = "divide the padded row length"
+        advice = "Choose a smaller group or pad the input."
+        raise ValueError(refusal(name, argument, condition, group, context, advice))
     if signs is not None and signs.shape != (group,):
-        raise ValueError(
-            f"mxtrain::reference.{name}: signs must have shape [{group}], got {list(signs.shape)}."
-        )
+        condition, got = f"have shape [{group}]", list(signs.shape)
+        advice = "Pass a sign for each element of a group."
+        raise ValueError(refusal(name, "signs", condition, got, f"{argument} {group}", advice))
 
 
 @torch.no_grad()
@@ -79,10 +78,10 @@ def hadamard(x: Tensor, group: int, signs: Tensor | None = None) -> Tensor:
     does not fit, TypeError for other dtypes.
     """
     if x.dtype not in INPUT_DTYPES:
-        raise TypeError(
-            f"mxtrain::reference.hadamard: x must be bfloat16, float16 or float32, got {x.dtype}."
-        )
-    _check_group("hadamard", group, signs, x.shape[-1])
+        condition, context = "be bfloat16, float16 or float32", f"shape {list(x.shape)}"
+        advice = "Convert it first."
+        raise TypeError(refusal("hadamard", "x", condition, x.dtype, context, advice))
+    _check_group("hadamard", "group", group, signs, x.shape[-1])
     return _rotate(x.to(torch.float32), group, signs).to(x.dtype)
 
 
@@ -94,7 +93,7 @@ def _prepare(x: Tensor, block: int, transpose: bool, group: int, signs: Tensor |
     padded[:, :cols] = v
     v = padded
     if group:
-        _check_group("quantize", group, signs, v.shape[1])
+        _check_group("quantize", "hadamard", group, signs, v.shape[1])
         v = _rotate(v, group, signs)
     return v
 
@@ -109,6 +108,73 @@ def e8m0_exponent(maximum: Tensor, element: Element, scale_rule: str) -> Tensor:
         largest = int(float32_bits(torch.tensor(element.max, dtype=torch.float32))) & 0x7FFFFF
         e = e + ((bits & 0x7FFFFF) > largest).to(torch.int64)
     return e.clamp(-127, 127)
+
+
+def _check_quantize(
+    x: Tensor, scale_rule: str, rounding: str, rng: Tensor | None, hadamard: int,
+    signs: Tensor | None, toward: Tensor | None,
+) -> None:  # fmt: skip
+    def check(ok: bool, argument: str, condition: str, got: object, context: str, advice: str):
+        if not ok:
+            kind = TypeError if condition.startswith("be bfloat16") else ValueError
+            raise kind(refusal("quantize", argument, condition, got, context, advice))
+
+    shape, choose = f"shape {list(x.shape)}", "Choose one of these."
+    condition = "be bfloat16, float16 or float32"
+    check(x.dtype in INPUT_DTYPES, "x", condition, x.dtype, shape, "Convert it first.")
+    check(x.dim() == 2, "x", "have 2 dimensions", x.dim(), shape, "Flatten it first.")
+    for argument, value, known in (
+        ("scale_rule", scale_rule, SCALE_RULES), ("rounding", rounding, ROUNDINGS),
+    ):  # fmt: skip
+        condition = f"be one of {', '.join(known)}"
+        check(value in known, argument, condition, repr(value), f"x has {shape}", choose)
+    context = f"rounding {rounding!r}"
+    ok, advice = rounding != "stochastic" or rng is not None, "See mxtrain.draw_rng."
+    check(ok, "rng", "be given", "None", context, advice)
+    ok, got = (rounding == "toward") == (toward is not None), "None" if toward is None else "one"
+    condition = "be given exactly where rounding is 'toward'"
+    check(ok, "toward", condition, got, context, "Give both, or neither.")
+    if toward is not None:
+        ok, got, advice = toward.shape == x.shape, list(toward.shape), "Transposed, it lies as x."
+        check(ok, "toward", "have x's shape", got, f"x has {shape}", advice)
+    if signs is not None:
+        condition, got, context = "be None where hadamard is 0", "a tensor", f"x has {shape}"
+        check(hadamard != 0, "signs", condition, got, context, "Set hadamard too.")
+
+
+def _e8m0_scaled(
+    v: Tensor, maximum: Tensor, element: Element, scale_rule: str, factor: Tensor,
+    target: Tensor | None,
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor | None]]:  # fmt: skip
+    """Scale codes, which blocks are empty, and v and target, times factor, over the scale."""
+    e = e8m0_exponent(maximum, element, scale_rule)
+    scale = torch.where(maximum == 0, torch.zeros_like(e), e + 127)
+    inverse = pow2(-e)[..., None]
+    z = None if target is None else (target * factor) * inverse
+    return scale, maximum == 0, ((v * factor) * inverse, z)
+
+
+def _tensor_scale(largest_finite: Tensor) -> Tensor:
+    """nvfp4's float32 [1]."""
+    device = largest_finite.device
+    a = largest_finite.max() if largest_finite.numel() else torch.zeros((), device=device)
+    a = a.reshape(1)
+    # divisors are full tensors: a scalar divisor may become a multiplication by its reciprocal
+    return (a / torch.full_like(a, 2688.0)).clamp(min=2.0**-126)
+
+
+def _e4m3_scaled(
+    v: Tensor, maximum: Tensor, tensor_scale: Tensor, scale_rule: str, factor: Tensor,
+    target: Tensor | None,
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor | None]]:  # fmt: skip
+    """As _e8m0_scaled."""
+    q = (maximum / torch.full_like(maximum, 6.0)) / tensor_scale.expand_as(maximum)
+    scale = encode(q, E4M3, {"floor": "down", "ceil": "up", "even": "nearest"}[scale_rule])
+    s = decode(scale, E4M3) * tensor_scale
+    empty = s == 0
+    s = torch.where(empty, torch.ones_like(s), s)[..., None].expand_as(v)
+    z = None if target is None else (target * factor) / s
+    return scale, empty, ((v * factor) / s, z)
 
 
 @torch.no_grad()
@@ -139,31 +205,7 @@ def quantize(
     value or a missing or surplus argument, TypeError for a bad dtype.
     """
     fmt = format_named(format)
-    name = "mxtrain::reference.quantize"
-    if x.dtype not in INPUT_DTYPES:
-        raise TypeError(f"{name}: x must be bfloat16, float16 or float32, got {x.dtype}.")
-    if x.dim() != 2:
-        raise ValueError(
-            f"{name}: x must have 2 dimensions, got {list(x.shape)}. Flatten it first."
-        )
-    if scale_rule not in SCALE_RULES:
-        raise ValueError(f"{name}: scale_rule must be one of {SCALE_RULES}, got {scale_rule!r}.")
-    if rounding not in ROUNDINGS:
-        raise ValueError(f"{name}: rounding must be one of {ROUNDINGS}, got {rounding!r}.")
-    if rounding == "stochastic" and rng is None:
-        raise ValueError(f"{name}: rng must be given, got None (stochastic rounding).")
-    if (rounding == "toward") != (toward is not None):
-        raise ValueError(
-            f"{name}: toward must be given exactly where rounding is 'toward', "
-            f"got {'None' if toward is None else 'a tensor'} (rounding {rounding!r})."
-        )
-    if toward is not None and toward.shape != x.shape:
-        raise ValueError(
-            f"{name}: toward must have x's shape, got {list(toward.shape)} (x {list(x.shape)})."
-        )
-    if signs is not None and not hadamard:
-        raise ValueError(f"{name}: signs must be None where hadamard is 0, got a tensor.")
-
+    _check_quantize(x, scale_rule, rounding, rng, hadamard, signs, toward)
     element, block = fmt.element, fmt.block
     v = _prepare(x, block, transpose, hadamard, signs)
     rows, cols = v.shape
@@ -179,28 +221,16 @@ def quantize(
     maximum = v.abs().amax(dim=-1)
     factor = torch.full((1, 1, 1), prescale, dtype=torch.float32, device=x.device)
 
-    tensor_scale = None
     if fmt.scale == "e8m0":
-        e = e8m0_exponent(maximum, element, scale_rule)
-        scale = torch.where(maximum == 0, torch.zeros_like(e), e + 127)
-        scale = torch.where(invalid, torch.full_like(scale, 255), scale)
-        empty = maximum == 0
-        inverse = pow2(-e)[..., None]
-        u = (v * factor) * inverse
-        z = None if target is None else (target * factor) * inverse
+        tensor_scale = None
+        scale, empty, divided = _e8m0_scaled(v, maximum, element, scale_rule, factor, target)
+        nan = 255
     else:
-        # divisors are full tensors: a scalar divisor may become a multiplication by its reciprocal
-        a = largest_finite.max() if largest_finite.numel() else torch.zeros((), device=x.device)
-        a = a.reshape(1)
-        tensor_scale = (a / torch.full_like(a, 2688.0)).clamp(min=2.0**-126)
-        q = (maximum / torch.full_like(maximum, 6.0)) / tensor_scale.expand_as(maximum)
-        scale = encode(q, E4M3, {"floor": "down", "ceil": "up", "even": "nearest"}[scale_rule])
-        s = decode(scale, E4M3) * tensor_scale
-        empty = s == 0
-        s = torch.where(empty, torch.ones_like(s), s)[..., None].expand_as(v)
-        u = (v * factor) / s
-        z = None if target is None else (target * factor) / s
-        scale = torch.where(invalid, torch.full_like(scale, 0x7F), scale)
+        tensor_scale = _tensor_scale(largest_finite)
+        scale, empty, divided = _e4m3_scaled(v, maximum, tensor_scale, scale_rule, factor, target)
+        nan = 0x7F
+    u, z = divided
+    scale = torch.where(invalid, torch.full_like(scale, nan), scale)
 
     noise = None
     if rounding == "stochastic":
@@ -248,16 +278,16 @@ def dequantize(
     element, block = fmt.element, fmt.block
     rows, padded = data.shape[0], -(-cols // block) * block
     if data.shape != (rows, padded * element.bits // 8) or scale.shape != (rows, padded // block):
-        raise ValueError(
-            f"mxtrain::reference.dequantize: data and scale must have shapes "
-            f"{[rows, padded * element.bits // 8]} and {[rows, padded // block]}, "
-            f"got {list(data.shape)} and {list(scale.shape)} ({format}, cols {cols}). "
-            "Unswizzle a swizzled scale first."
-        )
+        codes, scales = [rows, padded * element.bits // 8], [rows, padded // block]
+        condition = f"have shapes {codes} and {scales}"
+        got, context = f"{list(data.shape)} and {list(scale.shape)}", f"{format}, cols {cols}"
+        advice = "Unswizzle a swizzled scale first."
+        raise ValueError(refusal("dequantize", "data and scale", condition, got, context, advice))
     if (fmt.scale == "e4m3") != (tensor_scale is not None):
-        raise ValueError(
-            f"mxtrain::reference.dequantize: tensor_scale must be given for nvfp4 only ({format})."
-        )
+        got = "None" if tensor_scale is None else "a tensor"
+        condition, advice = "be given for nvfp4 only", "Pass what quantize returned."
+        context = f"format {format}"
+        raise ValueError(refusal("dequantize", "tensor_scale", condition, got, context, advice))
     values = decode(unpack(data, element.bits), element).reshape(rows, padded // block, block)
     s = decode_e8m0(scale) if tensor_scale is None else decode(scale, E4M3) * tensor_scale
     return (values * s[..., None]).reshape(rows, padded)[:, :cols].to(dtype).contiguous()
@@ -307,7 +337,8 @@ def stochastic_round(x: Tensor, dtype: torch.dtype, rng: Tensor) -> Tensor:
     NaN 0x7FC0, 0x7F or 0x7F.
     """
     if x.dtype != torch.float32:
-        raise TypeError(f"mxtrain::reference.stochastic_round: x must be float32, got {x.dtype}.")
+        context, advice = f"shape {list(x.shape)}", "Convert it first."
+        raise TypeError(refusal("stochastic_round", "x", "be float32", x.dtype, context, advice))
     # element, code of Inf, code of NaN, integer type of the bits
     table = {
         torch.bfloat16: (BFLOAT16, 0x7F80, 0x7FC0, torch.int16),
@@ -315,10 +346,9 @@ def stochastic_round(x: Tensor, dtype: torch.dtype, rng: Tensor) -> Tensor:
         torch.float8_e5m2: (E5M2, 0x7C, 0x7F, torch.uint8),
     }
     if dtype not in table:
-        raise ValueError(
-            "mxtrain::reference.stochastic_round: dtype must be bfloat16, float8_e4m3fn or "
-            f"float8_e5m2, got {dtype}."
-        )
+        condition, context = "be bfloat16, float8_e4m3fn or float8_e5m2", f"x {list(x.shape)}"
+        advice = "Choose one of these."
+        raise ValueError(refusal("stochastic_round", "dtype", condition, dtype, context, advice))
     element, inf, nan, bits = table[dtype]
     flat = x.reshape(-1)
     noise = draws(rng.to(x.device), 1, -(-flat.numel() // 8) * 8, 0)[0, : flat.numel()]

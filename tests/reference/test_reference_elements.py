@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from common import refuses
 
 import mxtrain.reference as ref
 from mxtrain.reference.elements import pow2
@@ -245,9 +246,9 @@ def test_packing_is_a_little_endian_bit_stream(bits: int) -> None:
 
 
 def test_unknown_names_raise() -> None:
-    with pytest.raises(ValueError, match="mxfp4"):
+    with refuses(ValueError, match="mxfp4"):
         ref.format_named("mxfp5")
-    with pytest.raises(ValueError, match="rounding must be"):
+    with refuses(ValueError, match="rounding must be"):
         ref.encode(torch.zeros(1), ref.E2M1, "odd")
-    with pytest.raises(TypeError, match="float32"):
+    with refuses(TypeError, match="float32"):
         ref.encode(torch.zeros(1, dtype=torch.float64), ref.E2M1)

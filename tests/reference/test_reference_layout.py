@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from common import refuses
 
 import mxtrain.reference as ref
 
@@ -43,7 +44,7 @@ def test_round_trip(shape: tuple[int, int]) -> None:
 
 
 def test_bad_shapes_raise() -> None:
-    with pytest.raises(ValueError, match="2 dimensions"):
+    with refuses(ValueError, match="2 dimensions"):
         ref.swizzle(torch.zeros(3, dtype=torch.uint8))
-    with pytest.raises(ValueError, match="must have shape"):
+    with refuses(ValueError, match="must have shape"):
         ref.unswizzle(torch.zeros(1, 1, 512, dtype=torch.uint8), 129, 4)

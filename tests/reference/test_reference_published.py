@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from common import refuses
 from reference_common import (
     MX,
     every_format,
@@ -255,7 +256,7 @@ def test_t15_hadamard(group: int) -> None:
 
     half = ref.hadamard(a.to(torch.bfloat16), group)
     assert torch.equal(half, ref.hadamard(a.to(torch.bfloat16).float(), group).to(torch.bfloat16))
-    with pytest.raises(ValueError, match="hadamard must divide"):
+    with refuses(ValueError, match="group must divide"):
         ref.hadamard(a[:, :-1], group)
 
 
