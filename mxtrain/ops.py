@@ -4,8 +4,9 @@ The schemas are in csrc/library.cpp; docs/numerics.md defines every byte. An *op
 `[R, K]` matrix as `data` uint8 `[R, Kp * bits / 8]`, `scale` uint8 `[R, Kp / block]` (E8M0, or E4M3
 for nvfp4) and `tensor_scale` float32 `[1]` for nvfp4, `[0]` for the others (inputs may pass None);
 Kp is K rounded up to a block. `format`, `scale_rule`, `rounding` and `accumulate` are the int codes
-of `mxtrain.formats`. All ops are functional and raise RuntimeError with
-`mxtrain::<op>: <argument> must <condition>, got <value> (<context>). <what to do>` on bad input.
+of `mxtrain.formats`. All ops are functional; only hadamard is differentiable. On bad input they
+and their fake kernels raise RuntimeError with
+`mxtrain::<op>: <argument> must <condition>, got <value> (<context>). <what to do>`.
 
 quantize(x, format, scale_rule=1, rounding=0, transpose=False, rng=None, hadamard=0, signs=None,
          prescale=1.0, toward=None, swizzle=False) -> (data, scale, tensor_scale)
@@ -270,7 +271,13 @@ if not CATALOGUE["build"]["cuda_archs"]:
         _refuse_cuda(_name)
 
 
-# ---- autograd of the differentiable op ----
+# ---- autograd: one op is differentiable, the others' results carry no gradient ----
+
+_AUTOGRAD = torch.library.Library("mxtrain", "IMPL")
+for _name in OP_NAMES:
+    if _name != "hadamard":
+        # torch's default would mark float results as requiring a gradient that nothing computes.
+        _AUTOGRAD.impl(_name, torch.library.fallthrough_kernel, "Autograd")
 
 
 def _hadamard_setup(ctx, inputs, output) -> None:

@@ -21,7 +21,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import check_device, check_int, check_name, is_int, is_number, kind, refusal, show
+from .checks import (
+    check_device,
+    check_int,
+    check_name,
+    is_finite,
+    is_int,
+    is_number,
+    kind,
+    refusal,
+    show,
+)
 from .formats import ACCUMULATE, FORMATS, HADAMARD_GROUPS, ROUNDINGS, SCALE_RULES
 
 SIGNS = ("none", "fixed", "drawn")
@@ -94,7 +104,7 @@ class Quantizer:
         _check_one_of(what, "hadamard", self.hadamard, (0, *HADAMARD_GROUPS))
         check_name(what, "signs", self.signs, SIGNS)
         check_name(what, "source", self.source, SOURCES)
-        ok = is_number(self.prescale) and 0 < self.prescale < float("inf")
+        ok = is_number(self.prescale) and is_finite(self.prescale) and self.prescale > 0
         advice = "Use 1 for none."
         _check(ok, what, "prescale", "be positive and finite", self.prescale, advice)
         ok = self.signs == "none" or self.hadamard > 0

@@ -1,0 +1,213 @@
+"""The fake kernels refuse what the real kernels refuse, in the same words.
+
+So torch.compile, torch.export and meta tensors say at once what the run would say.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from common import STYLE, operand
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import mxtrain
+from mxtrain import ops
+
+X = torch.randn(64, 64)
+A, N = operand(64, 40, "mxfp4"), operand(64, 40, "nvfp4")
+C, B6 = operand(64, 80, "mxfp4"), operand(64, 40, "mxfp6_e3m2")
+RNG, SIGNS = torch.tensor([1, 2]), torch.ones(64, dtype=torch.int8)
+SCALE = torch.zeros(130, 5, dtype=torch.uint8)
+SWIZZLED = mxtrain.swizzle_scale(SCALE)
+NAN, INF = math.nan, math.inf
+F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
+
+
+def dual(row=(), col=(), x=X, rng=None):
+    default = (0, 1, 0, 0, None, 1.0, None)
+    return (x, rng, *(*row, *default[len(row) :]), *(*col, *default[len(col) :]))
+
+
+def gemm(a=A, b=A, format=0, bias=None, alpha=1.0, out_dtype=F32, accumulate=0):
+    parts = (a.data, a.scale, a.tensor_scale, b.data, b.scale, b.tensor_scale)
+    return (*parts, format, bias, alpha, out_dtype, accumulate)
+
+
+BAD = {
+    "quantize": [
+        (X.double(), 0),
+        (X.to(torch.complex64), 0),
+        (X.to(torch.float8_e4m3fn), 0),
+        (X.bool(), 0),
+        (X[0], 0),
+        (X[None], 0),
+        (X[:, :0], 0),
+        (X[:0], 0, 1, 0, True),
+        (X[:1, :0].expand(2**57, 0), 0),
+        (X, 9),
+        (X, -1),
+        (X, 0, 3),
+        (X, 0, -1),
+        (X, 0, 1, 7),
+        (X, 0, 1, 1),
+        (X, 0, 1, 1, False, RNG.int()),
+        (X, 0, 1, 1, False, RNG[:1]),
+        (X, 0, 1, 1, False, RNG[None]),
+        (X, 0, 1, 0, False, None, 24),
+        (X, 0, 1, 0, False, None, -16),
+        (X, 0, 1, 0, False, None, 512),
+        (X, 0, 1, 0, False, None, 128),
+        (X[:, :33], 5, 1, 0, False, None, 32),
+        (X, 0, 1, 0, False, None, 0, SIGNS),
+        (X, 0, 1, 0, False, None, 32, SIGNS),
+        (X, 0, 1, 0, False, None, 64, SIGNS.float()),
+        (X, 0, 1, 0, False, None, 32, SIGNS[::2]),
+        (X, 0, 1, 0, False, None, 0, None, 0.0),
+        (X, 0, 1, 0, False, None, 0, None, -1.5),
+        (X, 0, 1, 0, False, None, 0, None, NAN),
+        (X, 0, 1, 0, False, None, 0, None, INF),
+        (X, 0, 1, 0, False, None, 0, None, 1e300),
+        (X, 0, 1, 0, False, None, 0, None, 1e-300),
+        (X, 0, 1, 2),
+        (X, 0, 1, 0, False, None, 0, None, 1.0, X),
+        (X, 0, 1, 2, False, None, 0, None, 1.0, X[:, :32]),
+        (X, 0, 1, 2, False, None, 0, None, 1.0, X[0]),
+        (X, 0, 1, 2, False, None, 0, None, 1.0, X.double()),
+    ],
+    "quantize_dual": [
+        dual(x=X.int()),
+        dual(x=X[0]),
+        dual(x=X[:0]),
+        dual(row=(7,)),
+        dual(col=(7,)),
+        dual(row=(0, 1, 1)),
+        dual(col=(0, 1, 1)),
+        dual(col=(0, 1, 1), rng=RNG.float()),
+        dual(row=(0, 1, 0, 32, SIGNS)),
+        dual(col=(0, 1, 0, 128)),
+        dual(col=(0, 1, 0, 0, None, NAN)),
+        dual(row=(0, 1, 2)),
+        dual(col=(0, 1, 2, 0, None, 1.0, X[:3])),
+    ],
+    "requantize": [
+        (A.data.float(), A.scale, None, 0, 40, 0),
+        (A.data, A.scale[:3], None, 0, 40, 0),
+        (A.data, A.scale, None, 0, 65, 0),
+        (A.data, A.scale, None, 0, 40, 6),
+        (A.data, A.scale, None, 0, 40, 0, 1, 2),
+        (A.data, A.scale, None, 0, 40, 0, 1, 1),
+        (A.data, A.scale, None, 0, 40, 0, 1, 0, None, 128),
+        (A.data[:0], A.scale[:0], None, 0, 40, 0),
+    ],
+    "dequantize": [
+        (A.data.float(), A.scale, None, 0, 40, F32),
+        (A.data[0], A.scale, None, 0, 40, F32),
+        (A.data, A.scale[:, 0], None, 0, 40, F32),
+        (A.data, SWIZZLED, None, 0, 40, F32),
+        (A.data[:, :15], A.scale, None, 0, 40, F32),
+        (A.data[:, :0], A.scale, None, 0, 40, F32),
+        (B6.data[:, :10], B6.scale, None, 1, 40, F32),
+        (A.data, A.scale[:3], None, 0, 40, F32),
+        (A.data, A.scale, None, 3, 40, F32),
+        (A.data, A.scale, None, 6, 40, F32),
+        (A.data, A.scale, None, 0, 0, F32),
+        (A.data, A.scale, None, 0, 32, F32),
+        (A.data, A.scale, None, 0, 65, F32),
+        (A.data, A.scale, None, 0, 40, F64),
+        (A.data, A.scale, None, 0, 40, torch.int64),
+        (A.data, A.scale, torch.ones(1), 0, 40, F32),
+        (N.data, N.scale, None, 5, 40, F32),
+        (N.data, N.scale, torch.ones(0), 5, 40, F32),
+        (N.data, N.scale, torch.ones(2), 5, 40, F32),
+        (N.data, N.scale, torch.ones(1).half(), 5, 40, F32),
+    ],
+    "hadamard": [
+        (X.double(), 32),
+        (X[0, 0], 32),
+        (X, 0),
+        (X, 7),
+        (X, 128),
+        (X[:, :40], 16),
+        (X, 32, SIGNS),
+        (X, 64, SIGNS.int()),
+    ],
+    "stochastic_round": [
+        (X.bfloat16(), BF16, RNG),
+        (X, torch.float16, RNG),
+        (X, torch.int8, RNG),
+        (X, BF16, RNG.int()),
+        (X, BF16, RNG[:1]),
+    ],
+    "swizzle_scale": [(X,), (SCALE[0],), (SCALE[:1, :0].expand(2**57, 0),)],
+    "unswizzle_scale": [
+        (SCALE, 130, 5),
+        (SWIZZLED, -1, 5),
+        (SWIZZLED, 130, 2**63 - 1),
+        (SWIZZLED, 2**56, 5),
+        (SWIZZLED, 130, 9),
+        (SWIZZLED.float(), 130, 5),
+    ],
+    "gemm": [
+        gemm(b=C),
+        gemm(b=N),
+        gemm(format=5),
+        gemm(format=-1),
+        gemm(out_dtype=F64),
+        gemm(alpha=INF),
+        gemm(alpha=NAN),
+        gemm(alpha=1e300),
+        gemm(accumulate=2),
+        gemm(bias=torch.ones(3)),
+        gemm(bias=torch.ones(64, 1)),
+        gemm(bias=torch.ones(64).double()),
+        gemm(a=N, b=A, format=5),
+    ],
+    "column_sum": [(X[0],), (X.double(),), (X[None],)],
+}
+CASES = [(name, i) for name, calls in BAD.items() for i in range(len(calls))]
+
+
+def message(name: str, args: tuple) -> str:
+    with pytest.raises(RuntimeError) as caught:
+        getattr(torch.ops.mxtrain, name)(*args)
+    return str(caught.value)
+
+
+def to_meta(t: torch.Tensor) -> torch.Tensor:
+    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
+
+
+def test_every_op_has_bad_calls():
+    assert set(BAD) == set(ops.OP_NAMES + ops.PYTHON_OPS)
+
+
+@pytest.mark.parametrize("name, i", CASES)
+def test_same_words(name, i):
+    args = BAD[name][i]
+    real = message(name, args)
+    assert STYLE.fullmatch(real) and real.startswith(f"mxtrain::{name}: "), real
+    with FakeTensorMode() as mode:
+        fake = [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in args]
+        assert message(name, fake) == real
+    meta = [to_meta(a) if isinstance(a, torch.Tensor) else a for a in args]
+    assert message(name, meta) == real
+
+
+def test_compiled_calls_are_refused():
+    def call(x):
+        return mxtrain.quantize(x, "mxfp4", hadamard=128)
+
+    with pytest.raises(Exception, match=r"hadamard must divide .* \(K = 64, padded to 64\)"):
+        torch.compile(call, backend="eager", fullgraph=True)(X)
+
+
+def test_symbolic_sizes_are_left_to_the_kernels():
+    compiled = torch.compile(
+        lambda x: mxtrain.quantize(x, "mxfp4", hadamard=32).data, dynamic=True, fullgraph=True,
+        backend="aot_eager",
+    )  # fmt: skip
+    for rows, k in ((3, 64), (5, 96), (7, 33)):
+        x = torch.randn(rows, k)
+        assert torch.equal(compiled(x), mxtrain.quantize(x, "mxfp4", hadamard=32).data)
