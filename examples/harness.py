@@ -25,20 +25,27 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
+from checkpoint import (
+    MAGIC as MAGIC,
+)
+from checkpoint import (
+    BadInput as BadInput,
+)
+from checkpoint import (
+    Fields,
+    check_optimizer,
+    load_checkpoint,
+    refuse,
+    save_checkpoint,
+)
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import mxtrain
 
-Fields = dict[str, Any]
-MAGIC = "mxtrain example checkpoint, version 1"
 # Options that may change when a run is resumed. The others decide what is computed.
 FREE_OPTIONS = {"device", "threads", "out", "save", "save_every", "resume", "list"}
-
-
-class BadInput(Exception):
-    """An option or a checkpoint cannot be used. `main` prints the message and returns 2."""
 
 
 class Task(Protocol):
@@ -50,6 +57,8 @@ class Task(Protocol):
 
     # Read the data, keep it on args.device and return its tensors. Raises BadInput.
     def load(self, args: argparse.Namespace) -> list[Tensor]: ...
+    # Tokens of an item of a batch.
+    def tokens(self, args: argparse.Namespace) -> int: ...
     # The model, on the CPU. Raises BadInput for sizes that do not fit.
     def build_model(self, args: argparse.Namespace) -> nn.Module: ...
     # Inputs and target classes of a step. All that is random comes from the generator.
@@ -161,46 +170,28 @@ class Run:
         }
 
     def load_state(self, state: Fields, record: Fields) -> None:
+        """Go on where a checkpoint was written. BadInput where it does not fit."""
+        try:
+            self._load_state(state, record)
+        except Exception as error:  # torch raises nearly anything
+            reason = str(error).strip().splitlines()[0]
+            got = f"which does not fit its own options ({reason})"
+            refuse(self.task.name, self.args.resume, got)
+
+    def _load_state(self, state: Fields, record: Fields) -> None:
+        if not 0 <= state["step"] <= self.args.steps:
+            raise ValueError(f"step {state['step']} of {self.args.steps}")
         self.step, self.recent, self.record = state["step"], state["recent"], record
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        check_optimizer(self.optimizer)
         torch.set_rng_state(state["torch_rng"])
         self.data_rng.set_state(state["data_rng"])
         if self.device.type == "cuda" and state["cuda_rng"] is not None:
             torch.cuda.set_rng_state(state["cuda_rng"], self.device)
 
 
-# ---- checkpoints and interruption ----
-
-
-def save_checkpoint(path: str, content: Fields) -> None:
-    """Write a temporary file and rename it: whenever this stops, `path` is a whole checkpoint."""
-    temporary = f"{path}.tmp"
-    with open(temporary, "wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def load_checkpoint(task: Task, path: str) -> Fields:
-    """The content of a checkpoint of this example. BadInput for any other file."""
-    advice = "Name the file that --save wrote, or leave --resume out to start afresh."
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        got = f"{path}, which does not exist"
-    except Exception as error:  # a damaged file can raise nearly anything
-        got = f"{path}, which is cut short, damaged or something else ({type(error).__name__})"
-    else:
-        if not isinstance(content, dict) or content.get("magic") != MAGIC:
-            got = f"{path}, which another program or release wrote"
-        elif content["example"] != task.name:
-            got = f"{path}, which {content['example']}.py wrote"
-        else:
-            return content
-    must = f"--resume must name a checkpoint written by {task.name}.py"
-    raise BadInput(f"{must}, got {got}. {advice}")
+# ---- interruption ----
 
 
 @contextlib.contextmanager
@@ -301,23 +292,86 @@ def make_parser(task: Task) -> argparse.ArgumentParser:
     return parser
 
 
-# What no machine here trains: past it, a mistyped number would fill the memory before it failed.
-LIMITS = {"batch": 65536, "dim": 65536, "depth": 1024, "heads": 4096, "threads": 4096}
+# Past these, a mistyped number would fill the memory or take forever before it failed.
+LIMITS = {
+    "batch": 65536, "dim": 65536, "depth": 1024, "heads": 4096, "context": 65536, "threads": 4096,
+    "megabytes": 1000, "steps": 10**9, "eval_every": 10**9, "save_every": 10**9,
+}  # fmt: skip
 
 
-def check_options(args: argparse.Namespace) -> None:
+def check_options(task: Task, args: argparse.Namespace) -> None:
     for name, value in vars(args).items():
+        option = f"--{name.replace('_', '-')}"
         if type(value) in (int, float) and not 0 < value < math.inf:
-            raise BadInput(f"--{name.replace('_', '-')} must be positive, got {value}. See --help.")
+            raise BadInput(f"{option} must be positive, got {value}. See --help.")
         if name in LIMITS and value > LIMITS[name]:
-            limit = LIMITS[name]
-            raise BadInput(f"--{name} must be at most {limit}, got {value}. See --help.")
+            raise BadInput(f"{option} must be at most {LIMITS[name]}, got {value}. See --help.")
+    for seed in args.seed:
+        if not -(2**63) <= seed < 2**63:
+            raise BadInput(f"--seed must lie in [-2^63, 2^63), got {seed}. See --help.")
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     devices = ["cpu", "cuda", *gpus] if gpus else ["cpu"]
     known = [("--recipe", name, list(mxtrain.RECIPES)) for name in args.recipe]
     for option, name, names in [*known, ("--device", args.device, devices)]:
         if name not in names:
             raise BadInput(f"{option} must be among {', '.join(names)}, got {name}. See --help.")
+    check_memory(task, args)
+
+
+def check_memory(task: Task, args: argparse.Namespace) -> None:
+    """Refuse what certainly does not fit, by a low estimate, before it fills the memory."""
+    parameters = 12 * args.depth * args.dim**2
+    activations = 20 * args.depth * args.dim * args.batch * task.tokens(args)
+    gib = (16 * parameters + 4 * activations) / 2**30  # weight, gradient and two moments in float32
+    if args.device == "cpu":
+        have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    else:
+        have = torch.cuda.get_device_properties(args.device).total_memory / 2**30
+    if gib > have:
+        raise BadInput(
+            f"--dim, --depth and --batch must make a run that fits in the {have:.0f} GiB of "
+            f"{args.device}, got about {gib:.0f} GiB. Choose smaller ones."
+        )
+
+
+def check_outputs(args: argparse.Namespace) -> None:
+    """Make the folders, and refuse what could not be written once hours of training are over."""
+    log, curves = (os.path.join(args.out, name) for name in ("log.csv", "curves.png"))
+    for option, path in (("--out", log), ("--out", curves), ("--save", args.save)):
+        probe = f"{path}.tmp"
+        try:
+            os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+            if os.path.isdir(path):
+                raise IsADirectoryError(0, "it is a folder")
+            with open(probe, "wb"):
+                pass
+            os.remove(probe)
+            if os.path.exists(path) and not os.access(path, os.W_OK):
+                raise PermissionError(0, "it may not be written")
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            must = f"{option} must name a place that can be written"
+            raise BadInput(f"{must}, got {path} ({reason}). Choose another.") from None
+
+
+def check_saved_options(
+    task: Task, parser: argparse.ArgumentParser, args: argparse.Namespace, saved: Fields
+) -> None:
+    """Refuse a checkpoint whose options are not those of this parser, by name and type."""
+    if set(saved) != set(vars(args)):
+        refuse(task.name, args.resume, "whose options are not those of this program")
+    for name, value in saved.items():
+        default = parser.get_default(name)
+        if isinstance(default, list):
+            ok = (
+                isinstance(value, list)
+                and value
+                and all(type(v) is type(default[0]) for v in value)
+            )
+        else:
+            ok = type(value) in ((str, type(None)) if default is None else (type(default),))
+        if not ok:
+            refuse(task.name, args.resume, f"whose --{name.replace('_', '-')} is {value!r:.60}")
 
 
 def read_options(task: Task, argv: list[str] | None) -> tuple[argparse.Namespace, Fields | None]:
@@ -326,7 +380,8 @@ def read_options(task: Task, argv: list[str] | None) -> tuple[argparse.Namespace
     args = parser.parse_args(argv)
     checkpoint = None
     if args.resume is not None:
-        checkpoint = load_checkpoint(task, args.resume)
+        checkpoint = load_checkpoint(task.name, args.resume)
+        check_saved_options(task, parser, args, checkpoint["options"])
         # argparse leaves an attribute that exists alone: what stays None was not given.
         nothing = argparse.Namespace(**dict.fromkeys(vars(args)))
         given = vars(parser.parse_args(argv, nothing))
@@ -340,15 +395,14 @@ def read_options(task: Task, argv: list[str] | None) -> tuple[argparse.Namespace
                 )
         args.save = given["save"] or args.resume
     args.save = args.save or os.path.join(args.out, "checkpoint.pt")
-    check_options(args)
+    check_options(task, args)
     return args, checkpoint
 
 
 def train(task: Task, args: argparse.Namespace, checkpoint: Fields | None) -> int:
     """All runs, one after another. Returns the exit status."""
     torch.set_num_threads(args.threads)
-    for folder in (args.out, os.path.dirname(args.save) or "."):
-        os.makedirs(folder, exist_ok=True)
+    check_outputs(args)
     data = 0  # a checksum: another Python has another text for train_gpt.py
     for tensor in task.load(args):
         data = zlib.crc32(tensor.cpu().contiguous().numpy(), data)
@@ -358,7 +412,11 @@ def train(task: Task, args: argparse.Namespace, checkpoint: Fields | None) -> in
     records = [] if checkpoint is None else checkpoint["records"][:-1]  # of the finished runs
     recipes = sorted(dict.fromkeys(args.recipe), key=lambda name: name != "bf16")  # bf16 first
     runs = list(itertools.product(dict.fromkeys(args.seed), recipes))
-    header = {"magic": MAGIC, "example": task.name, "options": vars(args), "data": data}
+    if checkpoint is not None:
+        done = [(record["seed"], record["recipe"]) for record in checkpoint["records"]]
+        if done != runs[: len(done)] or not all(record["rows"] for record in records):
+            refuse(task.name, args.resume, "whose records are not those of its options")
+    header = {"example": task.name, "options": vars(args), "data": data}
 
     def save(run: Run) -> None:
         content = {**header, "records": [*records, run.record], "run": run.state()}

@@ -86,6 +86,9 @@ class StandardLibrary:
         self.train_text = train_text.to(args.device)
         return [self.train_text, self.held_out]
 
+    def tokens(self, args: argparse.Namespace) -> int:
+        return args.context
+
     def build_model(self, args: argparse.Namespace) -> nn.Module:
         if args.dim % args.heads:
             raise BadInput(f"--dim must be a multiple of --heads ({args.heads}), got {args.dim}.")

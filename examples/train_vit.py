@@ -110,6 +110,9 @@ class Digits:
         self.images, self.labels = shifts.to(args.device), labels[VALIDATION:]
         return [self.images, self.labels, *self.held_out]
 
+    def tokens(self, args: argparse.Namespace) -> int:
+        return 1 + (SIZE // args.patch) ** 2
+
     def build_model(self, args: argparse.Namespace) -> nn.Module:
         if args.dim % args.heads:
             raise BadInput(f"--dim must be a multiple of --heads ({args.heads}), got {args.dim}.")

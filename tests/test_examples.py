@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import hashlib
+import io
 import os
 import runpy
 import signal
@@ -21,6 +23,7 @@ for package in ("matplotlib", "sklearn", "tqdm"):
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
+import checkpoint as checkpoint_file  # noqa: E402
 import harness  # noqa: E402
 from train_gpt import StandardLibrary  # noqa: E402
 from train_vit import Digits  # noqa: E402
@@ -46,7 +49,11 @@ def _threads():
 
 
 def load(path: Path) -> dict:
-    return torch.load(path, weights_only=True)
+    """The content, read without the code under test."""
+    outer = torch.load(path, weights_only=True)
+    payload = outer["payload"].numpy().tobytes()
+    assert hashlib.sha256(payload).hexdigest() == outer["sha256"]
+    return torch.load(io.BytesIO(payload), weights_only=True)
 
 
 def read_csv(path: Path) -> list[list[str]]:
@@ -211,8 +218,35 @@ def checkpoints(tmp_path_factory) -> Path:
     (folder / "truncated.pt").write_bytes(content[: len(content) // 2])
     (folder / "picture.pt").write_bytes((folder / "curves.png").read_bytes())
     torch.save({"weight": torch.zeros(2)}, folder / "foreign.pt")
-    torch.save({**load(good), "magic": "mxtrain example checkpoint, version 0"}, folder / "old.pt")
-    torch.save({**load(good), "data": 0}, folder / "other_data.pt")
+    torch.save({**torch.load(good), "magic": harness.MAGIC[:-1] + "1"}, folder / "old.pt")
+    outer = torch.load(good)
+    outer["payload"][len(outer["payload"]) // 2] += 1
+    torch.save(outer, folder / "changed.pt")
+
+    def variant(name: str, change) -> None:
+        fields = load(good)
+        change(fields)
+        harness.save_checkpoint(str(folder / name), fields)
+
+    variant("other_data.pt", lambda c: c.update(data=0))
+    variant("no_run.pt", lambda c: c.pop("run"))
+    variant("no_records.pt", lambda c: c.update(records=[]))
+    variant("no_rows.pt", lambda c: c["records"][0].pop("rows"))
+    variant("text_row.pt", lambda c: c["records"][0]["rows"].append("a row"))
+    variant("step.pt", lambda c: c["run"].update(step="4"))
+    variant("late.pt", lambda c: c["run"].update(step=10**6))
+    variant("options.pt", lambda c: c["options"].update(steps="4"))
+    variant("no_steps.pt", lambda c: c["options"].pop("steps"))
+    variant("seeds.pt", lambda c: c["options"].update(seed=["a"]))
+    variant("other_run.pt", lambda c: c["records"][0].update(recipe="tetrajet"))
+    variant("weight.pt", lambda c: c["run"]["model"].update({"head.weight": torch.zeros(3, 3)}))
+    variant("no_weight.pt", lambda c: c["run"]["model"].pop("head.weight"))
+    variant("text.pt", lambda c: c["run"]["model"].update({"head.weight": "a"}))
+    state = lambda c: c["run"]["optimizer"]["state"]  # noqa: E731
+    variant("moment.pt", lambda c: state(c)[0].update(exp_avg=torch.zeros(3)))
+    variant("no_moment.pt", lambda c: state(c)[0].pop("exp_avg"))
+    variant("rng.pt", lambda c: c["run"].update(torch_rng=torch.zeros(3, dtype=torch.uint8)))
+    variant("float_rng.pt", lambda c: c["run"].update(data_rng=torch.zeros(5056)))
     return folder
 
 
@@ -226,17 +260,52 @@ def checkpoints(tmp_path_factory) -> Path:
         (".", Digits, [], "something else"),
         ("foreign.pt", Digits, [], "another program or release wrote"),
         ("old.pt", Digits, [], "another program or release wrote"),
+        ("changed.pt", Digits, [], "its digest differs"),
         ("other_data.pt", Digits, [], "the same data"),
+        ("no_run.pt", Digits, [], "whose fields of the checkpoint are not"),
+        ("no_records.pt", Digits, [], "lacks the record of its run"),
+        ("no_rows.pt", Digits, [], "whose fields of a record are not"),
+        ("text_row.pt", Digits, [], "a row is not a list of numbers"),
+        ("step.pt", Digits, [], "whose step is of type str"),
+        ("late.pt", Digits, [], "step 1000000 of 4"),
+        ("options.pt", Digits, [], "whose --steps is '4'"),
+        ("no_steps.pt", Digits, [], "whose options are not those"),
+        ("seeds.pt", Digits, [], "whose --seed is ['a']"),
+        ("other_run.pt", Digits, [], "whose records are not those of its options"),
+        ("weight.pt", Digits, [], "does not fit its own options"),
+        ("no_weight.pt", Digits, [], "does not fit its own options"),
+        ("text.pt", Digits, [], "does not fit its own options"),
+        ("moment.pt", Digits, [], "exp_avg has shape [3]"),
+        ("no_moment.pt", Digits, [], "does not fit its own options"),
+        ("rng.pt", Digits, [], "does not fit its own options"),
+        ("float_rng.pt", Digits, [], "does not fit its own options"),
         ("checkpoint.pt", StandardLibrary, [], "which train_vit.py wrote"),
         ("checkpoint.pt", Digits, ["--dim", "64"], "--dim 64"),
         ("checkpoint.pt", Digits, ["--recipe", "tetrajet"], "--recipe"),
     ],
 )
 def test_refused_checkpoints(checkpoints, name, task, options, reason, capsys):
+    before = (checkpoints / "checkpoint.pt").read_bytes()
     assert harness.main(task(), ["--resume", str(checkpoints / name), *options]) == 2
     err = capsys.readouterr().err
     assert err.startswith(f"{task.name}: --resume must name a checkpoint") and reason in err
     assert ", got " in err and str(checkpoints) in err and len(err.splitlines()) == 1
+    assert (checkpoints / "checkpoint.pt").read_bytes() == before
+
+
+def test_a_byte_changed_anywhere_is_refused(checkpoints, tmp_path, capsys):
+    content = (checkpoints / "checkpoint.pt").read_bytes()
+    path = tmp_path / "changed.pt"
+    for where in range(7, len(content), len(content) // 40):
+        changed = bytearray(content)
+        changed[where] ^= 0x10
+        path.write_bytes(changed)
+        try:
+            fields = checkpoint_file.load_checkpoint("train_vit", str(path))
+        except harness.BadInput as error:
+            assert str(path) in str(error)
+        else:  # padding of the zip archive: nothing of the content
+            assert same(fields, load(checkpoints / "checkpoint.pt"))
 
 
 @pytest.mark.parametrize(
@@ -249,14 +318,47 @@ def test_refused_checkpoints(checkpoints, name, task, options, reason, capsys):
         (["--eval-every", "-1"], "--eval-every must be positive, got -1"),
         (["--batch", "999999999999"], "--batch must be at most 65536, got 999999999999"),
         (["--heads", "5"], "--dim must be a multiple of --heads"),
+        (["--steps", "-5"], "--steps must be positive, got -5"),
+        (["--steps", str(10**30)], "--steps must be at most 1000000000, got 1"),
+        (["--lr", "inf"], "--lr must be positive, got inf"),
+        (["--lr", "-1"], "--lr must be positive, got -1"),
+        (["--seed", "0", str(10**23)], "--seed must lie in [-2^63, 2^63), got 1000000"),
+        (["--seed", str(-(10**23))], "--seed must lie in [-2^63, 2^63), got -1000000"),
+        (["--depth", "1024", "--dim", "65536"], "--dim, --depth and --batch must make a run that"),
+        (["--batch", "65536", "--dim", "65536"], "--dim, --depth and --batch must make a run that"),
+        (["--save", "{}"], "--save must name a place that can be written, got {} (it is a folder)"),
+        (["--save", "/dev/null/a.pt"], "--save must name a place that can be written, got /dev"),
+        (["--save", "/proc/a.pt"], "--save must name a place that can be written, got /proc"),
+        (["--out", "/dev/null"], "--out must name a place that can be written, got /dev/null"),
     ],
 )
-def test_refused_options(example, options, message, tmp_path, capsys):
+def test_refused_options(example, options, message, tmp_path, monkeypatch, capsys):
     task, small = example
+    monkeypatch.setattr(harness.Run, "advance", lambda self: pytest.fail("it trains"))
+    options = [text.format(tmp_path) for text in options]
     assert harness.main(task(), [*small, "--out", str(tmp_path), *options]) == 2
     err = capsys.readouterr().err
-    assert err.startswith(f"{task.name}: {message}") and "got" in err
+    assert err.startswith(f"{task.name}: {message.format(tmp_path)}") and "got" in err
     assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("value", ["1e300", "nan", "inf", "-1", "0", "1001"])
+def test_refused_megabytes(value, tmp_path, capsys):
+    task, small = TASKS["gpt"]
+    options = [*small, "--out", str(tmp_path), "--megabytes", value]
+    assert harness.main(task(), options) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("train_gpt: --megabytes must be ") and len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "options", [["--steps", "x"], ["--seed", "1.5"], ["--lr", "1" * 5000 + "x"]]
+)
+def test_what_is_no_number_is_a_usage_error(example, options, capsys):
+    task, _ = example
+    with pytest.raises(SystemExit) as exit:
+        harness.main(task(), options)
+    assert exit.value.code == 2 and "invalid" in capsys.readouterr().err
 
 
 def test_refusal_is_an_exit_status(tmp_path, monkeypatch, capsys):
