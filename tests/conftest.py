@@ -23,14 +23,15 @@ def pytest_collection_modifyitems(config, items) -> None:
     """Deselect what cannot or should not run.
 
     Tests marked `ops("quantize", ...)` run on CUDA once the build has CUDA kernels for those ops;
-    slow ones when asked.
+    slow ones, and those that measure speed, when asked.
     """
     dropped = []
     for item in items:
         mark = item.get_closest_marker("ops")
         on_cuda = getattr(item, "callspec", None) and item.callspec.params.get("device") == "cuda"
-        slow = item.get_closest_marker("slow") and "slow" not in (config.option.markexpr or "")
-        if slow or (on_cuda and mark and not all(cuda_has(op) for op in mark.args)):
+        asked = config.option.markexpr or ""
+        by_hand = any(item.get_closest_marker(m) and m not in asked for m in ("slow", "perf"))
+        if by_hand or (on_cuda and mark and not all(cuda_has(op) for op in mark.args)):
             dropped.append(item)
     if dropped:
         config.hook.pytest_deselected(items=dropped)
