@@ -19,7 +19,9 @@ endif
 
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(wildcard cmake/*) $(shell find csrc -type f)
 
-.PHONY: train test lint format bench clean
+.PHONY: install train test lint format bench clean
+install: $(INSTALLED)
+
 train: $(INSTALLED)
 	$(PY) examples/train_vit.py --recipe bf16 mxfp4_baseline tetrajet --out runs/vit
 

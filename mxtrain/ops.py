@@ -56,6 +56,7 @@ from torch import Tensor
 
 from . import op_checks as check
 from ._library import CATALOGUE
+from .checks import refusal
 
 OP_NAMES = (
     "quantize",
@@ -258,10 +259,9 @@ def _refuse_cuda(name: str) -> None:
     """Make torch.ops.mxtrain.<name> say what to do, not list the dispatcher's backends."""
 
     def refuse(*args, **kwargs):
-        raise RuntimeError(
-            f"mxtrain::{name}: tensors must be on the CPU, got CUDA tensors (this build has no "
-            "CUDA kernels). Rebuild with nvcc on the PATH: MXTRAIN_CUDA_ARCHS=native pip install ."
-        )
+        condition, context = "be on the CPU", "this build has no CUDA kernels"
+        advice = "Rebuild with nvcc on the PATH: MXTRAIN_CUDA_ARCHS=native pip install ."
+        raise RuntimeError(refusal(name, "tensors", condition, "CUDA tensors", context, advice))
 
     torch.library.impl(f"mxtrain::{name}", "CUDA")(refuse)
 

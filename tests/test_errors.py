@@ -5,6 +5,9 @@ It names the op, the argument, the condition, what came and what to do.
 
 from __future__ import annotations
 
+import ast
+from pathlib import Path
+
 import pytest
 import torch
 from common import operand, refuses
@@ -320,3 +323,17 @@ def test_convert_wants_a_model_and_patterns():
         "prescale must be positive and finite",
         lambda: mxtrain.Quantizer("mxfp4", prescale="a"),
     )
+
+
+def test_every_raise_goes_through_refusal():
+    """In the sources: so that no message can lack a part. (Imports fail in words of their own.)"""
+    package = Path(mxtrain.__file__).parent
+    for path in package.rglob("*.py"):
+        if path.name == "_library.py":
+            continue
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Raise) and node.exc is not None:
+                (argument,) = node.exc.args
+                text = ast.unparse(argument)
+                assert text == "message" or text.startswith("refusal("), (path.name, node.lineno)
