@@ -160,6 +160,8 @@ def test_a_pattern_that_matches_nothing_is_an_error_that_lists_the_layers():
     ):
         with refuses(ValueError, match=message.format(what, pattern) + "layers: embed, bl"):
             convert(model, **{"recipe": "tetrajet", **kwargs})
+    with refuses(ValueError, match=r"include must name at least one pattern, or be left out, got"):
+        convert(model, "tetrajet", include=[])
     with refuses(ValueError, match="include must match a linear layer"):
         convert(model, "tetrajet", include=lambda name, module: False)
     with refuses(ValueError, match="recipe must be one of bf16"):

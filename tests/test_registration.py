@@ -13,7 +13,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from common import FORMATS, operand
+from common import FORMATS, operand, refuses
 
 import mxtrain
 from mxtrain import _library, ops, reference
@@ -192,8 +192,14 @@ def test_host_codecs():
         0x5001E420,
         0x24126EA1,
     )
-    with pytest.raises(ValueError, match="element must be one of e2m1"):
-        host.encode("e9m9", x)
+    for call, message in (
+        (lambda: host.encode("e9m9", x), "element must be one of e2m1"),
+        (lambda: host.encode("e2m1", np.array([1, np.inf], np.float32)), "values must be finite"),
+        (lambda: host.e8m0_scale("e2m1", x[:1], 7), r"rule must be .* got 7 \(known: 0 to 2\)"),
+        (lambda: host.e8m0_scale("e2m1", -x[:9] - 1, 0), "block_max must be finite and not"),
+    ):
+        with refuses(ValueError, message):
+            call()
 
 
 def test_env_report_and_self_test(capsys):
