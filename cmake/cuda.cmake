@@ -15,6 +15,7 @@ set(MXT_CUDA_FLAGS -O3 -lineinfo -fmad=false --expt-relaxed-constexpr)
 
 set(MXT_CUDA_SOURCES
   csrc/cuda/quantize_rows.cu csrc/cuda/quantize_columns.cu csrc/cuda/quantize_dual.cu
+  csrc/cuda/quantize_strips.cu
   csrc/cuda/requantize.cu csrc/cuda/dequantize.cu csrc/cuda/elementwise.cu)
 add_library(mxt_cuda_portable OBJECT ${MXT_CUDA_SOURCES})
 target_include_directories(mxt_cuda_portable PRIVATE csrc)

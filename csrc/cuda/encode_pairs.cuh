@@ -76,7 +76,9 @@ __device__ __forceinline__ uint32_t reciprocal2(uint32_t low_code, uint32_t high
 constexpr uint32_t kE2M1Low[2] = {0xC0800000u, 0xC0804000u},
                    kE2M1High[2] = {0x3F3F3F00u, 0x40404040u};
 
-// scale: the E8M0 code of the block. NaN blocks become bfloat16's quiet NaN.
+// scale: the E8M0 code of the block. NaN blocks become bfloat16's quiet NaN, or with kQuiet false
+// some mixture of NaN and Inf, which is enough to poison a block.
+template <bool kQuiet = true>
 __device__ __forceinline__ void decode8_e2m1(uint32_t codes, uint32_t scale, uint32_t (&w)[4]) {
   const uint32_t magnitudes = codes & 0x77777777u;
   const uint32_t scale_bits = scale == 0 ? 0x40u : scale << 7;
@@ -95,7 +97,7 @@ __device__ __forceinline__ void decode8_e2m1(uint32_t codes, uint32_t scale, uin
     // and 31.
     const uint32_t signs = ((codes >> (8 * j)) & 0xFFu) * 0x01001000u;
     w[j] = ptx::fma_rn_bf16x2(w[j] | (signs & 0x80008000u), scale2, kBf16MinusZero2);
-    w[j] = scale == kE8M0Nan ? 0x7FC07FC0u : w[j];
+    if (kQuiet) w[j] = scale == kE8M0Nan ? 0x7FC07FC0u : w[j];
   }
 }
 

@@ -14,6 +14,7 @@
 #include "cuda/quantize.h"
 #include "formats/float16.h"
 #include "formats/layout.h"
+#include "ptx/convert.cuh"
 #include "ptx/memory.cuh"
 
 namespace mxtrain::cuda {

@@ -51,6 +51,15 @@ bool can_fuse_dual(const QuantizeParams& row, const QuantizeParams& col);
 cudaError_t launch_quantize_dual(const QuantizeParams& row, const QuantizeParams& col,
                                  cudaStream_t stream);
 
+// The same where strip.cuh serves: bfloat16 to mxfp4, stochastic or rotated.
+bool can_strip_rows(const QuantizeParams& p);
+bool can_strip_columns(const QuantizeParams& p);
+bool can_strip_dual(const QuantizeParams& row, const QuantizeParams& col);
+cudaError_t launch_row_strips(const QuantizeParams& p, cudaStream_t stream);
+cudaError_t launch_column_strips(const QuantizeParams& p, cudaStream_t stream);
+cudaError_t launch_dual_strips(const QuantizeParams& row, const QuantizeParams& col,
+                               cudaStream_t stream);
+
 struct HadamardParams {
   const void* x;  // [n] contiguous, n a multiple of g
   void* out;

@@ -8,6 +8,7 @@ cudaError_t launch_requantize(const QuantizeParams& p, cudaStream_t stream);
 
 cudaError_t launch_quantize_columns(const QuantizeParams& p, cudaStream_t stream) {
   if (p.rows == 0) return p.tensor_scale ? launch_finish_tensor_scale(p, stream) : cudaSuccess;
+  if (can_strip_columns(p)) return launch_column_strips(p, stream);
   if (p.in_format >= 0) return launch_requantize(p, stream);
   switch (p.x_type) {
     case FloatType::kFloat32:

@@ -56,6 +56,7 @@ static cudaError_t launch_dual_of(const QuantizeParams& row, const QuantizeParam
 
 cudaError_t launch_quantize_dual(const QuantizeParams& row, const QuantizeParams& col,
                                  cudaStream_t stream) {
+  if (can_strip_dual(row, col)) return launch_dual_strips(row, col, stream);
   switch (row.x_type) {
     case FloatType::kFloat32:
       return launch_dual_of<FloatTile<Float32Source>>(row, col, stream);

@@ -238,6 +238,7 @@ static cudaError_t launch_rows_of(const QuantizeParams& p, cudaStream_t stream) 
 
 cudaError_t launch_quantize_rows(const QuantizeParams& p, cudaStream_t stream) {
   if (p.rows == 0) return p.tensor_scale ? launch_finish_tensor_scale(p, stream) : cudaSuccess;
+  if (can_strip_rows(p)) return launch_row_strips(p, stream);
   switch (p.x_type) {
     case FloatType::kFloat32:
       return launch_rows_of<Float32Source>(p, stream);

@@ -73,6 +73,9 @@ constexpr int kFormatCount = sizeof(kFormats) / sizeof(kFormats[0]);
 MXT_FORMATS(MXT_ROW)
 #undef MXT_ROW
 
+constexpr int kMxfp4Code = 0;  // the format that has kernels of its own
+static_assert(kFormats[kMxfp4Code].bits == 4 && kFormats[kMxfp4Code].block == 32, "mxfp4's place");
+
 constexpr const char* kScaleRuleNames[kScaleRules] = {"floor", "ceil", "even"};
 constexpr const char* kRoundingNames[kRoundings] = {"nearest", "stochastic", "toward"};
 constexpr int kAccumulates = 2;

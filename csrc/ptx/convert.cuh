@@ -20,4 +20,11 @@ __device__ __forceinline__ uint32_t cvt_rn_f16x2(float a, float b) {
   return d;
 }
 
+// max.NaN.f32: a NaN wins.
+__device__ __forceinline__ float max_nan_f32(float a, float b) {
+  float d;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(d) : "f"(a), "f"(b));
+  return d;
+}
+
 }  // namespace mxtrain::ptx

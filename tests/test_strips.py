@@ -1,0 +1,123 @@
+"""The kernels of csrc/cuda/strip.cuh: bfloat16 to mxfp4, stochastic or rotated, byte for byte.
+
+They quantize a block where it stands, so what could go wrong is at the ends of the exponent range,
+at prescales, at the edges of tiles of 128 x 64, and where they hand over to the general kernels.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from common import RULES, assert_same_bytes, check_quantize
+
+import mxtrain
+from mxtrain import Quantizer, reference
+
+pytestmark = pytest.mark.ops("quantize", "quantize_dual", "requantize")
+
+RNG = torch.tensor([0x123456789ABCDEF, 2**33 + 7])
+TARGETS = [("stochastic", 0), ("stochastic", 16), ("stochastic", 32), ("stochastic", 64)]
+TARGETS += [("nearest", 32), ("nearest", 64)]
+
+
+def wide_range(rows: int, cols: int, seed: int = 0) -> torch.Tensor:
+    """Blocks of every exponent, from subnormals to the largest, some zero, NaN or Inf."""
+    g = torch.Generator().manual_seed(seed)
+    exponent = torch.randint(-140, 128, (rows, -(-cols // 32)), generator=g).repeat_interleave(
+        32, 1
+    )
+    x = torch.randn(rows, cols, generator=g, dtype=torch.float64).clamp(-3.9, 3.9)
+    x = (x * 2.0 ** exponent[:, :cols].double()).bfloat16()
+    if x.numel() > 400:
+        x.view(-1)[::397] = torch.tensor([float("nan"), float("inf"), -0.0, 0.0])[
+            torch.arange(x.view(-1)[::397].numel()) % 4
+        ].bfloat16()
+    return x
+
+
+def some_signs(group: int) -> torch.Tensor | None:
+    return torch.where(torch.arange(group) * 7 % 5 > 1, 1, -1).to(torch.int8) if group else None
+
+
+def options(rounding: str, group: int, **more) -> dict:
+    rng = RNG if rounding == "stochastic" else None
+    return dict(rounding=rounding, hadamard=group, signs=some_signs(group), rng=rng, **more)
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rounding, group", TARGETS)
+def test_blocks_of_every_exponent(rounding, group, rule, transpose, device):
+    x = wide_range(192, 384)
+    x = x.T.contiguous() if transpose else x
+    check_quantize(
+        x, "mxfp4", device, transpose=transpose, scale_rule=rule, **options(rounding, group)
+    )
+
+
+@pytest.mark.parametrize("prescale", [0.75, 1.0, 1.5, 1e-30, 1e30])
+@pytest.mark.parametrize("rounding, group", TARGETS)
+def test_prescales(rounding, group, prescale, device):
+    x = wide_range(96, 256, 1)
+    x[:48] = torch.randn(48, 256).bfloat16()
+    for rule in RULES:
+        check_quantize(
+            x, "mxfp4", device, scale_rule=rule, prescale=prescale, **options(rounding, group)
+        )
+
+
+@pytest.mark.parametrize("swizzle", [False, True])
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize(
+    "shape", [(1, 64), (64, 1), (127, 63), (129, 65), (130, 136), (96, 1000), (1000, 96), (2, 8)]
+)
+def test_edges_of_tiles(shape, transpose, swizzle, device):
+    torch.manual_seed(shape[0])
+    x = torch.randn(shape).bfloat16()
+    more = dict(transpose=transpose, swizzle=swizzle)
+    check_quantize(x, "mxfp4", device, **options("stochastic", 0), **more)
+    check_quantize(x, "mxfp4", device, **options("stochastic", 32), **more)
+    wide = torch.randn(shape[0], shape[1] + 24).bfloat16()[:, 8 : 8 + shape[1]]  # pitch and offset
+    check_quantize(wide, "mxfp4", device, **options("stochastic", 16), **more)
+
+
+@pytest.mark.parametrize("shape", [(128, 64), (192, 320), (640, 576)])
+@pytest.mark.parametrize("row, col", [(0, 0), (0, 64), (64, 0), (64, 64), (32, 16)])
+def test_dual(row, col, shape, device):
+    x = wide_range(*shape, 2)
+    quantizers = [
+        Quantizer("mxfp4", scale_rule="floor", rounding="stochastic", hadamard=g, prescale=0.75)
+        if g
+        else Quantizer("mxfp4", rounding="stochastic")
+        for g in (row, col)
+    ]
+    signs = [some_signs(row), some_signs(col)]
+    to = lambda t: None if t is None else t.to(device)  # noqa: E731
+    got = mxtrain.quantize_dual(
+        x.to(device),
+        *quantizers,
+        rng=RNG.to(device),
+        row_signs=to(signs[0]),
+        col_signs=to(signs[1]),
+    )
+    for operand, q, s, transpose in zip(got, quantizers, signs, (False, True), strict=True):
+        want = reference.quantize(
+            x, "mxfp4", scale_rule=q.scale_rule, rounding="stochastic", hadamard=q.hadamard,
+            signs=s, prescale=q.prescale, transpose=transpose, rng=RNG,
+        )  # fmt: skip
+        assert_same_bytes(operand.scale, want[1])
+        assert_same_bytes(operand.data, want[0])
+
+
+@pytest.mark.parametrize("shape", [(1, 64), (64, 33), (200, 300), (384, 640)])
+@pytest.mark.parametrize("rounding, group", TARGETS)
+def test_requantize(rounding, group, shape, device):
+    shape = (-(-shape[0] // 64) * 64, shape[1]) if group else shape
+    operand = reference.quantize(wide_range(*shape, 4), "mxfp4")
+    data, scale = (t.to(device) for t in operand[:2])
+    opts = options(rounding, group)
+    on = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in opts.items()}
+    got = mxtrain.requantize(mxtrain.Operand(data, scale, "mxfp4", shape), **on)
+    want = reference.requantize(*operand, "mxfp4", shape[1], **opts)
+    assert_same_bytes(got.scale, want[1])
+    assert_same_bytes(got.data, want[0])
