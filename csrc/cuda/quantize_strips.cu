@@ -1,53 +1,57 @@
 // SPDX-License-Identifier: Apache-2.0
 // quantize (either axis), quantize_dual and requantize where strip.cuh serves: bfloat16 (or mxfp4
-// operands) to mxfp4, stochastic or rotated. Persistent CTAs walk over tiles of x, 128 rows x 64
-// columns, along the rows of tiles, and copy the next tile while they work on one. Row half: a
-// thread takes a row of the tile; column half: 64 rows of a column. The copies are 16 bytes, so x
-// must be aligned to that, in both directions.
+// operands) to mxfp4, stochastic or rotated. Every warp works for itself, on a tile of x of its own
+// in shared memory, 64 x 64, so that no barrier stops it: first the blocks along its rows, then
+// those along its columns, 16 x 2 at a time. Warps are persistent and walk along the rows of tiles;
+// the next tile is copied as soon as the last blocks of one are in registers. The copies are 16
+// bytes, so x must be aligned to that, in both directions.
 #include "cuda/strip.cuh"
 
 namespace mxtrain::cuda {
 
 // ---- device helpers ----
 
-// x as the tiles see it: height x width bfloat16, rows `pitch` apart; across: tiles in a row of
-// tiles.
+// x as the tiles see it: height x width bfloat16, rows `pitch` bytes apart; across: tiles in a row
+// of tiles.
 struct StripGrid {
-  const uint16_t* x;
-  int64_t height, width, pitch;
-  unsigned across, tiles;
+  const uint8_t* x;
+  uint32_t height, width, pitch;
+  uint32_t across, tiles;
 };
 
+// First row and column of a tile.
 struct StripPlace {
-  int64_t row, column;
+  uint32_t row, column;
+  __device__ __forceinline__ StripPlace(const StripGrid& g, uint32_t tile) {
+    const uint32_t down = tile / g.across;
+    row = down * StripTraits::kTile;
+    column = (tile - down * g.across) * StripTraits::kTile;
+  }
 };
 
-__device__ __forceinline__ StripPlace strip_place(const StripGrid& g, unsigned tile) {
-  const unsigned down = tile / g.across;
-  return {static_cast<int64_t>(down) * StripTraits::kTileRows,
-          static_cast<int64_t>(tile - down * g.across) * StripTraits::kElements};
-}
-
-// Fill a tile, zeros outside of x. A thread keeps its chunk and moves on by 16 rows.
-__device__ __forceinline__ void copy_tile(const StripGrid& g, unsigned tile, uint8_t* to) {
-  constexpr int kStep = StripTraits::kThreads / StripTraits::kChunks;
-  static_assert(kStep % 8 == 0, "a chunk's place is the same in all of a thread's rows");
-  const StripPlace at = strip_place(g, tile);
-  const int chunk = threadIdx.x % StripTraits::kChunks, first = threadIdx.x / StripTraits::kChunks;
-  const int64_t column = at.column + chunk * 8, left = g.width - column;
-  const int bytes = left <= 0 ? 0 : left < 8 ? static_cast<int>(left) * 2 : 16;
-  const int64_t rows = g.height - at.row - first;
-  const uint16_t* from = bytes > 0 && rows > 0 ? g.x + (at.row + first) * g.pitch + column : g.x;
-  uint32_t shared = ptx::shared_address(to + strip_offset(first, chunk));
-  if (bytes == 16 && rows > StripTraits::kTileRows - kStep) {
+// Start filling a tile, zeros outside of x. A lane keeps its chunk and moves on by 4 rows.
+__device__ __forceinline__ void copy_tile(const StripGrid& g, uint32_t tile, uint8_t* to) {
+  constexpr int kStep = 32 / StripTraits::kChunks;
+  const StripPlace at(g, tile);
+  const int lane = threadIdx.x % 32, chunk = lane % StripTraits::kChunks,
+            first = lane / StripTraits::kChunks;
+  const uint32_t column = at.column + chunk * 8;
+  const uint8_t* from = g.x + static_cast<uint64_t>(at.row + first) * g.pitch + column * 2;
+  const uint32_t even = ptx::shared_address(to + strip_offset(first, chunk)),
+                 odd = ptx::shared_address(to + strip_offset(first + kStep, chunk));
+  if (at.row + StripTraits::kTile <= g.height && at.column + StripTraits::kTile <= g.width) {
 #pragma unroll
-    for (int i = 0; i < StripTraits::kTileRows / kStep; ++i)
-      ptx::cp_async_16(shared + i * kStep * StripTraits::kRowBytes, from + i * kStep * g.pitch, 16);
+    for (int i = 0; i < StripTraits::kTile / kStep; ++i)
+      ptx::cp_async_16(((i % 2 ? odd : even) ^ (i * kStep / 32 * 32)) +
+                           i / 2 * (2 * kStep * StripTraits::kRowBytes),
+                       from + static_cast<uint64_t>(g.pitch) * (i * kStep), 16);
     return;
   }
-  for (int i = 0; i < StripTraits::kTileRows; i += kStep) {
-    const bool inside = i < rows && bytes > 0;
-    ptx::cp_async_16(shared + i * StripTraits::kRowBytes, inside ? from + i * g.pitch : g.x,
+  const int bytes = column >= g.width ? 0 : min(g.width - column, 8u) * 2;
+#pragma unroll 1
+  for (int i = first; i < StripTraits::kTile; i += kStep, from += g.pitch * kStep) {
+    const bool inside = at.row + i < g.height && bytes > 0;
+    ptx::cp_async_16(ptx::shared_address(to + strip_offset(i, chunk)), inside ? from : g.x,
                      inside ? bytes : 0);
   }
 }
@@ -55,89 +59,113 @@ __device__ __forceinline__ void copy_tile(const StripGrid& g, unsigned tile, uin
 // ---- kernels ----
 
 // CTAs of an SM, as many as the registers allow without spilling.
-constexpr int strip_ctas(Strip row, Strip col) { return rotates(row) || rotates(col) ? 4 : 5; }
-constexpr int requantize_ctas(Strip col) { return rotates(col) ? 3 : 4; }
+constexpr int strip_ctas(Strip row, Strip col) {
+  return row != Strip::kNone && col != Strip::kNone ? 5 : 6;
+}
+constexpr int kRequantizeCtas = 5;
 
+// Either may be kNone.
 template <Strip kRow, Strip kCol>
 __global__ void __launch_bounds__(StripTraits::kThreads, strip_ctas(kRow, kCol))
     quantize_strips_kernel(const QuantizeParams row, const QuantizeParams col,
                            const StripGrid grid) {
-  __shared__ alignas(128) uint8_t tiles[2][StripTraits::kTileBytes];
+  __shared__ alignas(128) uint8_t tiles[StripTraits::kWarps][StripTraits::kTileBytes];
   __shared__ StripTables row_tables, col_tables;
-  if (kRow != Strip::kNone) fill_tables<kRow>(row_tables, row);
-  if (kCol != Strip::kNone) fill_tables<kCol>(col_tables, col);
-  unsigned tile = blockIdx.x;
-  copy_tile(grid, tile, tiles[0]);
-  ptx::cp_async_commit();
-  for (int now = 0; tile < grid.tiles; now ^= 1) {
-    const unsigned next = tile + gridDim.x;
-    if (next < grid.tiles) copy_tile(grid, next, tiles[now ^ 1]);
-    ptx::cp_async_commit();
-    ptx::cp_async_wait_group<1>();
-    __syncthreads();
-    const StripPlace at = strip_place(grid, tile);
+  fill_tables<kRow>(row_tables, row);
+  fill_tables<kCol>(col_tables, col);
+  __syncthreads();
+  constexpr int kLast = StripTraits::kPasses - 1;
+  uint8_t* mine = tiles[threadIdx.x / 32];
+  uint32_t tile = blockIdx.x * StripTraits::kWarps + threadIdx.x / 32;
+  if (tile < grid.tiles) copy_tile(grid, tile, mine);
+  while (tile < grid.tiles) {
+    const StripPlace at(grid, tile);
+    tile += gridDim.x * StripTraits::kWarps;
+    const auto copy_next = [&] {
+      __syncwarp();
+      if (tile < grid.tiles) copy_tile(grid, tile, mine);
+    };
+    ptx::cp_async_wait_all();
+    __syncwarp();
     if constexpr (kRow != Strip::kNone)
-      row_strip<kRow>(tiles[now], row, StripPlan<kRow>(row), row_tables, at.row + threadIdx.x,
-                      at.column);
+#pragma unroll 1
+      for (int pass = 0; pass <= kLast; ++pass)
+        row_pass<kRow>(mine, pass, row, row_tables, at.row, at.column, [&] {
+          if (kCol == Strip::kNone && pass == kLast) copy_next();
+        });
     if constexpr (kCol != Strip::kNone)
-      column_strip<kCol>(tiles[now], col, StripPlan<kCol>(col), col_tables, at.column, at.row);
-    __syncthreads();
-    tile = next;
+#pragma unroll 1
+      for (int pass = 0; pass <= kLast; ++pass)
+        column_pass<kCol>(mine, pass, col, col_tables, at.column, at.row, [&] {
+          if (pass == kLast) copy_next();
+        });
   }
 }
 
-// The packed tile that requantize reads: 32 bytes of codes and two scales of one row a thread, and
-// the same decoded.
-struct PackedRow {
-  uint4 codes[2];
-  uint32_t scale[2];
+// The packed tile that requantize reads: 32 bytes of codes and two scales of a row. Lane 2 i + b
+// takes block b of rows i, i + 16, ...: its copies to shared memory run ahead of their decoding;
+// the scales wait in registers.
+struct PackedStrips {
+  static constexpr int kBytes = StripTraits::kTile * StripTraits::kTile / 2;
+  uint32_t scale[StripTraits::kPasses];
+
+  __device__ __forceinline__ void copy(const QuantizeParams& p, const StripGrid& g, uint32_t tile,
+                                       uint8_t* to) {
+    const StripPlace at(g, tile);
+    const int lane = threadIdx.x % 32;
+    const uint32_t block = at.column / 32 + lane % 2, blocks = static_cast<uint32_t>(p.in_blocks);
+#pragma unroll
+    for (int i = 0; i < StripTraits::kPasses; ++i) {
+      const uint32_t row = at.row + i * StripTraits::kPassRows + lane / 2;
+      const bool inside = tile < g.tiles && row < g.height && block < blocks;
+      const uint64_t from = inside ? static_cast<uint64_t>(row) * blocks + block : 0;
+      ptx::cp_async_16(ptx::shared_address(to + (i * 32 + lane) * 16), g.x + from * 16,
+                       inside ? 16 : 0);
+      scale[i] = p.in_scale[from];
+    }
+  }
+
+  __device__ __forceinline__ void decode(const uint8_t* from, uint8_t* tile) const {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int i = 0; i < StripTraits::kPasses; ++i) {
+      const uint4 raw = *reinterpret_cast<const uint4*>(from + (i * 32 + lane) * 16);
+      const uint32_t codes[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        uint32_t w[4];
+        decode8_e2m1<false>(codes[j], scale[i], w);
+        const int r = i * StripTraits::kPassRows + lane / 2;
+        *reinterpret_cast<uint4*>(tile + strip_offset(r, 4 * (lane % 2) + j)) =
+            make_uint4(w[0], w[1], w[2], w[3]);
+      }
+    }
+  }
 };
 
-__device__ __forceinline__ PackedRow load_packed_row(const QuantizeParams& p, const StripGrid& g,
-                                                     unsigned tile) {
-  PackedRow r = {};
-  const StripPlace at = strip_place(g, tile);
-  const int64_t row = at.row + threadIdx.x;
-  if (tile >= g.tiles || row >= g.height) return r;
-  const uint8_t* codes = static_cast<const uint8_t*>(p.x) + row * p.in_row_bytes + at.column / 2;
-  const uint8_t* scale = p.in_scale + row * p.in_blocks + at.column / 32;
-#pragma unroll
-  for (int b = 0; b < 2; ++b)
-    if (at.column + 32 * b < p.in_blocks * 32) {
-      r.codes[b] = ptx::ld_global_nc_v4(codes + 16 * b);
-      r.scale[b] = scale[b];
-    }
-  return r;
-}
-
-__device__ __forceinline__ void decode_row(const PackedRow& r, uint8_t* tile) {
-#pragma unroll
-  for (int b = 0; b < 2; ++b) {
-    const uint32_t codes[4] = {r.codes[b].x, r.codes[b].y, r.codes[b].z, r.codes[b].w};
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      uint32_t w[4];
-      decode8_e2m1<false>(codes[j], r.scale[b], w);
-      *reinterpret_cast<uint4*>(tile + strip_offset(threadIdx.x, 4 * b + j)) =
-          make_uint4(w[0], w[1], w[2], w[3]);
-    }
-  }
-}
-
 template <Strip kCol>
-__global__ void __launch_bounds__(StripTraits::kThreads, requantize_ctas(kCol))
+__global__ void __launch_bounds__(StripTraits::kThreads, kRequantizeCtas)
     requantize_strips_kernel(const QuantizeParams p, const StripGrid grid) {
-  __shared__ alignas(128) uint8_t tile_bytes[StripTraits::kTileBytes];
+  __shared__ alignas(128) uint8_t tiles[StripTraits::kWarps][StripTraits::kTileBytes];
+  __shared__ alignas(128) uint8_t packed[StripTraits::kWarps][PackedStrips::kBytes];
   __shared__ StripTables tables;
   fill_tables<kCol>(tables, p);
-  PackedRow packed = load_packed_row(p, grid, blockIdx.x);
-  for (unsigned tile = blockIdx.x; tile < grid.tiles; tile += gridDim.x) {
-    decode_row(packed, tile_bytes);
-    packed = load_packed_row(p, grid, tile + gridDim.x);
-    __syncthreads();
-    const StripPlace at = strip_place(grid, tile);
-    column_strip<kCol>(tile_bytes, p, StripPlan<kCol>(p), tables, at.column, at.row);
-    __syncthreads();
+  __syncthreads();
+  const uint32_t warp = threadIdx.x / 32, step = gridDim.x * StripTraits::kWarps;
+  uint32_t tile = blockIdx.x * StripTraits::kWarps + warp;
+  PackedStrips next;
+  next.copy(p, grid, tile, packed[warp]);
+  for (; tile < grid.tiles; tile += step) {
+    ptx::cp_async_wait_all();
+    __syncwarp();
+    next.decode(packed[warp], tiles[warp]);
+    __syncwarp();
+    next.copy(p, grid, tile + step, packed[warp]);
+    const StripPlace at(grid, tile);
+#pragma unroll 1
+    for (int pass = 0; pass < StripTraits::kPasses; ++pass)
+      column_pass<kCol>(tiles[warp], pass, p, tables, at.column, at.row, [] {});
+    __syncwarp();
   }
 }
 
@@ -152,14 +180,15 @@ static Strip strip_of(const QuantizeParams& p) {
 static bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
 static bool has_strips(const QuantizeParams& p) {
-  return p.format == kMxfp4Code && !p.toward && p.hadamard <= StripTraits::kElements &&
-         strip_of(p) != Strip::kNone;
+  constexpr int64_t kMost = 0x7FFFFFFF;
+  return p.format == kMxfp4Code && !p.toward && p.hadamard <= StripTraits::kTile &&
+         strip_of(p) != Strip::kNone && p.rows < kMost && p.kp < kMost;
 }
 
 // x with `pitch` between its contiguous rows.
 static bool can_copy_tiles(const QuantizeParams& p, int64_t stride, int64_t pitch, int64_t height) {
   return p.in_format < 0 && p.x_type == FloatType::kBfloat16 && stride == 1 && aligned16(p.x) &&
-         (height == 1 || pitch % 8 == 0);
+         (height == 1 || (pitch % 8 == 0 && pitch < 0x3FFFFFFF));
 }
 
 bool can_strip_rows(const QuantizeParams& p) {
@@ -168,25 +197,30 @@ bool can_strip_rows(const QuantizeParams& p) {
 
 bool can_strip_columns(const QuantizeParams& p) {
   if (p.in_format >= 0)
-    return has_strips(p) && p.in_format == kMxfp4Code && aligned16(p.x) && p.in_row_bytes % 16 == 0;
+    return has_strips(p) && p.in_format == kMxfp4Code && aligned16(p.x) &&
+           p.in_row_bytes == p.in_blocks * 16;
   return has_strips(p) && can_copy_tiles(p, p.stride_row, p.stride_k, p.cols);
 }
 
 static StripGrid make_grid(const void* x, int64_t height, int64_t width, int64_t pitch,
                            int64_t padded_height, int64_t padded_width) {
-  const int64_t across = (padded_width + StripTraits::kElements - 1) / StripTraits::kElements;
-  const int64_t down = (padded_height + StripTraits::kTileRows - 1) / StripTraits::kTileRows;
-  return {static_cast<const uint16_t*>(x),     height, width, pitch, static_cast<unsigned>(across),
-          static_cast<unsigned>(across * down)};
+  constexpr int64_t kTile = StripTraits::kTile;
+  const int64_t across = (padded_width + kTile - 1) / kTile,
+                down = (padded_height + kTile - 1) / kTile;
+  const auto narrow = [](int64_t n) { return static_cast<uint32_t>(n); };
+  return {static_cast<const uint8_t*>(x),      narrow(height), narrow(width),
+          narrow(height == 1 ? 0 : pitch * 2), narrow(across), narrow(across * down)};
 }
 
+// As many CTAs as fit the GPU, and no more than there are tiles for their warps.
 static cudaError_t resident_ctas(const StripGrid& g, int per_sm, unsigned* ctas) {
   int device = 0, sms = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess)
     error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
   const unsigned most = static_cast<unsigned>(sms * per_sm);
-  *ctas = g.tiles < most ? g.tiles : most;
+  const unsigned wanted = (g.tiles + StripTraits::kWarps - 1) / StripTraits::kWarps;
+  *ctas = wanted < most ? wanted : most;
   return error;
 }
 
@@ -202,10 +236,10 @@ static cudaError_t launch_strips(const QuantizeParams& row, const QuantizeParams
 
 cudaError_t launch_row_strips(const QuantizeParams& given, cudaStream_t stream) {
   QuantizeParams p = given;
-  if (p.stride_row == p.cols && p.cols % StripTraits::kElements == 0 && !p.swizzled) {
+  if (p.stride_row == p.cols && p.cols % StripTraits::kTile == 0 && !p.swizzled) {
     // Strips in a row, one after the other: the tile is a contiguous piece of memory.
-    p.rows *= p.cols / StripTraits::kElements;
-    p.cols = p.kp = p.stride_row = StripTraits::kElements;
+    p.rows *= p.cols / StripTraits::kTile;
+    p.cols = p.kp = p.stride_row = StripTraits::kTile;
   }
   const StripGrid grid = make_grid(p.x, p.rows, p.cols, p.stride_row, p.rows, p.kp);
   switch (strip_of(p)) {
@@ -223,9 +257,9 @@ cudaError_t launch_row_strips(const QuantizeParams& given, cudaStream_t stream) 
 
 template <Strip kCol>
 static cudaError_t launch_requantize_strips(const QuantizeParams& p, cudaStream_t stream) {
-  const StripGrid grid = make_grid(nullptr, p.cols, p.rows, 0, p.kp, p.rows);
+  const StripGrid grid = make_grid(p.x, p.cols, p.rows, 0, p.kp, p.rows);
   unsigned ctas = 0;
-  const cudaError_t error = resident_ctas(grid, requantize_ctas(kCol), &ctas);
+  const cudaError_t error = resident_ctas(grid, kRequantizeCtas, &ctas);
   if (error != cudaSuccess) return error;
   requantize_strips_kernel<kCol><<<ctas, StripTraits::kThreads, 0, stream>>>(p, grid);
   return cudaGetLastError();

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // Strips: the fast path for bfloat16 to mxfp4 with stochastic rounding, a Hadamard rotation, or
-// both. A thread owns 64 consecutive elements along K of one operand row, in registers: two blocks
-// and any Hadamard group up to 64. So butterflies, maxima and scales need no other lane, and each
-// is done once. A block is rounded where it stands, without dividing it by its scale S: with
-// a = |v| and b = a + max(a, S), the bits of b - S above bit 22 are the code (encode.cuh, moved up
-// by S), and a Hadamard norm that is a power of two moves S instead of v. Blocks whose maximum is
-// no ordinary number for that (zero, subnormal, huge, NaN, Inf) are first brought to S = 1.
+// both. A lane owns one block, 32 consecutive elements along K of one operand row, in registers;
+// its neighbour lane owns the other half of the 64 that a Hadamard group may span. So maxima,
+// scales and all butterflies but the last need no other lane. A block is rounded where it stands,
+// without dividing it by its scale S: with a = |v| and b = a + max(a, S), the bits of b - S from
+// bit 22 up are the code (encode.cuh, moved up by S), and a Hadamard norm that is a power of two
+// moves S instead of v. Blocks whose maximum is no ordinary number for that (zero, subnormal, huge,
+// NaN, Inf) are first brought to S = 1. Rows, K and strides are below 2^31 here.
 #pragma once
 
 #include "cuda/group.cuh"
@@ -15,17 +16,14 @@ namespace mxtrain::cuda {
 // ---- traits ----
 
 struct StripTraits {
-  static constexpr int kThreads = 128;
-  static constexpr int kElements = 64;
-  static constexpr int kTileRows = 128;            // of x
-  static constexpr int kRowBytes = kElements * 2;  // a tile is 64 columns of bfloat16
-  static constexpr int kTileBytes = kTileRows * kRowBytes;
+  static constexpr int kWarps = 4, kThreads = 32 * kWarps;
+  static constexpr int kTile = 64;      // rows and columns of a warp's tile of bfloat16
+  static constexpr int kPassRows = 16;  // operand rows that a warp takes at once
+  static constexpr int kPasses = kTile / kPassRows;
+  static constexpr int kRowBytes = kTile * 2, kTileBytes = kTile * kRowBytes;
   static constexpr int kChunks = kRowBytes / 16;
-  static constexpr int kColumnStrips = kTileRows / kElements;
-  static_assert(kTileRows == kThreads, "row half: a thread takes one row of the tile");
-  static_assert(kElements * kColumnStrips == kThreads,
-                "column half: a thread takes one column of each 64 rows");
-  static_assert(2 * kTileBytes <= 40 * 1024, "two tiles and the tables are static shared memory");
+  static_assert(kPassRows * kTile == 32 * 32, "a lane takes a block of 32 elements");
+  static_assert(kRowBytes == 128, "a tile's row touches every bank of shared memory once");
 };
 
 // Blocks whose maximum lies in [2^-90, 2^100): nothing on the way to their codes under- or
@@ -45,18 +43,53 @@ constexpr bool draws_bits(Strip s) {
   return s == Strip::kStochastic || s == Strip::kRotatedStochastic;
 }
 
-// ---- shared memory ----
+// ---- what is the same for all blocks of an operand ----
 
-// Sign bits of a strip's elements and the Philox key schedule: (k0, k1) of two rounds a uint4.
+struct StripPlan {
+  uint8_t *data, *scale;
+  uint32_t rows, kp;
+  uint32_t round_up, ordinary, offset;
+  uint32_t norm_shift;  // float32 bits by which the norm, a power of two, moves a scale; else 0
+  float norm;           // 1 where it is multiplied into the elements
+  bool fits, prescaled;
+};
+
+template <Strip kStrip>
+__device__ __forceinline__ StripPlan make_plan(const QuantizeParams& p) {
+  StripPlan plan;
+  plan.data = p.data;
+  plan.scale = p.scale;
+  plan.rows = static_cast<uint32_t>(p.rows);
+  plan.kp = static_cast<uint32_t>(p.kp);
+  plan.round_up = e8m0_round_up<E2M1>(static_cast<ScaleRule>(p.scale_rule));
+  plan.ordinary = p.prescale >= OrdinaryTraits::kSmallestPrescale &&
+                          p.prescale <= OrdinaryTraits::kLargestPrescale
+                      ? OrdinaryTraits::kCount
+                      : 0u;
+  plan.offset = draws_bits(kStrip) ? static_cast<uint32_t>(p.rng[p.rng_stride]) : 0u;
+  plan.norm_shift =
+      rotates(kStrip) && p.hadamard != 32 ? (127u << 23) - float_bits(p.hadamard_norm) : 0u;
+  plan.norm = plan.norm_shift != 0 ? p.hadamard_norm : 1.0f;
+  // |v| < 8 S by every rule and <= 6 S by ceil
+  plan.fits = p.prescale <= 0.75f ||
+              (p.scale_rule == static_cast<int>(ScaleRule::kCeil) && p.prescale <= 1.0f);
+  plan.prescaled = p.prescale != 1.0f;
+  return plan;
+}
+
+// In shared memory, so that it costs no registers: the plan, the sign bits of 64 elements and the
+// Philox key schedule, (k0, k1) of two rounds a uint4.
 struct StripTables {
-  uint4 signs[StripTraits::kElements / 4];
+  uint4 signs[StripTraits::kTile / 4];
   uint4 keys[kPhiloxRounds / 2];
+  StripPlan plan;
 };
 
 template <Strip kStrip>
 __device__ __forceinline__ void fill_tables(StripTables& t, const QuantizeParams& p) {
   const int i = threadIdx.x;
-  if (rotates(kStrip) && i < StripTraits::kElements)
+  if (kStrip != Strip::kNone && i == 0) t.plan = make_plan<kStrip>(p);
+  if (rotates(kStrip) && i < StripTraits::kTile)
     reinterpret_cast<uint32_t*>(t.signs)[i] =
         p.signs != nullptr && p.signs[i % p.hadamard] < 0 ? kSignBit : 0u;
   if (draws_bits(kStrip) && i < kPhiloxRounds) {
@@ -67,36 +100,12 @@ __device__ __forceinline__ void fill_tables(StripTables& t, const QuantizeParams
   }
 }
 
-// Chunk j of 16 bytes of tile row r lies at j ^ r % 8: threads that read rows, and threads that
-// read columns, touch every bank once.
+// Chunk j of 16 bytes of tile row r lies at j ^ r % 8 ^ r / 32 * 2. So every bank is touched once
+// by lanes that read both blocks of 4 rows, by lanes that read 16 columns of rows r and r + 32, and
+// by the copies.
 __device__ __forceinline__ uint32_t strip_offset(int r, int chunk) {
-  return r * StripTraits::kRowBytes + ((chunk ^ (r & 7)) * 16);
+  return r * StripTraits::kRowBytes + ((chunk ^ (r & 7) ^ (r / 32 * 2)) * 16);
 }
-
-// ---- what is the same for all strips of an operand ----
-
-template <Strip kStrip>
-struct StripPlan {
-  uint32_t round_up, ordinary, offset;
-  uint32_t norm_shift;  // float32 bits by which the norm, a power of two, moves a scale; else 0
-  float norm;           // 1 where it is multiplied into the elements
-  bool fits, prescaled;
-
-  __device__ __forceinline__ explicit StripPlan(const QuantizeParams& p)
-      : round_up(e8m0_round_up<E2M1>(static_cast<ScaleRule>(p.scale_rule))),
-        ordinary(p.prescale >= OrdinaryTraits::kSmallestPrescale &&
-                         p.prescale <= OrdinaryTraits::kLargestPrescale
-                     ? OrdinaryTraits::kCount
-                     : 0u),
-        offset(draws_bits(kStrip) ? static_cast<uint32_t>(p.rng[p.rng_stride]) : 0u),
-        norm_shift(rotates(kStrip) && p.hadamard != 32 ? (127u << 23) - float_bits(p.hadamard_norm)
-                                                       : 0u),
-        norm(norm_shift != 0 ? p.hadamard_norm : 1.0f),
-        // |v| < 8 S by every rule and <= 6 S by ceil
-        fits(p.prescale <= 0.75f ||
-             (p.scale_rule == static_cast<int>(ScaleRule::kCeil) && p.prescale <= 1.0f)),
-        prescaled(p.prescale != 1.0f) {}
-};
 
 // ---- one block of 32 elements ----
 
@@ -105,19 +114,21 @@ struct StripBlock {
   uint32_t scale;
 };
 
-// Groups group .. group + 3, where group is a multiple of 4.
-__device__ __forceinline__ void draw_block(const StripTables& t, int64_t group, uint32_t offset,
-                                           uint32_t stream, Philox4 (&draws)[4]) {
+// Draws of groups group .. group + N - 1, in lockstep; group is a multiple of N.
+template <int N>
+__device__ __forceinline__ void draw_strip(const StripTables& t, uint64_t group, uint32_t offset,
+                                           uint32_t stream, Philox4 (&draws)[N]) {
+  ptx::compiler_fence();  // the keys wait in shared memory, so that no draw is made too early
   const uint32_t low = static_cast<uint32_t>(group), high = static_cast<uint32_t>(group >> 32);
 #pragma unroll
-  for (int n = 0; n < 4; ++n) draws[n] = {{low + n, high, offset, stream}};
+  for (int n = 0; n < N; ++n) draws[n] = {{low + n, high, offset, stream}};
 #pragma unroll
   for (int i = 0; i < kPhiloxRounds / 2; ++i) {
     const uint4 key = t.keys[i];
 #pragma unroll
-    for (int n = 0; n < 4; ++n) draws[n] = philox_round(draws[n], key.x, key.y);
+    for (int n = 0; n < N; ++n) draws[n] = philox_round(draws[n], key.x, key.y);
 #pragma unroll
-    for (int n = 0; n < 4; ++n) draws[n] = philox_round(draws[n], key.z, key.w);
+    for (int n = 0; n < N; ++n) draws[n] = philox_round(draws[n], key.z, key.w);
   }
 }
 
@@ -153,63 +164,62 @@ __device__ __forceinline__ uint32_t strip_nearest8(const float* v, uint32_t scal
   return word;
 }
 
-// The elements over their scale, by the steps of docs/numerics.md one after the other; then S = 1.
+// v: a block, before a norm that moves the scale; max_bits: of its maximum; group: of its first
+// elements.
 template <Strip kStrip>
-__device__ __forceinline__ uint32_t to_grid_of_one(float* v, uint32_t max_bits,
-                                                   const StripPlan<kStrip>& plan, float prescale,
-                                                   uint32_t& code) {
-  const bool finite = max_bits < kInfBits;
-  const uint32_t m = float_bits(bits_float(max_bits) * plan.norm);
-  const bool empty = m == 0 || !finite;
-  code = e8m0_scale<E2M1>(m, plan.round_up);
-  const float factor = e8m0_reciprocal(code), max = bits_float(E2M1::kMaxBits);
-#pragma unroll
-  for (int i = 0; i < 32; ++i) {
-    const float u = v[i] * plan.norm * prescale * factor;
-    v[i] = empty ? 0.0f : fminf(fmaxf(u, -max), max);
-  }
-  code = finite ? code : kE8M0Nan;
-  return float_bits(1.0f);
-}
-
-// v: 32 elements in registers, before a norm that moves the scale; max_bits: of their maximum.
-template <Strip kStrip>
-__device__ __forceinline__ StripBlock quantize_block(float* v, uint32_t max_bits,
-                                                     const StripPlan<kStrip>& plan,
+__device__ __forceinline__ StripBlock quantize_block(float (&v)[32], uint32_t max_bits,
                                                      const QuantizeParams& p,
-                                                     const StripTables& tables, int64_t group) {
+                                                     const StripTables& tables, uint64_t group) {
+  const StripPlan& plan = tables.plan;
+  const bool ordinary = max_bits - OrdinaryTraits::kFirst < plan.ordinary;
   uint32_t scale_bits, code;
-  if (max_bits - OrdinaryTraits::kFirst < plan.ordinary) {
+  float factor = 1.0f;
+  bool empty = false;
+  if (ordinary) {
     code = e8m0_scale<E2M1>(max_bits - plan.norm_shift, plan.round_up);
     scale_bits = (code << 23) + plan.norm_shift;
-    if (plan.prescaled)
+  } else {  // by the steps of docs/numerics.md one after the other, to S = 1
+    if (rotates(kStrip))
 #pragma unroll
-      for (int i = 0; i < 32; ++i) v[i] *= p.prescale;
-    if (!plan.fits) {
-      const float max = 6.0f * bits_float(scale_bits);
-#pragma unroll
-      for (int i = 0; i < 32; ++i) v[i] = fminf(fmaxf(v[i], -max), max);
-    }
-  } else {
-    scale_bits = to_grid_of_one(v, max_bits, plan, p.prescale, code);
+      for (int i = 0; i < 32; ++i) v[i] *= plan.norm;
+    const uint32_t m = float_bits(bits_float(max_bits) * plan.norm);
+    empty = m == 0 || m >= kInfBits;
+    code = e8m0_scale<E2M1>(m, plan.round_up);
+    factor = e8m0_reciprocal(code);
+    scale_bits = float_bits(1.0f);
+    code = m >= kInfBits ? kE8M0Nan : code;
   }
+  if (plan.prescaled)
+#pragma unroll
+    for (int i = 0; i < 32; ++i) v[i] *= p.prescale;
+  if (!ordinary)
+#pragma unroll
+    for (int i = 0; i < 32; ++i) v[i] *= factor;
+  if (!plan.fits) {
+    const float max = bits_float(E2M1::kMaxBits) * bits_float(scale_bits);
+#pragma unroll
+    for (int i = 0; i < 32; ++i) v[i] = fminf(fmaxf(v[i], -max), max);
+  }
+  // Or the compiler keeps every v twice: its sign from before a branch, its magnitude from after.
+#pragma unroll
+  for (int i = 0; i < 32; ++i) v[i] = ptx::opaque(v[i]);
   uint32_t w[4];
   if (draws_bits(kStrip)) {
-    Philox4 draws[4];
-    draw_block(tables, group, plan.offset, p.stream, draws);
+    constexpr int N = 4;  // as many at once as there are registers for
 #pragma unroll
-    for (int n = 0; n < 4; ++n) w[n] = strip_stochastic8(v + 8 * n, scale_bits, draws[n]);
+    for (int first = 0; first < 4; first += N) {
+      Philox4 draws[N];
+      draw_strip<N>(tables, group + first, plan.offset, p.stream, draws);
+#pragma unroll
+      for (int n = 0; n < N; ++n)
+        w[first + n] = strip_stochastic8(v + 8 * (first + n), scale_bits, draws[n]);
+    }
   } else {
 #pragma unroll
     for (int n = 0; n < 4; ++n) w[n] = strip_nearest8(v + 8 * n, scale_bits);
   }
+  if (empty) return {make_uint4(0, 0, 0, 0), code};
   return {make_uint4(w[0], w[1], w[2], w[3]), code};
-}
-
-__device__ __forceinline__ void store_block(const QuantizeParams& p, int64_t row, int64_t k,
-                                            const StripBlock& b) {
-  *reinterpret_cast<uint4*>(p.data + row * (p.kp / 2) + k / 2) = b.codes;
-  *scale_at<Mxfp4>(p, row, k) = static_cast<uint8_t>(b.scale);
 }
 
 // Largest |v| bits of 32 elements; a NaN wins.
@@ -224,11 +234,12 @@ __device__ __forceinline__ uint32_t amax32(const float* v) {
   return float_bits(ptx::max_nan_f32(ptx::max_nan_f32(m[0], m[1]), ptx::max_nan_f32(m[2], m[3])));
 }
 
-// Sylvester order, strides 1 upward; signs are already in v.
-__device__ __forceinline__ void rotate64(float (&v)[64], int group, float norm) {
+// Sylvester order, strides 1 upward; signs are already in v. Neighbour lanes hold the halves of 64:
+// the even one keeps a + b, the odd one a - b.
+__device__ __forceinline__ void rotate_block(float (&v)[32], int group, float norm) {
   const auto stage = [&](int stride) {
 #pragma unroll
-    for (int i = 0; i < 64; ++i)
+    for (int i = 0; i < 32; ++i)
       if (!(i & stride)) {
         const float a = v[i], b = v[i + stride];
         v[i] = a + b;
@@ -237,135 +248,115 @@ __device__ __forceinline__ void rotate64(float (&v)[64], int group, float norm) 
   };
   stage(1), stage(2), stage(4), stage(8);
   if (group >= 32) stage(16);
-  if (group >= 64) stage(32);
+  if (group == 64) {
+    const float sign = threadIdx.x % 2 ? -1.0f : 1.0f;
+#pragma unroll
+    for (int i = 0; i < 32; ++i) v[i] = __fmaf_rn(v[i], sign, __shfl_xor_sync(kAllLanes, v[i], 1));
+  }
   if (group == 32)
 #pragma unroll
-    for (int i = 0; i < 64; ++i) v[i] *= norm;
+    for (int i = 0; i < 32; ++i) v[i] *= norm;
 }
 
-// ---- strips from a tile ----
+// Neighbour lanes write the 32 bytes of codes, and the two scales, of 64 elements of a row.
+__device__ __forceinline__ void store_block(const QuantizeParams& p, const StripPlan& plan,
+                                            uint32_t row, uint32_t k, const StripBlock& b) {
+  if (row >= plan.rows || k >= plan.kp) return;
+  const uint64_t at = static_cast<uint64_t>(row) * (plan.kp / 32) + k / 32;
+  reinterpret_cast<uint4*>(plan.data)[at] = b.codes;
+  *(p.swizzled ? scale_at<Mxfp4>(p, row, k) : plan.scale + at) = static_cast<uint8_t>(b.scale);
+}
+
+template <Strip kStrip>
+__device__ __forceinline__ void finish_block(float (&v)[32], uint32_t raw_max,
+                                             const QuantizeParams& p, const StripTables& tables,
+                                             uint32_t row, uint32_t k) {
+  if constexpr (rotates(kStrip)) {
+    rotate_block(v, p.hadamard, p.hadamard_norm);
+    raw_max = amax32(v);
+  }
+  const uint64_t group = static_cast<uint64_t>(row) * (tables.plan.kp / 8) + k / 8;
+  store_block(p, tables.plan, row, k, quantize_block<kStrip>(v, raw_max, p, tables, group));
+}
+
+// ---- blocks from a tile in shared memory ----
 
 __device__ __forceinline__ float widen_with_sign(uint32_t half, uint32_t sign) {
   return bits_float(ptx::mad_lo_u32(half, 1u << 16, sign));  // adding bit 31 flips it
 }
 
-// 32 words of a tile's row -> 64 floats, or a block of it.
-template <int kWords>
-__device__ __forceinline__ void read_words(const uint8_t* tile, int r, int chunk,
-                                           uint32_t (&w)[kWords]) {
+// Pass `pass` of the rows: lane 2 i + b takes block b of row 16 pass + i. (row, k): the operand's
+// at the tile's corner. after_read: called when the blocks are in registers.
+template <Strip kStrip, class AfterRead>
+__device__ __forceinline__ void row_pass(const uint8_t* tile, int pass, const QuantizeParams& p,
+                                         const StripTables& tables, uint32_t row, uint32_t k,
+                                         AfterRead after_read) {
+  const int lane = threadIdx.x % 32, b = lane % 2, r = pass * StripTraits::kPassRows + lane / 2;
+  uint32_t w[16];
 #pragma unroll
-  for (int j = 0; j < kWords / 4; ++j) {
-    const uint4 raw = *reinterpret_cast<const uint4*>(tile + strip_offset(r, chunk + j));
+  for (int j = 0; j < 4; ++j) {
+    const uint4 raw = *reinterpret_cast<const uint4*>(tile + strip_offset(r, 4 * b + j));
     w[4 * j] = raw.x, w[4 * j + 1] = raw.y, w[4 * j + 2] = raw.z, w[4 * j + 3] = raw.w;
   }
-}
-
-// The rotated strip: quantize both blocks of v.
-template <Strip kStrip>
-__device__ __forceinline__ void finish_rotated(float (&v)[64], const QuantizeParams& p,
-                                               const StripPlan<kStrip>& plan,
-                                               const StripTables& tables, int64_t row, int64_t k0) {
-  rotate64(v, p.hadamard, p.hadamard_norm);
-  const int64_t group = row * (p.kp / 8) + k0 / 8;
-#pragma unroll
-  for (int b = 0; b < 2; ++b) {
-    if (k0 + 32 * b >= p.kp) return;
-    const uint32_t m = amax32(v + 32 * b);
-    store_block(p, row, k0 + 32 * b, quantize_block(v + 32 * b, m, plan, p, tables, group + 4 * b));
-  }
-}
-
-// Operand row `row` is row threadIdx.x of the tile, its columns are k0 and up.
-template <Strip kStrip>
-__device__ __forceinline__ void row_strip(const uint8_t* tile, const QuantizeParams& p,
-                                          const StripPlan<kStrip>& plan, const StripTables& tables,
-                                          int64_t row, int64_t k0) {
-  if (row >= p.rows || k0 >= p.kp) return;
-  const int r = threadIdx.x;
+  float v[32];
+  uint32_t m = 0;
   if constexpr (rotates(kStrip)) {
-    uint32_t w[32];
-    float v[64];
-    read_words<32>(tile, r, 0, w);
 #pragma unroll
-    for (int i = 0; i < 16; ++i) {
-      const uint4 s = tables.signs[i];
+    for (int i = 0; i < 8; ++i) {
+      const uint4 s = tables.signs[8 * b + i];
       v[4 * i] = widen_with_sign(w[2 * i], s.x);
       v[4 * i + 1] = bits_float((w[2 * i] & 0xFFFF0000u) ^ s.y);
       v[4 * i + 2] = widen_with_sign(w[2 * i + 1], s.z);
       v[4 * i + 3] = bits_float((w[2 * i + 1] & 0xFFFF0000u) ^ s.w);
     }
-    finish_rotated(v, p, plan, tables, row, k0);
   } else {
-    const int64_t group = row * (p.kp / 8) + k0 / 8;
-#pragma unroll 1
-    for (int b = 0; b < 2; ++b) {
-      if (k0 + 32 * b >= p.kp) return;
-      uint32_t w[16];
-      float v[32];
-      read_words<16>(tile, r, 4 * b, w);
-      uint32_t m2 = ptx::abs_bf16x2(w[0]);
+    uint32_t m2 = ptx::abs_bf16x2(w[0]);
 #pragma unroll
-      for (int i = 1; i < 16; ++i) m2 = ptx::max_nan_bf16x2(m2, ptx::abs_bf16x2(w[i]));
-#pragma unroll
-      for (int i = 0; i < 16; ++i) {
-        v[2 * i] = widen_with_sign(w[i], 0);
-        v[2 * i + 1] = bits_float(w[i] & 0xFFFF0000u);
-      }
-      const uint32_t m = max(m2 << 16, m2 & 0xFFFF0000u);
-      store_block(p, row, k0 + 32 * b, quantize_block(v, m, plan, p, tables, group + 4 * b));
-    }
-  }
-}
-
-// N elements of column c of the tile, from row k on (a multiple of 8).
-template <int N>
-__device__ __forceinline__ void read_column(const uint8_t* tile, int k, int c,
-                                            uint32_t (&half)[N]) {
-#pragma unroll
-  for (int j = 0; j < 8; ++j) {
-    const uint8_t* at = tile + strip_offset(k + j, c / 8) + c % 8 * 2;
-#pragma unroll
-    for (int i = 0; i < N; i += 8)
-      half[i + j] = *reinterpret_cast<const uint16_t*>(at + i * StripTraits::kRowBytes);
-  }
-}
-
-// Operand row `row` is column threadIdx.x % 64 of the tile, from its row k on; k0 there.
-template <Strip kStrip>
-__device__ __forceinline__ void column_strip(const uint8_t* tile, const QuantizeParams& p,
-                                             const StripPlan<kStrip>& plan,
-                                             const StripTables& tables, int64_t r_base,
-                                             int64_t k_base) {
-  const int c = threadIdx.x % 64, k = threadIdx.x / 64 * StripTraits::kElements;
-  const int64_t row = r_base + c, k0 = k_base + k;
-  if (row >= p.rows || k0 >= p.kp) return;
-  if constexpr (rotates(kStrip)) {
-    uint32_t half[64];
-    float v[64];
-    read_column<64>(tile, k, c, half);
+    for (int i = 1; i < 16; ++i) m2 = ptx::max_nan_bf16x2(m2, ptx::abs_bf16x2(w[i]));
+    m = max(m2 << 16, m2 & 0xFFFF0000u);
 #pragma unroll
     for (int i = 0; i < 16; ++i) {
-      const uint4 s = tables.signs[i];
+      v[2 * i] = widen_with_sign(w[i], 0);
+      v[2 * i + 1] = bits_float(w[i] & 0xFFFF0000u);
+    }
+  }
+  after_read();
+  finish_block<kStrip>(v, m, p, tables, row + r, k + 32 * b);
+}
+
+// Pass `pass` of the columns: lane 2 i + b takes rows 32 b and up of column 16 pass + i. (row, k):
+// the operand's at the tile's corner.
+template <Strip kStrip, class AfterRead>
+__device__ __forceinline__ void column_pass(const uint8_t* tile, int pass, const QuantizeParams& p,
+                                            const StripTables& tables, uint32_t row, uint32_t k,
+                                            AfterRead after_read) {
+  const int lane = threadIdx.x % 32, b = lane % 2, c = pass * StripTraits::kPassRows + lane / 2;
+  uint32_t half[32];
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    const uint8_t* at = tile + strip_offset(32 * b + j, c / 8) + c % 8 * 2;
+#pragma unroll
+    for (int i = 0; i < 32; i += 8)
+      half[i + j] = *reinterpret_cast<const uint16_t*>(at + i * StripTraits::kRowBytes);
+  }
+  float v[32];
+  uint32_t m = 0;
+  if constexpr (rotates(kStrip)) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const uint4 s = tables.signs[8 * b + i];
       v[4 * i] = widen_with_sign(half[4 * i], s.x);
       v[4 * i + 1] = widen_with_sign(half[4 * i + 1], s.y);
       v[4 * i + 2] = widen_with_sign(half[4 * i + 2], s.z);
       v[4 * i + 3] = widen_with_sign(half[4 * i + 3], s.w);
     }
-    finish_rotated(v, p, plan, tables, row, k0);
   } else {
-    const int64_t group = row * (p.kp / 8) + k0 / 8;
-#pragma unroll 1
-    for (int b = 0; b < 2; ++b) {
-      if (k0 + 32 * b >= p.kp) return;
-      uint32_t half[32];
-      float v[32];
-      read_column<32>(tile, k + 32 * b, c, half);
 #pragma unroll
-      for (int i = 0; i < 32; ++i) v[i] = widen_with_sign(half[i], 0);
-      store_block(p, row, k0 + 32 * b,
-                  quantize_block(v, amax32(v), plan, p, tables, group + 4 * b));
-    }
+    for (int i = 0; i < 32; ++i) v[i] = widen_with_sign(half[i], 0);
+    m = amax32(v);
   }
+  after_read();
+  finish_block<kStrip>(v, m, p, tables, row + c, k + 32 * b);
 }
 
 }  // namespace mxtrain::cuda

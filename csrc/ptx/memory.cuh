@@ -37,6 +37,15 @@ __device__ __forceinline__ void cp_async_wait_group() {
   asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
+// No instruction: memory is not read before this point of the program for what comes after it.
+__device__ __forceinline__ void compiler_fence() { asm volatile("" ::: "memory"); }
+
+// No instruction: the compiler forgets what it knows of v, and keeps one copy of it.
+__device__ __forceinline__ float opaque(float v) {
+  asm("" : "+f"(v));
+  return v;
+}
+
 // cvta to the shared window: the address form that cp.async takes.
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
