@@ -6,6 +6,8 @@
 #include <cstdlib>
 #include <string>
 
+#include "cuda/quantize.h"
+
 namespace mxtrain::cuda {
 
 // "90a;120a" -> is there code for compute capability major.minor? Code for 80 also runs on 86 and
@@ -26,11 +28,19 @@ static bool built_for(int major, int minor) {
   return false;
 }
 
+static const char* kAsynchronous =
+    "An earlier asynchronous error shows here too: run again with CUDA_LAUNCH_BLOCKING=1.";
+
+static void check_runtime(const char* op, cudaError_t error) {
+  MXT_CHECK(error == cudaSuccess, op, "the CUDA runtime must answer, got ", cudaGetErrorName(error),
+            " (", cudaGetErrorString(error), "). ", kAsynchronous);
+}
+
 cudaStream_t stream_for(const char* op, const Tensor& t) {
   const int device = t.get_device_index();
   int major = 0, minor = 0;
-  check_launch(op, cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-  check_launch(op, cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
+  check_runtime(op, cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  check_runtime(op, cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
   MXT_CHECK(built_for(major, minor), op,
             "the GPU must be one this build has kernels for, got compute capability ", major, ".",
             minor, " (this build has: ", MXT_CUDA_ARCHS,
@@ -40,11 +50,15 @@ cudaStream_t stream_for(const char* op, const Tensor& t) {
   return static_cast<cudaStream_t>(stream);
 }
 
+LaunchShape& last_launch() {
+  thread_local LaunchShape shape = {};
+  return shape;
+}
+
 void check_launch(const char* op, cudaError_t error) {
-  MXT_CHECK(
-      error == cudaSuccess, op, "the kernel must launch, got ", cudaGetErrorName(error), " (",
-      cudaGetErrorString(error),
-      "). An earlier asynchronous error shows here too: run again with CUDA_LAUNCH_BLOCKING=1.");
+  MXT_CHECK(error == cudaSuccess, op, "the kernel must launch, got ", cudaGetErrorName(error), " (",
+            cudaGetErrorString(error), "; grid ", last_launch().grid, ", block ",
+            last_launch().block, "). ", kAsynchronous);
 }
 
 }  // namespace mxtrain::cuda

@@ -8,6 +8,7 @@
 
 #include "cuda/dequantize.h"
 #include "cuda/encode_pairs.cuh"
+#include "cuda/launch.cuh"
 #include "cuda/store.cuh"
 #include "formats/block.h"
 
@@ -88,7 +89,7 @@ __global__ void __launch_bounds__(DequantizeTraits::kThreads)
 // ---- launchers ----
 
 template <class F>
-static cudaError_t launch(DequantizeParams p, cudaStream_t stream) {
+static cudaError_t launch_format(DequantizeParams p, cudaStream_t stream) {
   if (p.cols == p.kp) {  // without padding the operand is one long row: no division per group
     p.cols = p.kp = p.rows * p.cols;
     p.rows = 1;
@@ -100,25 +101,22 @@ static cudaError_t launch(DequantizeParams p, cudaStream_t stream) {
   const unsigned grid = static_cast<unsigned>((groups + kPerCta - 1) / kPerCta);
   switch (p.out_type) {
     case FloatType::kFloat32:
-      dequantize_kernel<F, FloatType::kFloat32>
-          <<<grid, DequantizeTraits::kThreads, 0, stream>>>(p, groups, vector);
-      break;
+      return launch(dequantize_kernel<F, FloatType::kFloat32>, grid, DequantizeTraits::kThreads,
+                    stream, p, groups, vector);
     case FloatType::kBfloat16:
-      dequantize_kernel<F, FloatType::kBfloat16>
-          <<<grid, DequantizeTraits::kThreads, 0, stream>>>(p, groups, vector);
-      break;
+      return launch(dequantize_kernel<F, FloatType::kBfloat16>, grid, DequantizeTraits::kThreads,
+                    stream, p, groups, vector);
     case FloatType::kFloat16:
-      dequantize_kernel<F, FloatType::kFloat16>
-          <<<grid, DequantizeTraits::kThreads, 0, stream>>>(p, groups, vector);
-      break;
+      return launch(dequantize_kernel<F, FloatType::kFloat16>, grid, DequantizeTraits::kThreads,
+                    stream, p, groups, vector);
   }
-  return cudaGetLastError();
+  return cudaErrorInvalidValue;
 }
 
 cudaError_t launch_dequantize(const DequantizeParams& p, cudaStream_t stream) {
   if (p.rows == 0) return cudaSuccess;
   using Launcher = cudaError_t (*)(DequantizeParams, cudaStream_t);
-#define MXT_ROW(code, traits, name) launch<traits>,
+#define MXT_ROW(code, traits, name) launch_format<traits>,
   static constexpr Launcher kLaunchers[] = {MXT_FORMATS(MXT_ROW)};
 #undef MXT_ROW
   return kLaunchers[p.format](p, stream);

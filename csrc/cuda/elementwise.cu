@@ -5,6 +5,7 @@
 // cols] to the 128x4 tile layout and back; padding bytes 0. A thread takes groups of 8 consecutive
 // elements (swizzle: one byte of the output); grid.x covers them all.
 #include "cuda/group.cuh"
+#include "cuda/launch.cuh"
 #include "cuda/store.cuh"
 
 namespace mxtrain::cuda {
@@ -62,19 +63,16 @@ cudaError_t launch_hadamard(const HadamardParams& p, cudaStream_t stream) {
       reinterpret_cast<uintptr_t>(p.x) % 16 == 0 && reinterpret_cast<uintptr_t>(p.out) % 16 == 0;
   switch (p.type) {
     case FloatType::kFloat32:
-      hadamard_kernel<Float32Source, FloatType::kFloat32>
-          <<<grid, ElementwiseTraits::kThreads, 0, stream>>>(p, groups, vector);
-      break;
+      return launch(hadamard_kernel<Float32Source, FloatType::kFloat32>, grid,
+                    ElementwiseTraits::kThreads, stream, p, groups, vector);
     case FloatType::kBfloat16:
-      hadamard_kernel<Bfloat16Source, FloatType::kBfloat16>
-          <<<grid, ElementwiseTraits::kThreads, 0, stream>>>(p, groups, vector);
-      break;
+      return launch(hadamard_kernel<Bfloat16Source, FloatType::kBfloat16>, grid,
+                    ElementwiseTraits::kThreads, stream, p, groups, vector);
     case FloatType::kFloat16:
-      hadamard_kernel<Float16Source, FloatType::kFloat16>
-          <<<grid, ElementwiseTraits::kThreads, 0, stream>>>(p, groups, vector);
-      break;
+      return launch(hadamard_kernel<Float16Source, FloatType::kFloat16>, grid,
+                    ElementwiseTraits::kThreads, stream, p, groups, vector);
   }
-  return cudaGetLastError();
+  return cudaErrorInvalidValue;
 }
 
 // ---- stochastic_round ----
@@ -138,8 +136,7 @@ cudaError_t launch_stochastic_round(const StochasticRoundParams& p, cudaStream_t
   const bool vector =
       reinterpret_cast<uintptr_t>(p.x) % 16 == 0 && reinterpret_cast<uintptr_t>(p.out) % 16 == 0;
   const unsigned grid = grid_for(p.n, ElementwiseTraits::kThreads * kDrawGroup);
-  stochastic_round_kernel<<<grid, ElementwiseTraits::kThreads, 0, stream>>>(p, vector);
-  return cudaGetLastError();
+  return launch(stochastic_round_kernel, grid, ElementwiseTraits::kThreads, stream, p, vector);
 }
 
 // ---- epilogue ----
@@ -169,19 +166,16 @@ cudaError_t launch_epilogue(const EpilogueParams& p, cudaStream_t stream) {
   const bool vector = reinterpret_cast<uintptr_t>(p.out) % 16 == 0;
   switch (p.out_type) {
     case FloatType::kFloat32:
-      epilogue_kernel<FloatType::kFloat32>
-          <<<grid, ElementwiseTraits::kThreads, 0, stream>>>(p, groups, vector);
-      break;
+      return launch(epilogue_kernel<FloatType::kFloat32>, grid, ElementwiseTraits::kThreads, stream,
+                    p, groups, vector);
     case FloatType::kBfloat16:
-      epilogue_kernel<FloatType::kBfloat16>
-          <<<grid, ElementwiseTraits::kThreads, 0, stream>>>(p, groups, vector);
-      break;
+      return launch(epilogue_kernel<FloatType::kBfloat16>, grid, ElementwiseTraits::kThreads,
+                    stream, p, groups, vector);
     case FloatType::kFloat16:
-      epilogue_kernel<FloatType::kFloat16>
-          <<<grid, ElementwiseTraits::kThreads, 0, stream>>>(p, groups, vector);
-      break;
+      return launch(epilogue_kernel<FloatType::kFloat16>, grid, ElementwiseTraits::kThreads, stream,
+                    p, groups, vector);
   }
-  return cudaGetLastError();
+  return cudaErrorInvalidValue;
 }
 
 // ---- swizzle ----
@@ -205,9 +199,8 @@ cudaError_t launch_swizzle(const SwizzleParams& p, cudaStream_t stream) {
   const int64_t n = p.forward ? tiles(p.rows, kTileRows) * tiles(p.cols, kTileCols) * kTileBytes
                               : p.rows * p.cols;
   if (n == 0) return cudaSuccess;
-  swizzle_kernel<<<grid_for(n, ElementwiseTraits::kThreads), ElementwiseTraits::kThreads, 0,
-                   stream>>>(p, n);
-  return cudaGetLastError();
+  return launch(swizzle_kernel, grid_for(n, ElementwiseTraits::kThreads),
+                ElementwiseTraits::kThreads, stream, p, n);
 }
 
 }  // namespace mxtrain::cuda

@@ -27,14 +27,22 @@ struct EncodeTraits {
                 "the draw's thresholds must be whole units of b's last mantissa bit");
 };
 
+// sum - draw j * kDrawStep, the draw taken from its half of Philox's word by the multiplication.
+template <class E>
+__device__ __forceinline__ uint32_t subtract_draw(uint32_t sum, const Philox4& draws, int j) {
+  constexpr uint32_t kStep = EncodeTraits<E>::kDrawStep;
+  static_assert(kStep <= 128, "a signed byte holds minus one step");
+  return ptx::dp2a_lo_u32_s32(draws.w[j / 2], (256u - kStep) << (8 * (j % 2)), sum);
+}
+
 // v limited to the element's maximum already where clamp is false. Code in the low bits, sign at
 // bit kBits - 1.
 template <class E>
-__device__ __forceinline__ uint32_t encode_stochastic_fast(float v, uint32_t draw) {
+__device__ __forceinline__ uint32_t encode_stochastic_fast(float v, const Philox4& draws, int j) {
   using T = EncodeTraits<E>;
   const float a = fabsf(v);
   const float b = __fadd_ru(a, fmaxf(a, power_of_two(E::kEmin)));
-  const uint32_t sum = float_bits(b) + (T::kCarry - draw * T::kDrawStep);
+  const uint32_t sum = subtract_draw<E>(float_bits(b), draws, j) + T::kCarry;
   return with_sign<E>((sum >> T::kCut) - T::kFirst, v);
 }
 
@@ -45,14 +53,13 @@ __device__ __forceinline__ uint32_t e2m1_top_nibble(uint32_t magnitude, float v)
 
 // b's field of code 0 is 254: two more make its low bits the code itself. Shifted up by 6, the code
 // is at bit 28.
-__device__ __forceinline__ uint32_t e2m1_stochastic_top(float v, uint32_t draw) {
+__device__ __forceinline__ uint32_t e2m1_stochastic_top(float v, const Philox4& draws, int j) {
   using T = EncodeTraits<E2M1>;
   constexpr uint32_t kUp = 64u;
   const float a = fabsf(v);
   const uint32_t b = float_bits(__fadd_ru(a, fmaxf(a, 1.0f)));
-  const uint32_t carry =
-      ptx::mad_lo_u32(draw, 0u - kUp * T::kDrawStep, kUp * (T::kCarry + (2u << T::kCut)));
-  return e2m1_top_nibble(ptx::mad_lo_u32(b, kUp, carry), v);
+  const uint32_t sum = subtract_draw<E2M1>(b, draws, j);
+  return e2m1_top_nibble(ptx::mad_lo_u32(sum, kUp, kUp * (T::kCarry + (2u << T::kCut))), v);
 }
 
 __device__ __forceinline__ uint32_t e2m1_nearest_top(float v) {
@@ -103,7 +110,7 @@ template <class E>
 __device__ __forceinline__ Packed8 encode8_stochastic(const float (&u)[8], const Philox4& draws) {
   uint32_t codes[8];
 #pragma unroll
-  for (int i = 0; i < 8; ++i) codes[i] = encode_stochastic_fast<E>(u[i], draw16(draws, i));
+  for (int i = 0; i < 8; ++i) codes[i] = encode_stochastic_fast<E>(u[i], draws, i);
   return pack8<E>(codes);
 }
 
@@ -112,8 +119,7 @@ __device__ __forceinline__ Packed8 encode8_stochastic<E2M1>(const float (&u)[8],
                                                             const Philox4& draws) {
   uint32_t word = 0;
 #pragma unroll
-  for (int i = 7; i >= 0; --i)
-    word = __funnelshift_l(e2m1_stochastic_top(u[i], draw16(draws, i)), word, 4);
+  for (int i = 7; i >= 0; --i) word = __funnelshift_l(e2m1_stochastic_top(u[i], draws, i), word, 4);
   return {word, 0};
 }
 

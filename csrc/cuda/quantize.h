@@ -11,6 +11,12 @@ namespace mxtrain::cuda {
 
 enum class FloatType : int { kFloat32, kBfloat16, kFloat16 };
 
+// The grid and block of this thread's last launch, for the message if it fails.
+struct LaunchShape {
+  unsigned grid, block;
+};
+LaunchShape& last_launch();
+
 // One operand to make from a logical matrix [rows, cols], blocks along cols.
 struct QuantizeParams {
   const void* x;  // floats: element (r, k) at x[r * stride_row + k * stride_k]

@@ -26,19 +26,16 @@ static cudaError_t launch_dual(const QuantizeParams& row, const QuantizeParams& 
     const Path row_path = choose_path<typename T::Source, F>(row),
                col_path = choose_path<typename T::Source, F>(col);
     if (row_path == Path::kPairs && col_path == Path::kPairs) {
-      quantize_dual_kernel<T, F, Path::kPairs, Path::kPairs>
-          <<<grid, kThreads, 0, stream>>>(row, col, across, vector);
-      return cudaGetLastError();
+      return launch(quantize_dual_kernel<T, F, Path::kPairs, Path::kPairs>, grid, kThreads, stream,
+                    row, col, across, vector);
     }
     if (row_path == Path::kPairs) {
-      quantize_dual_kernel<T, F, Path::kPairs, Path::kFloats>
-          <<<grid, kThreads, 0, stream>>>(row, col, across, vector);
-      return cudaGetLastError();
+      return launch(quantize_dual_kernel<T, F, Path::kPairs, Path::kFloats>, grid, kThreads, stream,
+                    row, col, across, vector);
     }
   }
-  quantize_dual_kernel<T, F, Path::kFloats, Path::kFloats>
-      <<<grid, kThreads, 0, stream>>>(row, col, across, vector);
-  return cudaGetLastError();
+  return launch(quantize_dual_kernel<T, F, Path::kFloats, Path::kFloats>, grid, kThreads, stream,
+                row, col, across, vector);
 }
 
 template <class T>

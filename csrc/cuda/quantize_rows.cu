@@ -6,6 +6,7 @@
 // number the operand row by row; grid.x covers them all. Zero, NaN and Inf blocks: see
 // docs/numerics.md.
 #include "cuda/group.cuh"
+#include "cuda/launch.cuh"
 
 namespace mxtrain::cuda {
 
@@ -168,8 +169,7 @@ __global__ void finish_tensor_scale_kernel(float* tensor_scale) {
 // ---- launchers ----
 
 cudaError_t launch_finish_tensor_scale(const QuantizeParams& p, cudaStream_t stream) {
-  finish_tensor_scale_kernel<<<1, 1, 0, stream>>>(p.tensor_scale);
-  return cudaGetLastError();
+  return launch(finish_tensor_scale_kernel, 1, 1, stream, p.tensor_scale);
 }
 
 template <class Source>
@@ -180,29 +180,26 @@ static bool vector_loads(const QuantizeParams& p) {
 }
 
 template <class Source, class F, bool kFlat>
-static void launch_layout(const QuantizeParams& p, int64_t groups, bool vector, unsigned grid,
-                          cudaStream_t stream) {
+static cudaError_t launch_layout(const QuantizeParams& p, int64_t groups, bool vector,
+                                 unsigned grid, cudaStream_t stream) {
   if constexpr (kHasPairs<Source, F>) {
     if (choose_path<Source, F>(p) == Path::kPairs) {
-      quantize_rows_kernel<Source, F, Path::kPairs, kFlat>
-          <<<grid, RowTraits::kThreads, 0, stream>>>(p, groups, vector);
-      return;
+      return launch(quantize_rows_kernel<Source, F, Path::kPairs, kFlat>, grid, RowTraits::kThreads,
+                    stream, p, groups, vector);
     }
   }
-  quantize_rows_kernel<Source, F, Path::kFloats, kFlat>
-      <<<grid, RowTraits::kThreads, 0, stream>>>(p, groups, vector);
+  return launch(quantize_rows_kernel<Source, F, Path::kFloats, kFlat>, grid, RowTraits::kThreads,
+                stream, p, groups, vector);
 }
 
 template <class Source, class F>
-static void launch_path(const QuantizeParams& p, int64_t groups, bool vector, bool flat,
-                        unsigned grid, cudaStream_t stream) {
+static cudaError_t launch_path(const QuantizeParams& p, int64_t groups, bool vector, bool flat,
+                               unsigned grid, cudaStream_t stream) {
   if (p.toward)
-    quantize_rows_kernel<Source, F, Path::kToward, false>
-        <<<grid, RowTraits::kThreads, 0, stream>>>(p, groups, vector);
-  else if (flat)
-    launch_layout<Source, F, true>(p, groups, vector, grid, stream);
-  else
-    launch_layout<Source, F, false>(p, groups, vector, grid, stream);
+    return launch(quantize_rows_kernel<Source, F, Path::kToward, false>, grid, RowTraits::kThreads,
+                  stream, p, groups, vector);
+  if (flat) return launch_layout<Source, F, true>(p, groups, vector, grid, stream);
+  return launch_layout<Source, F, false>(p, groups, vector, grid, stream);
 }
 
 template <class Source, class F>
@@ -219,12 +216,12 @@ static cudaError_t launch_rows(QuantizeParams p, cudaStream_t stream) {
       static_cast<unsigned>((groups + RowTraits::kGroupsPerCta - 1) / RowTraits::kGroupsPerCta);
   if (F::kE4M3Scale) {
     const unsigned amax_grid = grid < 4096 ? grid : 4096;
-    amax_rows_kernel<Source><<<amax_grid, RowTraits::kThreads, 0, stream>>>(p, groups, vector);
-    const cudaError_t error = launch_finish_tensor_scale(p, stream);
+    cudaError_t error =
+        launch(amax_rows_kernel<Source>, amax_grid, RowTraits::kThreads, stream, p, groups, vector);
+    if (error == cudaSuccess) error = launch_finish_tensor_scale(p, stream);
     if (error != cudaSuccess) return error;
   }
-  launch_path<Source, F>(p, groups, vector, whole, grid, stream);
-  return cudaGetLastError();
+  return launch_path<Source, F>(p, groups, vector, whole, grid, stream);
 }
 
 template <class Source>

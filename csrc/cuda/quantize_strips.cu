@@ -5,6 +5,7 @@
 // those along its columns, 16 x 2 at a time. Warps are persistent and walk along the rows of tiles;
 // the next tile is copied as soon as the last blocks of one are in registers. The copies are 16
 // bytes, so x must be aligned to that, in both directions.
+#include "cuda/launch.cuh"
 #include "cuda/strip.cuh"
 
 namespace mxtrain::cuda {
@@ -56,6 +57,11 @@ __device__ __forceinline__ void copy_tile(const StripGrid& g, uint32_t tile, uin
   }
 }
 
+// The same in all lanes, and the compiler knows it: what follows from it is uniform control flow.
+__device__ __forceinline__ uint32_t uniform_warp() {
+  return __shfl_sync(kAllLanes, threadIdx.x / 32, 0);
+}
+
 // ---- kernels ----
 
 // CTAs of an SM, as many as the registers allow without spilling.
@@ -75,8 +81,9 @@ __global__ void __launch_bounds__(StripTraits::kThreads, strip_ctas(kRow, kCol))
   fill_tables<kCol>(col_tables, col);
   __syncthreads();
   constexpr int kLast = StripTraits::kPasses - 1;
-  uint8_t* mine = tiles[threadIdx.x / 32];
-  uint32_t tile = blockIdx.x * StripTraits::kWarps + threadIdx.x / 32;
+  const uint32_t warp = uniform_warp();
+  uint8_t* mine = tiles[warp];
+  uint32_t tile = blockIdx.x * StripTraits::kWarps + warp;
   if (tile < grid.tiles) copy_tile(grid, tile, mine);
   while (tile < grid.tiles) {
     const StripPlace at(grid, tile);
@@ -121,7 +128,7 @@ struct PackedStrips {
       const uint64_t from = inside ? static_cast<uint64_t>(row) * blocks + block : 0;
       ptx::cp_async_16(ptx::shared_address(to + (i * 32 + lane) * 16), g.x + from * 16,
                        inside ? 16 : 0);
-      scale[i] = p.in_scale[from];
+      scale[i] = inside ? p.in_scale[from] : 0u;
     }
   }
 
@@ -151,7 +158,7 @@ __global__ void __launch_bounds__(StripTraits::kThreads, kRequantizeCtas)
   __shared__ StripTables tables;
   fill_tables<kCol>(tables, p);
   __syncthreads();
-  const uint32_t warp = threadIdx.x / 32, step = gridDim.x * StripTraits::kWarps;
+  const uint32_t warp = uniform_warp(), step = gridDim.x * StripTraits::kWarps;
   uint32_t tile = blockIdx.x * StripTraits::kWarps + warp;
   PackedStrips next;
   next.copy(p, grid, tile, packed[warp]);
@@ -230,8 +237,8 @@ static cudaError_t launch_strips(const QuantizeParams& row, const QuantizeParams
   unsigned ctas = 0;
   const cudaError_t error = resident_ctas(grid, strip_ctas(kRow, kCol), &ctas);
   if (error != cudaSuccess) return error;
-  quantize_strips_kernel<kRow, kCol><<<ctas, StripTraits::kThreads, 0, stream>>>(row, col, grid);
-  return cudaGetLastError();
+  return launch(quantize_strips_kernel<kRow, kCol>, ctas, StripTraits::kThreads, stream, row, col,
+                grid);
 }
 
 cudaError_t launch_row_strips(const QuantizeParams& given, cudaStream_t stream) {
@@ -261,8 +268,7 @@ static cudaError_t launch_requantize_strips(const QuantizeParams& p, cudaStream_
   unsigned ctas = 0;
   const cudaError_t error = resident_ctas(grid, kRequantizeCtas, &ctas);
   if (error != cudaSuccess) return error;
-  requantize_strips_kernel<kCol><<<ctas, StripTraits::kThreads, 0, stream>>>(p, grid);
-  return cudaGetLastError();
+  return launch(requantize_strips_kernel<kCol>, ctas, StripTraits::kThreads, stream, p, grid);
 }
 
 template <Strip kCol>

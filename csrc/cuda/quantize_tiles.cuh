@@ -7,6 +7,7 @@
 // the tiles, along x's rows first, so that CTAs that run together read neighbouring memory.
 #pragma once
 
+#include "cuda/launch.cuh"
 #include "cuda/tile.cuh"
 
 namespace mxtrain::cuda {
@@ -269,9 +270,9 @@ template <class T, class F>
 static cudaError_t find_column_scale(const QuantizeParams& p, cudaStream_t stream) {
   if (!F::kE4M3Scale) return cudaSuccess;
   const TileGrid grid = tile_grid<T>(p);
-  amax_columns_kernel<T>
-      <<<grid.ctas, TileTraits::kThreads, 0, stream>>>(p, grid.across, vector_copies<T>(p));
-  return launch_finish_tensor_scale(p, stream);
+  const cudaError_t error = launch(amax_columns_kernel<T>, grid.ctas, TileTraits::kThreads, stream,
+                                   p, grid.across, vector_copies<T>(p));
+  return error == cudaSuccess ? launch_finish_tensor_scale(p, stream) : error;
 }
 
 template <class T, class F>
@@ -283,21 +284,18 @@ static cudaError_t launch_columns(const QuantizeParams& p, cudaStream_t stream) 
   const Path path = choose_path<typename T::Source, F>(p);
   if constexpr (kHasPairs<typename T::Source, F>) {
     if (path == Path::kPairs) {
-      quantize_columns_kernel<T, F, Path::kPairs>
-          <<<grid.ctas, TileTraits::kThreads, 0, stream>>>(p, grid.across, vector);
-      return cudaGetLastError();
+      return launch(quantize_columns_kernel<T, F, Path::kPairs>, grid.ctas, TileTraits::kThreads,
+                    stream, p, grid.across, vector);
     }
   }
   if constexpr (!T::kPacked) {
     if (path == Path::kToward) {
-      quantize_columns_kernel<T, F, Path::kToward>
-          <<<grid.ctas, TileTraits::kThreads, 0, stream>>>(p, grid.across, vector);
-      return cudaGetLastError();
+      return launch(quantize_columns_kernel<T, F, Path::kToward>, grid.ctas, TileTraits::kThreads,
+                    stream, p, grid.across, vector);
     }
   }
-  quantize_columns_kernel<T, F, Path::kFloats>
-      <<<grid.ctas, TileTraits::kThreads, 0, stream>>>(p, grid.across, vector);
-  return cudaGetLastError();
+  return launch(quantize_columns_kernel<T, F, Path::kFloats>, grid.ctas, TileTraits::kThreads,
+                stream, p, grid.across, vector);
 }
 
 template <class T>

@@ -46,9 +46,9 @@ constexpr bool draws_bits(Strip s) {
 // ---- what is the same for all blocks of an operand ----
 
 struct StripPlan {
-  uint8_t *data, *scale;
   uint32_t rows, kp;
-  uint32_t round_up, ordinary, offset;
+  uint32_t round_up, ordinary;
+  uint32_t offset;
   uint32_t norm_shift;  // float32 bits by which the norm, a power of two, moves a scale; else 0
   float norm;           // 1 where it is multiplied into the elements
   bool fits, prescaled;
@@ -57,8 +57,6 @@ struct StripPlan {
 template <Strip kStrip>
 __device__ __forceinline__ StripPlan make_plan(const QuantizeParams& p) {
   StripPlan plan;
-  plan.data = p.data;
-  plan.scale = p.scale;
   plan.rows = static_cast<uint32_t>(p.rows);
   plan.kp = static_cast<uint32_t>(p.kp);
   plan.round_up = e8m0_round_up<E2M1>(static_cast<ScaleRule>(p.scale_rule));
@@ -77,8 +75,8 @@ __device__ __forceinline__ StripPlan make_plan(const QuantizeParams& p) {
   return plan;
 }
 
-// In shared memory, so that it costs no registers: the plan, the sign bits of 64 elements and the
-// Philox key schedule, (k0, k1) of two rounds a uint4.
+// In shared memory, so that it costs no registers: the plan, the sign bits of 64 elements and
+// the Philox key schedule, (k0, k1) of two rounds a uint4.
 struct StripTables {
   uint4 signs[StripTraits::kTile / 4];
   uint4 keys[kPhiloxRounds / 2];
@@ -114,21 +112,20 @@ struct StripBlock {
   uint32_t scale;
 };
 
-// Draws of groups group .. group + N - 1, in lockstep; group is a multiple of N.
-template <int N>
-__device__ __forceinline__ void draw_strip(const StripTables& t, uint64_t group, uint32_t offset,
-                                           uint32_t stream, Philox4 (&draws)[N]) {
+// Draws of groups group .. group + 3, in lockstep; group is a multiple of 4.
+__device__ __forceinline__ void draw_block(const StripTables& t, uint64_t group, uint32_t stream,
+                                           Philox4 (&draws)[4]) {
   ptx::compiler_fence();  // the keys wait in shared memory, so that no draw is made too early
   const uint32_t low = static_cast<uint32_t>(group), high = static_cast<uint32_t>(group >> 32);
 #pragma unroll
-  for (int n = 0; n < N; ++n) draws[n] = {{low + n, high, offset, stream}};
+  for (int n = 0; n < 4; ++n) draws[n] = {{low + n, high, t.plan.offset, stream}};
 #pragma unroll
   for (int i = 0; i < kPhiloxRounds / 2; ++i) {
     const uint4 key = t.keys[i];
 #pragma unroll
-    for (int n = 0; n < N; ++n) draws[n] = philox_round(draws[n], key.x, key.y);
+    for (int n = 0; n < 4; ++n) draws[n] = philox_round(draws[n], key.x, key.y);
 #pragma unroll
-    for (int n = 0; n < N; ++n) draws[n] = philox_round(draws[n], key.z, key.w);
+    for (int n = 0; n < 4; ++n) draws[n] = philox_round(draws[n], key.z, key.w);
   }
 }
 
@@ -144,8 +141,8 @@ __device__ __forceinline__ uint32_t strip_stochastic8(const float* v, uint32_t s
   for (int i = 7; i >= 0; --i) {
     const float a = fabsf(v[i]);
     const uint32_t b = float_bits(__fadd_ru(a, fmaxf(a, s)));
-    const uint32_t t = ptx::mad_lo_u32(draw16(draws, i), 0u - kUp * T::kDrawStep, carry);
-    word = __funnelshift_l(e2m1_top_nibble(ptx::mad_lo_u32(b, kUp, t), v[i]), word, 4);
+    const uint32_t sum = ptx::mad_lo_u32(subtract_draw<E2M1>(b, draws, i), kUp, carry);
+    word = __funnelshift_l(e2m1_top_nibble(sum, v[i]), word, 4);
   }
   return word;
 }
@@ -205,15 +202,10 @@ __device__ __forceinline__ StripBlock quantize_block(float (&v)[32], uint32_t ma
   for (int i = 0; i < 32; ++i) v[i] = ptx::opaque(v[i]);
   uint32_t w[4];
   if (draws_bits(kStrip)) {
-    constexpr int N = 4;  // as many at once as there are registers for
+    Philox4 draws[4];
+    draw_block(tables, group, p.stream, draws);
 #pragma unroll
-    for (int first = 0; first < 4; first += N) {
-      Philox4 draws[N];
-      draw_strip<N>(tables, group + first, plan.offset, p.stream, draws);
-#pragma unroll
-      for (int n = 0; n < N; ++n)
-        w[first + n] = strip_stochastic8(v + 8 * (first + n), scale_bits, draws[n]);
-    }
+    for (int n = 0; n < 4; ++n) w[n] = strip_stochastic8(v + 8 * n, scale_bits, draws[n]);
   } else {
 #pragma unroll
     for (int n = 0; n < 4; ++n) w[n] = strip_nearest8(v + 8 * n, scale_bits);
@@ -263,8 +255,8 @@ __device__ __forceinline__ void store_block(const QuantizeParams& p, const Strip
                                             uint32_t row, uint32_t k, const StripBlock& b) {
   if (row >= plan.rows || k >= plan.kp) return;
   const uint64_t at = static_cast<uint64_t>(row) * (plan.kp / 32) + k / 32;
-  reinterpret_cast<uint4*>(plan.data)[at] = b.codes;
-  *(p.swizzled ? scale_at<Mxfp4>(p, row, k) : plan.scale + at) = static_cast<uint8_t>(b.scale);
+  reinterpret_cast<uint4*>(p.data)[at] = b.codes;
+  *(p.swizzled ? scale_at<Mxfp4>(p, row, k) : p.scale + at) = static_cast<uint8_t>(b.scale);
 }
 
 template <Strip kStrip>
@@ -310,10 +302,10 @@ __device__ __forceinline__ void row_pass(const uint8_t* tile, int pass, const Qu
       v[4 * i + 3] = bits_float((w[2 * i + 1] & 0xFFFF0000u) ^ s.w);
     }
   } else {
-    uint32_t m2 = ptx::abs_bf16x2(w[0]);
+    uint32_t m2 = ptx::max_nan_abs_bf16x2(w[0], w[1]);
 #pragma unroll
-    for (int i = 1; i < 16; ++i) m2 = ptx::max_nan_bf16x2(m2, ptx::abs_bf16x2(w[i]));
-    m = max(m2 << 16, m2 & 0xFFFF0000u);
+    for (int i = 2; i < 16; ++i) m2 = ptx::max_nan_abs_bf16x2(m2, w[i]);
+    m = max(m2 << 16 & ~kSignBit, m2 & 0x7FFF0000u);
 #pragma unroll
     for (int i = 0; i < 16; ++i) {
       v[2 * i] = widen_with_sign(w[i], 0);

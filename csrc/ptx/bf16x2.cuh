@@ -41,4 +41,15 @@ __device__ __forceinline__ uint32_t max_nan_bf16x2(uint32_t a, uint32_t b) {
   return d;
 }
 
+// max.NaN.xorsign.abs.bf16x2 (sm_86): the larger magnitude; its sign is garbage.
+__device__ __forceinline__ uint32_t max_nan_abs_bf16x2(uint32_t a, uint32_t b) {
+#if __CUDA_ARCH__ >= 860
+  uint32_t d;
+  asm("max.NaN.xorsign.abs.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+  return d;
+#else
+  return max_nan_bf16x2(abs_bf16x2(a), abs_bf16x2(b));
+#endif
+}
+
 }  // namespace mxtrain::ptx

@@ -21,4 +21,12 @@ __device__ __forceinline__ uint32_t mad_lo_u32(uint32_t a, uint32_t b, uint32_t 
   return d;
 }
 
+// dp2a.lo.u32.s32: a's low half times b's lowest byte plus a's high half times b's next, signed
+// bytes, plus c.
+__device__ __forceinline__ uint32_t dp2a_lo_u32_s32(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t d;
+  asm("dp2a.lo.u32.s32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+
 }  // namespace mxtrain::ptx
