@@ -13,44 +13,49 @@ namespace mxtrain::cuda {
 // ---- device helpers ----
 
 // x as the tiles see it: height x width bfloat16, rows `pitch` bytes apart; across: tiles in a row
-// of tiles.
+// of tiles, 2^32 / across + 1 and its shift for a division by multiplication.
 struct StripGrid {
   const uint8_t* x;
   uint32_t height, width, pitch;
-  uint32_t across, tiles;
+  uint32_t across, tiles, magic, shift;
 };
 
-// First row and column of a tile.
+// First row and column of a tile. kFlat: one column of tiles, without gaps between the rows.
+template <bool kFlat>
 struct StripPlace {
   uint32_t row, column;
   __device__ __forceinline__ StripPlace(const StripGrid& g, uint32_t tile) {
-    const uint32_t down = tile / g.across;
+    // Granlund and Montgomery, "Division by invariant integers using multiplication"; tile < 2^31
+    const uint32_t down = kFlat ? tile : (__umulhi(tile, g.magic) + tile) >> g.shift;
     row = down * StripTraits::kTile;
-    column = (tile - down * g.across) * StripTraits::kTile;
+    column = kFlat ? 0 : (tile - down * g.across) * StripTraits::kTile;
   }
 };
 
 // Start filling a tile, zeros outside of x. A lane keeps its chunk and moves on by 4 rows.
+template <bool kFlat>
 __device__ __forceinline__ void copy_tile(const StripGrid& g, uint32_t tile, uint8_t* to) {
   constexpr int kStep = 32 / StripTraits::kChunks;
-  const StripPlace at(g, tile);
+  const StripPlace<kFlat> at(g, tile);
+  const uint32_t pitch = kFlat ? StripTraits::kRowBytes : g.pitch;
   const int lane = threadIdx.x % 32, chunk = lane % StripTraits::kChunks,
             first = lane / StripTraits::kChunks;
   const uint32_t column = at.column + chunk * 8;
-  const uint8_t* from = g.x + static_cast<uint64_t>(at.row + first) * g.pitch + column * 2;
+  const uint8_t* from = g.x + static_cast<uint64_t>(at.row + first) * pitch + column * 2;
   const uint32_t even = ptx::shared_address(to + strip_offset(first, chunk)),
                  odd = ptx::shared_address(to + strip_offset(first + kStep, chunk));
-  if (at.row + StripTraits::kTile <= g.height && at.column + StripTraits::kTile <= g.width) {
+  if (at.row + StripTraits::kTile <= g.height &&
+      (kFlat || at.column + StripTraits::kTile <= g.width)) {
 #pragma unroll
     for (int i = 0; i < StripTraits::kTile / kStep; ++i)
       ptx::cp_async_16(((i % 2 ? odd : even) ^ (i * kStep / 32 * 32)) +
                            i / 2 * (2 * kStep * StripTraits::kRowBytes),
-                       from + static_cast<uint64_t>(g.pitch) * (i * kStep), 16);
+                       from + static_cast<uint64_t>(pitch) * (i * kStep), 16);
     return;
   }
   const int bytes = column >= g.width ? 0 : min(g.width - column, 8u) * 2;
 #pragma unroll 1
-  for (int i = first; i < StripTraits::kTile; i += kStep, from += g.pitch * kStep) {
+  for (int i = first; i < StripTraits::kTile; i += kStep, from += pitch * kStep) {
     const bool inside = at.row + i < g.height && bytes > 0;
     ptx::cp_async_16(ptx::shared_address(to + strip_offset(i, chunk)), inside ? from : g.x,
                      inside ? bytes : 0);
@@ -71,7 +76,7 @@ constexpr int strip_ctas(Strip row, Strip col) {
 constexpr int kRequantizeCtas = 5;
 
 // Either may be kNone.
-template <Strip kRow, Strip kCol>
+template <Strip kRow, Strip kCol, bool kFlat>
 __global__ void __launch_bounds__(StripTraits::kThreads, strip_ctas(kRow, kCol))
     quantize_strips_kernel(const QuantizeParams row, const QuantizeParams col,
                            const StripGrid grid) {
@@ -84,13 +89,13 @@ __global__ void __launch_bounds__(StripTraits::kThreads, strip_ctas(kRow, kCol))
   const uint32_t warp = uniform_warp();
   uint8_t* mine = tiles[warp];
   uint32_t tile = blockIdx.x * StripTraits::kWarps + warp;
-  if (tile < grid.tiles) copy_tile(grid, tile, mine);
+  if (tile < grid.tiles) copy_tile<kFlat>(grid, tile, mine);
   while (tile < grid.tiles) {
-    const StripPlace at(grid, tile);
+    const StripPlace<kFlat> at(grid, tile);
     tile += gridDim.x * StripTraits::kWarps;
     const auto copy_next = [&] {
       __syncwarp();
-      if (tile < grid.tiles) copy_tile(grid, tile, mine);
+      if (tile < grid.tiles) copy_tile<kFlat>(grid, tile, mine);
     };
     ptx::cp_async_wait_all();
     __syncwarp();
@@ -118,7 +123,7 @@ struct PackedStrips {
 
   __device__ __forceinline__ void copy(const QuantizeParams& p, const StripGrid& g, uint32_t tile,
                                        uint8_t* to) {
-    const StripPlace at(g, tile);
+    const StripPlace<false> at(g, tile);
     const int lane = threadIdx.x % 32;
     const uint32_t block = at.column / 32 + lane % 2, blocks = static_cast<uint32_t>(p.in_blocks);
 #pragma unroll
@@ -168,7 +173,7 @@ __global__ void __launch_bounds__(StripTraits::kThreads, kRequantizeCtas)
     next.decode(packed[warp], tiles[warp]);
     __syncwarp();
     next.copy(p, grid, tile + step, packed[warp]);
-    const StripPlace at(grid, tile);
+    const StripPlace<false> at(grid, tile);
 #pragma unroll 1
     for (int pass = 0; pass < StripTraits::kPasses; ++pass)
       column_pass<kCol>(tiles[warp], pass, p, tables, at.column, at.row, [] {});
@@ -215,8 +220,17 @@ static StripGrid make_grid(const void* x, int64_t height, int64_t width, int64_t
   const int64_t across = (padded_width + kTile - 1) / kTile,
                 down = (padded_height + kTile - 1) / kTile;
   const auto narrow = [](int64_t n) { return static_cast<uint32_t>(n); };
-  return {static_cast<const uint8_t*>(x),      narrow(height), narrow(width),
-          narrow(height == 1 ? 0 : pitch * 2), narrow(across), narrow(across * down)};
+  int shift = 0;
+  while ((int64_t{1} << shift) < across) ++shift;
+  const int64_t magic = ((((int64_t{1} << shift) - across) << 32) / across) + 1;
+  return {static_cast<const uint8_t*>(x),
+          narrow(height),
+          narrow(width),
+          narrow(height == 1 ? 0 : pitch * 2),
+          narrow(across),
+          narrow(across * down),
+          narrow(magic),
+          static_cast<uint32_t>(shift)};
 }
 
 // As many CTAs as fit the GPU, and no more than there are tiles for their warps.
@@ -231,35 +245,39 @@ static cudaError_t resident_ctas(const StripGrid& g, int per_sm, unsigned* ctas)
   return error;
 }
 
-template <Strip kRow, Strip kCol>
+template <Strip kRow, Strip kCol, bool kFlat = false>
 static cudaError_t launch_strips(const QuantizeParams& row, const QuantizeParams& col,
                                  const StripGrid& grid, cudaStream_t stream) {
   unsigned ctas = 0;
   const cudaError_t error = resident_ctas(grid, strip_ctas(kRow, kCol), &ctas);
   if (error != cudaSuccess) return error;
-  return launch(quantize_strips_kernel<kRow, kCol>, ctas, StripTraits::kThreads, stream, row, col,
-                grid);
+  return launch(quantize_strips_kernel<kRow, kCol, kFlat>, ctas, StripTraits::kThreads, stream, row,
+                col, grid);
 }
 
-cudaError_t launch_row_strips(const QuantizeParams& given, cudaStream_t stream) {
-  QuantizeParams p = given;
-  if (p.stride_row == p.cols && p.cols % StripTraits::kTile == 0 && !p.swizzled) {
-    // Strips in a row, one after the other: the tile is a contiguous piece of memory.
-    p.rows *= p.cols / StripTraits::kTile;
-    p.cols = p.kp = p.stride_row = StripTraits::kTile;
-  }
+template <bool kFlat>
+static cudaError_t launch_row_strip(const QuantizeParams& p, cudaStream_t stream) {
   const StripGrid grid = make_grid(p.x, p.rows, p.cols, p.stride_row, p.rows, p.kp);
   switch (strip_of(p)) {
     case Strip::kStochastic:
-      return launch_strips<Strip::kStochastic, Strip::kNone>(p, p, grid, stream);
+      return launch_strips<Strip::kStochastic, Strip::kNone, kFlat>(p, p, grid, stream);
     case Strip::kRotatedStochastic:
-      return launch_strips<Strip::kRotatedStochastic, Strip::kNone>(p, p, grid, stream);
+      return launch_strips<Strip::kRotatedStochastic, Strip::kNone, kFlat>(p, p, grid, stream);
     case Strip::kRotatedNearest:
-      return launch_strips<Strip::kRotatedNearest, Strip::kNone>(p, p, grid, stream);
+      return launch_strips<Strip::kRotatedNearest, Strip::kNone, kFlat>(p, p, grid, stream);
     case Strip::kNone:
       break;
   }
   return cudaErrorInvalidValue;
+}
+
+cudaError_t launch_row_strips(const QuantizeParams& given, cudaStream_t stream) {
+  QuantizeParams p = given;
+  const bool flat = p.stride_row == p.cols && p.cols % StripTraits::kTile == 0 && !p.swizzled;
+  if (!flat) return launch_row_strip<false>(p, stream);
+  p.rows *= p.cols / StripTraits::kTile;
+  p.cols = p.kp = p.stride_row = StripTraits::kTile;
+  return launch_row_strip<true>(p, stream);
 }
 
 template <Strip kCol>

@@ -191,7 +191,7 @@ __device__ __forceinline__ StripBlock quantize_block(float (&v)[32], uint32_t ma
     for (int i = 0; i < 32; ++i) v[i] *= p.prescale;
   if (!ordinary)
 #pragma unroll
-    for (int i = 0; i < 32; ++i) v[i] *= factor;
+    for (int i = 0; i < 32; ++i) v[i] = empty ? 0.0f : v[i] * factor;
   if (!plan.fits) {
     const float max = bits_float(E2M1::kMaxBits) * bits_float(scale_bits);
 #pragma unroll
@@ -210,7 +210,6 @@ __device__ __forceinline__ StripBlock quantize_block(float (&v)[32], uint32_t ma
 #pragma unroll
     for (int n = 0; n < 4; ++n) w[n] = strip_nearest8(v + 8 * n, scale_bits);
   }
-  if (empty) return {make_uint4(0, 0, 0, 0), code};
   return {make_uint4(w[0], w[1], w[2], w[3]), code};
 }
 
