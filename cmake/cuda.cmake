@@ -11,7 +11,11 @@ enable_language(CUDA)
 find_package(CUDAToolkit REQUIRED)
 set(CMAKE_CUDA_STANDARD 17)
 # -fmad=false keeps the rounding contract, as -ffp-contract=off does on the host.
-set(MXT_CUDA_FLAGS -O3 -lineinfo -fmad=false --expt-relaxed-constexpr)
+set(MXT_CUDA_FLAGS -O3 -lineinfo -fmad=false --expt-relaxed-constexpr -Xptxas=-warn-spills)
+# No kernel spills registers where the speed floors are measured: there a spill is an error.
+if(MXT_CUDA_ARCHS STREQUAL "90a")
+  list(APPEND MXT_CUDA_FLAGS -Xptxas=-Werror)
+endif()
 
 set(MXT_CUDA_SOURCES
   csrc/cuda/quantize_rows.cu csrc/cuda/quantize_columns.cu csrc/cuda/quantize_dual.cu

@@ -193,7 +193,7 @@ __device__ __forceinline__ void load_tile(const QuantizeParams& p, TilePlace at,
 // ---- kernels ----
 
 template <class T, class F, Path kPath>
-__global__ void __launch_bounds__(TileTraits::kThreads)
+__global__ void __launch_bounds__(TileTraits::kThreads, TileTraits::kCtas)
     quantize_columns_kernel(const QuantizeParams p, int64_t tiles_across, bool vector) {
   __shared__ alignas(128) uint8_t tile[TileTraits::kBytes];
   const TilePlace at = tile_place<T>(tiles_across);
