@@ -67,6 +67,24 @@ MODELS = (
     "4099x1111",  # ragged both ways
 )
 
+GEMMS: Rows = ("gemm/mxfp4", "peer/cublas_bf16", "peer/cublas_fp8_rowwise")
+GEMM_SHAPES = ("8192x8192x8192", "4096x4096x4096", "16384x4096x4096", "8192x14336x4096")
+OTHER_GEMMS: Rows = ("gemm/mxfp4+dequant", "gemm/mxfp8_e4m3", "gemm/nvfp4")
+MODEL_GEMMS = (
+    "8192x6144x4096",  # Llama-3-8B, attention in
+    "8192x4096x14336",  # Llama-3-8B, feed-forward out
+    "12608x3072x768",  # ViT-B, 64 images of 197 tokens
+    "4099x1111x3333",  # ragged
+)
+LINEARS = ("8192x4096x4096", "8192x8192x8192", "16384x4096x14336", "12608x768x3072")
+RECIPE_ROWS = ("tetrajet", "mxfp4_baseline", "mxfp4_backward", "mxfp8", "nvfp4")
+
+
+def linears(recipes: Sequence[str], shapes: Sequence[str]) -> Rows:
+    """Rows up to their last part, which all have in common."""
+    return tuple(f"linear/{recipe}/{shape}" for shape in shapes for recipe in (*recipes, "bf16"))
+
+
 SUITES: dict[str, tuple[tuple[Rows, Sequence[str]], ...]] = {
     "quick": (
         (COPIES, (BIG,)),
@@ -74,7 +92,9 @@ SUITES: dict[str, tuple[tuple[Rows, Sequence[str]], ...]] = {
         ((*HEADLINE, *FORMATS), (BIG,)),
         (COMPILED[:1], (BIG,)),
         (("quantize/mxfp4/nearest",), (SMALL,)),
-        (("peer/cublas_bf16", "peer/cublas_fp8_rowwise"), ("8192x8192x8192",)),
+        (GEMMS, GEMM_SHAPES),
+        (OTHER_GEMMS[:1], GEMM_SHAPES[:1]),
+        (linears(("tetrajet",), LINEARS[:3]), ("fwd+bwd",)),
     ),
     "full": (
         (COPIES, (BIG,)),
@@ -83,7 +103,10 @@ SUITES: dict[str, tuple[tuple[Rows, Sequence[str]], ...]] = {
         (COMPILED, (BIG,)),
         (HEADLINE, (SMALL, *MODELS)),
         (COMPILED[:1], MODELS[:2]),
-        (("peer/cublas_bf16", "peer/cublas_fp8_rowwise"), ("8192x8192x8192", "4096x4096x4096")),
+        (GEMMS, (*GEMM_SHAPES, *MODEL_GEMMS)),
+        (OTHER_GEMMS, (*GEMM_SHAPES[:2], *MODEL_GEMMS[-1:])),
+        (linears(("tetrajet",), LINEARS), ("fwd+bwd",)),
+        (linears(RECIPE_ROWS[1:], LINEARS[:1]), ("fwd+bwd",)),
     ),
     "cpu": (
         (COPIES[:1], ("4096x4096",)),

@@ -134,7 +134,7 @@ def test_every_row_of_the_suites_is_right_on_the_cpu():
     rows = {name.rsplit("/", 1)[0] for name in suites.names("full")}
     chosen = []
     for row in sorted(rows):
-        if not row.startswith("peer/"):
+        if not row.startswith(("peer/", "gemm/", "linear/")):
             chosen += [cases.build(f"{row}/{shape}") for shape in ("256x512", "128x256")]
     chosen += [
         cases.build(name)
@@ -144,6 +144,29 @@ def test_every_row_of_the_suites_is_right_on_the_cpu():
         inputs = case.make(CPU)
         assert all(t.any() for t in inputs if isinstance(t, torch.Tensor)), "never zeros"
         assert case.check(inputs, case.call(*inputs), 1 << 12) == 0, case.name
+
+
+@pytest.mark.parametrize("kind", ["mxfp4", "mxfp8_e4m3", "nvfp4"])
+@pytest.mark.parametrize("shape", ["64x96x128", "33x47x100"])
+def test_gemm_rows_check_their_result(kind, shape):
+    case = cases.build(f"gemm/{kind}/{shape}")
+    inputs = case.make(CPU)
+    got = case.call(*inputs)
+    assert 0 < case.check(inputs, got, 0) <= case.tolerance
+    m, n, k = (int(size) for size in shape.split("x"))
+    assert got.shape == (m, n) and case.flops == 2 * m * n * k
+    got[3, 5] += got.abs().max()
+    assert case.check(inputs, got, 0) > case.tolerance
+
+
+@pytest.mark.parametrize("recipe", suites.RECIPE_ROWS)
+def test_linear_rows_are_a_forward_and_a_backward(recipe):
+    case, twin = (cases.build(f"linear/{r}/64x128x96/fwd+bwd") for r in (recipe, "bf16"))
+    inputs = case.make(CPU)
+    for got, want in zip(case.call(*inputs), twin.call(*inputs), strict=True):
+        error = (got.float() - want.float()).norm() / want.float().norm()
+        assert got.shape == want.shape and 0 < error < 0.5
+    assert case.bf16 == twin.name and case.flops == twin.flops == 6 * 64 * 128 * 96
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,109 @@
+"""The rows of GEMMs and of whole linear layers, with their BF16 twins.
+
+gemm/FORMAT[+BACKEND]/MxNxK is `mxtrain.gemm` of packed operands, BF16 out: everything from the
+4-bit bytes to the result is timed. linear/RECIPE/TOKENSxINxOUT/fwd+bwd is a forward and a backward
+of a linear layer with BF16 weights and no bias, all three GEMMs, quantizers included;
+linear/bf16/... is F.linear.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import mxtrain
+from mxtrain import Operand, reference
+from mxtrain.formats import format_named
+from mxtrain.recipe import RECIPES
+
+from .cases import Case, family, parse_shape
+from .operands import operand_bytes, random_operand
+
+CHECKED_ROWS = 16
+BF16_STEP = 2.0**-8  # half a unit in the last place of the output, relative
+
+
+@family("gemm")
+def gemm(name: str, kind: str, shape: str) -> Case:
+    """gemm/FORMAT/MxNxK, by the backend that the device takes; gemm/FORMAT+dequant/..., by that."""
+    format, _, backend = kind.partition("+")
+    fmt, (m, n, k) = format_named(format), parse_shape(shape, 3)
+
+    def make(device: torch.device) -> tuple:
+        return *random_operand(fmt, m, k, device), *random_operand(fmt, n, k, device)
+
+    def call(
+        a: Tensor, a_scale: Tensor, a_top: Tensor, b: Tensor, b_scale: Tensor, b_top: Tensor
+    ) -> Tensor:
+        with _backend(backend):
+            return mxtrain.gemm(
+                Operand(a, a_scale, format, (m, k), a_top),
+                Operand(b, b_scale, format, (n, k), b_top),
+            )
+
+    def check(inputs: tuple, got: Tensor, elements: int) -> float:
+        """Largest error of some rows against float64, over the sums of absolute products."""
+        tops = [t if t is None else t.cpu() for t in (inputs[2], inputs[5])]
+        rows = slice(0, min(m, CHECKED_ROWS))
+        a = reference.dequantize(
+            inputs[0][rows].cpu(), inputs[1][rows].cpu(), tops[0], format, k, torch.float32
+        ).to(got.device, torch.float64)
+        worst = 0.0
+        for part in torch.arange(n).split(2048):
+            cols = slice(int(part[0]), int(part[-1]) + 1)
+            data, scale = (t[cols].contiguous() for t in inputs[3:5])
+            b = mxtrain.dequantize(
+                Operand(data, scale, format, (len(part), k), inputs[5]), torch.float32
+            ).double()
+            error = (got[rows, cols].double() - a @ b.T).abs()
+            worst = max(worst, float((error / (a.abs() @ b.abs().T)).max()))
+        return worst
+
+    moved = operand_bytes(fmt, m, k) + operand_bytes(fmt, n, k) + 2 * m * n
+    return Case(
+        name, make, call, moved, 2 * m * n * k, "gemm", check, BF16_STEP,
+        peers=(f"peer/cublas_fp8_rowwise/{shape}",), bf16=f"peer/cublas_bf16/{shape}",
+    )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _backend(name: str) -> Iterator[None]:
+    if not name:
+        yield
+        return
+    mxtrain.set_gemm_backend(name)
+    try:
+        yield
+    finally:
+        mxtrain.set_gemm_backend("auto")
+
+
+@family("linear")
+def linear(name: str, recipe: str, shape: str, passes: str) -> Case:
+    """linear/RECIPE/TOKENSxINxOUT/fwd+bwd; RECIPE bf16 is F.linear."""
+    if recipe != "bf16" and recipe not in RECIPES:
+        raise ValueError(f"a recipe must be bf16, {', '.join(RECIPES)}, got {recipe!r}")
+    if passes != "fwd+bwd":
+        raise ValueError(f"a linear row ends with fwd+bwd, got {passes!r}")
+    tokens, inputs, outputs = parse_shape(shape, 3)
+
+    def make(device: torch.device) -> tuple:
+        def gaussian(*size: int) -> Tensor:
+            return torch.randn(*size, dtype=torch.bfloat16, device=device)
+
+        x, w = gaussian(tokens, inputs), gaussian(outputs, inputs) * inputs**-0.5
+        return x, w, gaussian(tokens, outputs)
+
+    def call(x: Tensor, w: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
+        x, w = x.detach().requires_grad_(), w.detach().requires_grad_()
+        y = F.linear(x, w) if recipe == "bf16" else mxtrain.linear(x, w, recipe=recipe)
+        return y, *torch.autograd.grad(y, (x, w), dy)
+
+    flops = 6 * tokens * inputs * outputs
+    if recipe == "bf16":
+        return Case(name, make, call, 0, flops)
+    return Case(name, make, call, 0, flops, "gemm", bf16=f"linear/bf16/{shape}/{passes}")
