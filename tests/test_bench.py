@@ -161,12 +161,12 @@ def test_gemm_rows_check_their_result(kind, shape):
 
 @pytest.mark.parametrize("recipe", suites.RECIPE_ROWS)
 def test_linear_rows_are_a_forward_and_a_backward(recipe):
-    case, twin = (cases.build(f"linear/{r}/64x128x96/fwd+bwd") for r in (recipe, "bf16"))
+    case, twin = (cases.build(f"linear/{r}/64x128x192/fwd+bwd") for r in (recipe, "bf16"))
     inputs = case.make(CPU)
     for got, want in zip(case.call(*inputs), twin.call(*inputs), strict=True):
         error = (got.float() - want.float()).norm() / want.float().norm()
         assert got.shape == want.shape and 0 < error < 0.5
-    assert case.bf16 == twin.name and case.flops == twin.flops == 6 * 64 * 128 * 96
+    assert case.bf16 == twin.name and case.flops == twin.flops == 6 * 64 * 128 * 192
 
 
 @pytest.mark.parametrize(
