@@ -163,9 +163,11 @@ def test_gemm_rows_check_their_result(kind, shape):
 def test_linear_rows_are_a_forward_and_a_backward(recipe):
     case, twin = (cases.build(f"linear/{r}/64x128x192/fwd+bwd") for r in (recipe, "bf16"))
     inputs = case.make(CPU)
+    errors = []
     for got, want in zip(case.call(*inputs), twin.call(*inputs), strict=True):
-        error = (got.float() - want.float()).norm() / want.float().norm()
-        assert got.shape == want.shape and 0 < error < 0.5
+        assert got.shape == want.shape
+        errors.append(float((got.float() - want.float()).norm() / want.float().norm()))
+    assert max(errors) < 0.5 and min(errors[1:]) > 0  # a recipe may leave fprop in BF16
     assert case.bf16 == twin.name and case.flops == twin.flops == 6 * 64 * 128 * 192
 
 
