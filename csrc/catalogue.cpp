@@ -42,6 +42,7 @@ static std::string make_catalogue() {
   s << "], \"scale_rules\": " << names(kScaleRuleNames, kScaleRules)
     << ", \"roundings\": " << names(kRoundingNames, kRoundings)
     << ", \"accumulate\": " << names(kAccumulateNames, kAccumulates)
+    << ", \"gemm_backends\": " << names(kGemmBackendNames, kGemmBackends)
     << ", \"hadamard_groups\": " << groups() << ", \"build\": {\"version\": \"" << MXT_VERSION
     << "\", \"torch_abi\": \"" << MXT_TORCH_ABI << "\", \"built_with_torch\": \""
     << MXT_BUILT_WITH_TORCH << "\", \"cxx\": \"" << MXT_CXX_COMPILER << "\", \"nvcc\": \""

@@ -7,6 +7,10 @@
 #include <string>
 
 #include "cuda/quantize.h"
+#include "ops/ops.h"
+#ifdef MXT_HAVE_SM90
+#include "cuda/sm90/gemm_e5m2.h"
+#endif
 
 namespace mxtrain::cuda {
 
@@ -36,11 +40,20 @@ static void check_runtime(const char* op, cudaError_t error) {
             " (", cudaGetErrorString(error), "). ", kAsynchronous);
 }
 
+struct Capability {
+  int major = 0, minor = 0;
+};
+
+static Capability capability_of(const char* op, int device) {
+  Capability c;
+  check_runtime(op, cudaDeviceGetAttribute(&c.major, cudaDevAttrComputeCapabilityMajor, device));
+  check_runtime(op, cudaDeviceGetAttribute(&c.minor, cudaDevAttrComputeCapabilityMinor, device));
+  return c;
+}
+
 cudaStream_t stream_for(const char* op, const Tensor& t) {
   const int device = t.get_device_index();
-  int major = 0, minor = 0;
-  check_runtime(op, cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-  check_runtime(op, cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
+  const auto [major, minor] = capability_of(op, device);
   MXT_CHECK(built_for(major, minor), op,
             "the GPU must be one this build has kernels for, got compute capability ", major, ".",
             minor, " (this build has: ", MXT_CUDA_ARCHS,
@@ -55,6 +68,39 @@ LaunchShape& last_launch() {
   return shape;
 }
 
+GemmChoice best_gemm_backend(int major, int minor, int64_t format) {
+  constexpr int64_t kMxfp4Code = 0;
+  if (format != kMxfp4Code) return {GemmBackend::kDequant, "decode to BF16, cuBLAS"};
+  if (major != 9 || minor != 0)
+    return {GemmBackend::kDequant, "decode to BF16, cuBLAS; fold needs compute capability 9.0"};
+#ifdef MXT_HAVE_SM90
+  return {GemmBackend::kFold, "exact folding into E5M2, FP8 tensor cores"};
+#else
+  return {GemmBackend::kDequant, "decode to BF16, cuBLAS; fold needs a build with 90a"};
+#endif
+}
+
+GemmBackend gemm_backend_for(const char* op, const Tensor& t, int64_t format) {
+  const auto [major, minor] = capability_of(op, t.get_device_index());
+  const GemmChoice best = best_gemm_backend(major, minor, format);
+  const GemmBackend asked = requested_gemm_backend();
+  if (asked == GemmBackend::kAuto || asked == best.backend) return best.backend;
+  MXT_CHECK(asked == GemmBackend::kDequant, op, "the GEMM backend must be one that serves format ",
+            kFormats[format].name, " here, got fold (compute capability ", major, ".", minor,
+            ", this build has: ", MXT_CUDA_ARCHS,
+            "). Use mxtrain.set_gemm_backend(\"auto\"); fold is mxfp4 on 9.0, "
+            "built for 90a.");
+  return asked;
+}
+
+cudaError_t run_folded_gemm(const FoldedGemmParams& p, cudaStream_t stream) {
+#ifdef MXT_HAVE_SM90
+  return sm90::launch_folded_gemm(p, stream);
+#else
+  return cudaErrorNotSupported;
+#endif
+}
+
 void check_launch(const char* op, cudaError_t error) {
   MXT_CHECK(error == cudaSuccess, op, "the kernel must launch, got ", cudaGetErrorName(error), " (",
             cudaGetErrorString(error), "; grid ", last_launch().grid, ", block ",
@@ -62,3 +108,14 @@ void check_launch(const char* op, cudaError_t error) {
 }
 
 }  // namespace mxtrain::cuda
+
+// Not an op: what mxtrain.env prints, "fold: exact folding ...".
+extern "C" __attribute__((visibility("default"))) const char* mxtrain_gemm_backend(int major,
+                                                                                   int minor,
+                                                                                   int format) {
+  thread_local std::string text;
+  const mxtrain::cuda::GemmChoice choice = mxtrain::cuda::best_gemm_backend(major, minor, format);
+  text =
+      std::string(mxtrain::kGemmBackendNames[static_cast<int>(choice.backend)]) + ": " + choice.why;
+  return text.c_str();
+}

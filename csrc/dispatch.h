@@ -7,6 +7,7 @@
 #include <cuda_runtime_api.h>
 
 #include "check.h"
+#include "cuda/fold.h"
 
 // The CPU wheel of torch lacks these three shims; weak, they let a CUDA build load there (and are
 // never called there).
@@ -22,6 +23,20 @@ namespace mxtrain::cuda {
 // The current stream of t's device, after checking that the portable kernels were built for that
 // device.
 cudaStream_t stream_for(const char* op, const Tensor& t);
+
+// Which backend gemm takes for operands of this format on a GPU of this compute capability, and
+// why.
+struct GemmChoice {
+  GemmBackend backend;
+  const char* why;
+};
+GemmChoice best_gemm_backend(int major, int minor, int64_t format);
+
+// The same for t's device, unless mxtrain_set_gemm_backend named another.
+GemmBackend gemm_backend_for(const char* op, const Tensor& t, int64_t format);
+
+// The product of two folded operands, on the current device.
+cudaError_t run_folded_gemm(const FoldedGemmParams& p, cudaStream_t stream);
 
 // Turns a launch error into an exception that names the op.
 void check_launch(const char* op, cudaError_t error);

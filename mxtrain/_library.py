@@ -15,7 +15,7 @@ PATH = Path(__file__).with_name("libmxtrain.so")
 MINIMUM_TORCH = (2, 11)
 
 
-def _load() -> dict:
+def _load() -> ctypes.CDLL:
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     if version < MINIMUM_TORCH:
         raise ImportError(
@@ -37,9 +37,19 @@ def _load() -> dict:
             "Rebuild it in this environment: "
             "pip install --no-build-isolation --force-reinstall --no-deps ."
         ) from error
-    catalogue = ctypes.CDLL(str(PATH)).mxtrain_catalogue
-    catalogue.restype = ctypes.c_char_p
-    return json.loads(catalogue().decode())
+    return ctypes.CDLL(str(PATH))
 
 
-CATALOGUE: dict = _load()
+def _read_catalogue() -> dict:
+    LIBRARY.mxtrain_catalogue.restype = ctypes.c_char_p
+    return json.loads(LIBRARY.mxtrain_catalogue().decode())
+
+
+def gemm_backend(major: int, minor: int, format: int) -> str:
+    """What gemm takes on a GPU of this compute capability, and why; of a build with CUDA."""
+    LIBRARY.mxtrain_gemm_backend.restype = ctypes.c_char_p
+    return LIBRARY.mxtrain_gemm_backend(major, minor, format).decode()
+
+
+LIBRARY: ctypes.CDLL = _load()
+CATALOGUE: dict = _read_catalogue()

@@ -17,11 +17,17 @@ import time
 import torch
 
 from . import formats, ops, reference
-from ._library import CATALOGUE, PATH
+from ._library import CATALOGUE, PATH, gemm_backend
 from .operand import gemm, quantize
 from .version import __version__
 
-ENVIRONMENT = ("MXTRAIN_CUDA_ARCHS", "MAX_JOBS", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
+ENVIRONMENT = (
+    "MXTRAIN_CUDA_ARCHS",
+    "MXTRAIN_GEMM_BACKEND",
+    "MAX_JOBS",
+    "CUDA_VISIBLE_DEVICES",
+    "OMP_NUM_THREADS",
+)
 
 
 def has_kernel(op: str, key: str) -> bool:
@@ -76,9 +82,30 @@ def backends(op: str) -> dict[str, str]:
     elif not built_for(found[0]["compute_capability"], archs):
         chosen["cuda"] = f"none: built for {archs}, the GPU is {found[0]['compute_capability']}"
     else:
-        kind = "dequant: decode to BF16, cuBLAS" if op == "gemm" else "portable kernel"
-        chosen["cuda"] = f"{kind}, for {archs}"
+        chosen["cuda"] = f"portable kernel, for {archs}"
+        if op == "gemm":
+            chosen["cuda"] = _gemm_backends(found[0]["compute_capability"])
     return chosen
+
+
+def gemm_backend_here(format: str) -> str:
+    """The backend that gemm takes for a format on the first GPU ("fold", "dequant"), or ""."""
+    archs, found = CATALOGUE["build"]["cuda_archs"], gpus()
+    if not found or not built_for(found[0]["compute_capability"], archs):
+        return ""
+    major, minor = (int(part) for part in found[0]["compute_capability"].split("."))
+    return gemm_backend(major, minor, formats.FORMATS[format].code).split(":")[0]
+
+
+def _gemm_backends(capability: str) -> str:
+    """Which backend gemm takes for each format: "mxfp4: fold: ...; the others: dequant: ..."."""
+    major, minor = (int(part) for part in capability.split("."))
+    served: dict[str, list[str]] = {}
+    for name, row in formats.FORMATS.items():
+        served.setdefault(gemm_backend(major, minor, row.code), []).append(name)
+    if len(served) == 1:
+        return next(iter(served))
+    return "; ".join(f"{', '.join(names)}: {backend}" for backend, names in served.items())
 
 
 def report() -> dict:

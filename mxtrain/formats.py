@@ -64,6 +64,7 @@ FORMATS: dict[str, Format] = {
 SCALE_RULES: dict[str, int] = {name: code for code, name in enumerate(CATALOGUE["scale_rules"])}
 ROUNDINGS: dict[str, int] = {name: code for code, name in enumerate(CATALOGUE["roundings"])}
 ACCUMULATE: dict[str, int] = {name: code for code, name in enumerate(CATALOGUE["accumulate"])}
+GEMM_BACKENDS: dict[str, int] = {name: code for code, name in enumerate(CATALOGUE["gemm_backends"])}
 HADAMARD_GROUPS: tuple[int, ...] = tuple(CATALOGUE["hadamard_groups"])
 
 

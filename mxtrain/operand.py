@@ -6,11 +6,13 @@ docs/numerics.md defines the bytes.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ._library import LIBRARY
 from .checks import (
     check_bool,
     check_device,
@@ -23,7 +25,15 @@ from .checks import (
     refusal,
     show,
 )
-from .formats import ACCUMULATE, FORMATS, ROUNDINGS, SCALE_RULES, Format, format_named
+from .formats import (
+    ACCUMULATE,
+    FORMATS,
+    GEMM_BACKENDS,
+    ROUNDINGS,
+    SCALE_RULES,
+    Format,
+    format_named,
+)
 from .recipe import Quantizer
 
 _ops = torch.ops.mxtrain
@@ -295,8 +305,9 @@ def gemm(
         bias: `[N]` float vector, or None.
         alpha: factor on the product.
         out_dtype: bfloat16, float16 or float32.
-        accumulate: "fp32", or "fast" where a backend has a quicker, less exact way (the CPU has
-            none).
+        accumulate: "fp32", or "fast" or "exact" where a backend has a quicker way, or one with less
+            error: backend fold (mxfp4 on Hopper) sums 128 products, all, or 32 in the tensor cores'
+            short accumulator before it adds them in float32. Elsewhere all are float32.
 
     Returns:
         `[M, N]` of out_dtype.
@@ -332,6 +343,26 @@ def gemm(
         out_dtype,
         ACCUMULATE[accumulate],
     )
+
+
+def set_gemm_backend(name: str) -> str:
+    """Say how `gemm` runs on CUDA from now on, in this process; returns what held before.
+
+    "auto" (the default) takes the fastest that serves the format on the GPU, which
+    `python -m mxtrain.env` lists; "fold" (mxfp4 on Hopper: exact folding into FP8) and "dequant"
+    (every format: decode to BF16, cuBLAS) insist on one, for comparisons. The environment variable
+    MXTRAIN_GEMM_BACKEND sets it at import. The CPU has one backend, whatever the setting.
+
+    Raises:
+        ValueError: for an unknown name. A `gemm` that the named backend cannot serve raises
+            RuntimeError.
+    """
+    check_name("set_gemm_backend", "name", name, GEMM_BACKENDS)
+    return list(GEMM_BACKENDS)[LIBRARY.mxtrain_set_gemm_backend(GEMM_BACKENDS[name])]
+
+
+if "MXTRAIN_GEMM_BACKEND" in os.environ:
+    set_gemm_backend(os.environ["MXTRAIN_GEMM_BACKEND"])
 
 
 def hadamard(x: Tensor, group: int, signs: Tensor | None = None) -> Tensor:

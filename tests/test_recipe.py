@@ -146,7 +146,7 @@ TOWARD = Quantizer("mxfp4", rounding="toward")
 PRESCALED = Quantizer("mxfp4", prescale=0.75)
 BAD_RECIPES = [
     ({"name": ""}, r": name must be a non-empty string, got ''"),
-    ({"accumulate": "bf16"}, r": accumulate must be one of fp32, fast, got 'bf16'"),
+    ({"accumulate": "bf16"}, r": accumulate must be one of fp32, fast, exact, got 'bf16'"),
     ({"ema_warmup": -1}, r"ema_warmup must be an int >= 0, got -1"),
     ({"ema_warmup": 1.5}, r"ema_warmup must be an int >= 0, got 1.5"),
     ({"fprop_x": "mxfp4"}, r": fprop_x must be a Quantizer, got 'mxfp4' \(recipe 'x'\)"),

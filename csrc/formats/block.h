@@ -78,8 +78,14 @@ static_assert(kFormats[kMxfp4Code].bits == 4 && kFormats[kMxfp4Code].block == 32
 
 constexpr const char* kScaleRuleNames[kScaleRules] = {"floor", "ceil", "even"};
 constexpr const char* kRoundingNames[kRoundings] = {"nearest", "stochastic", "toward"};
-constexpr int kAccumulates = 2;
-constexpr const char* kAccumulateNames[kAccumulates] = {"fp32", "fast"};
+enum class Accumulate : int { kFp32 = 0, kFast = 1, kExact = 2 };
+constexpr int kAccumulates = 3;
+constexpr const char* kAccumulateNames[kAccumulates] = {"fp32", "fast", "exact"};
+
+// How gemm runs on CUDA (csrc/dispatch.h chooses).
+enum class GemmBackend : int { kAuto = 0, kDequant = 1, kFold = 2 };
+constexpr int kGemmBackends = 3;
+constexpr const char* kGemmBackendNames[kGemmBackends] = {"auto", "dequant", "fold"};
 constexpr int kHadamardGroups[] = {16, 32, 64, 128, 256};
 constexpr int kHadamardGroupCount = sizeof(kHadamardGroups) / sizeof(kHadamardGroups[0]);
 

@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// gemm on CUDA, backend `dequant`: decode both operands to bfloat16 (exact for every format here
-// within bfloat16's range; nvfp4's tensor scales wait for the epilogue), cuBLAS through torch with
-// a float32 result, one epilogue.
+// gemm on CUDA; dispatch.h chooses the backend.
+//   dequant  decode both operands to bfloat16 (exact for every format here within bfloat16's range;
+//            nvfp4's tensor scales wait for the epilogue), cuBLAS through torch with a float32
+//            result, one epilogue
+//   fold     fold both operands into E5M2 (exact; cuda/fold.cu), multiply on the FP8 tensor cores
 #include <torch/csrc/stable/accelerator.h>
 
 #include <array>
@@ -11,6 +13,22 @@
 #include "ops/ops.h"
 
 namespace mxtrain::cuda {
+
+// The arguments that the backends share, checked; bias contiguous.
+struct GemmArguments {
+  const Tensor &a, &a_scale, &b, &b_scale;
+  const OptionalTensor &a_tensor_scale, &b_tensor_scale;
+  int64_t format, m, n, kp;
+  const OptionalTensor& bias;
+  float alpha;
+  ScalarType out_dtype;
+  Accumulate accumulate;
+
+  const void* bias_data() const { return bias ? bias->const_data_ptr() : nullptr; }
+  FloatType bias_type() const {
+    return bias ? float_type(bias->scalar_type()) : FloatType::kFloat32;
+  }
+};
 
 // aten::mm.dtype_out: bfloat16 in, float32 out; unlike mm it is not one of the operators that
 // autocast lowers.
@@ -22,6 +40,65 @@ static void matmul_into(Tensor& out, const Tensor& a, const Tensor& b) {
   torch::stable::detail::to<Tensor>(stack[0]);  // takes the returned reference back
 }
 
+static void gemm_dequant(const char* op, const GemmArguments& g, Tensor& out, cudaStream_t stream) {
+  const bool two_level = kFormats[g.format].e4m3_scale;
+  OptionalTensor one;
+  if (two_level)
+    one = torch::stable::fill_(torch::stable::new_empty(g.a, {1}, ScalarType::Float), 1.0);
+  const Tensor av = dequantize(g.a, g.a_scale, one, g.format, g.kp, ScalarType::BFloat16);
+  const Tensor bv = dequantize(g.b, g.b_scale, one, g.format, g.kp, ScalarType::BFloat16);
+  const Tensor bt = torch::stable::transpose(bv, 0, 1);
+  const bool plain = g.out_dtype == ScalarType::Float && !g.bias && g.alpha == 1.0f && !two_level;
+  Tensor acc = plain ? out : torch::stable::new_empty(g.a, {g.m, g.n}, ScalarType::Float);
+  matmul_into(acc, av, bt);
+  if (plain) return;
+  EpilogueParams p = {};
+  p.acc = acc.const_data_ptr<float>();
+  p.rows = g.m;
+  p.cols = g.n;
+  p.a_scale = two_level ? g.a_tensor_scale->const_data_ptr<float>() : nullptr;
+  p.b_scale = two_level ? g.b_tensor_scale->const_data_ptr<float>() : nullptr;
+  p.alpha = g.alpha;
+  p.bias = g.bias_data();
+  p.bias_type = g.bias_type();
+  p.out_type = float_type(g.out_dtype);
+  p.out = out.mutable_data_ptr();
+  check_launch(op, launch_epilogue(p, stream));
+}
+
+static void gemm_fold(const char* op, const GemmArguments& g, Tensor& out, cudaStream_t stream) {
+  const Tensor a = torch::stable::contiguous(g.a), a_scale = torch::stable::contiguous(g.a_scale),
+               b = torch::stable::contiguous(g.b), b_scale = torch::stable::contiguous(g.b_scale);
+  const int64_t pitch = (g.kp + 127) / 128 * 128;
+  // A and B in E5M2, then the row scales of both.
+  Tensor workspace = torch::stable::new_empty(g.a, {(g.m + g.n) * (pitch + 1)}, ScalarType::Byte);
+  uint8_t* folded = static_cast<uint8_t*>(workspace.mutable_data_ptr());
+  uint8_t* scales = folded + (g.m + g.n) * pitch;
+  const auto bytes = [](const Tensor& t) {
+    return static_cast<const uint8_t*>(t.const_data_ptr());
+  };
+  const FoldParams fa = {bytes(a), bytes(a_scale), g.m, g.kp, folded, pitch, scales};
+  const FoldParams fb = {bytes(b), bytes(b_scale), g.n, g.kp, folded + g.m * pitch,
+                         pitch,    scales + g.m};
+  check_launch(op, launch_fold(fa, fb, stream));
+  FoldedGemmParams p = {};
+  p.a = fa.out;
+  p.b = fb.out;
+  p.a_scale = fa.row_scale;
+  p.b_scale = fb.row_scale;
+  p.m = g.m;
+  p.n = g.n;
+  p.k = g.kp;
+  p.pitch = pitch;
+  p.accumulate = g.accumulate;
+  p.alpha = g.alpha;
+  p.bias = g.bias_data();
+  p.bias_type = g.bias_type();
+  p.out_type = float_type(g.out_dtype);
+  p.out = out.mutable_data_ptr();
+  check_launch(op, run_folded_gemm(p, stream));
+}
+
 Tensor gemm(Tensor a, Tensor a_scale, OptionalTensor a_tensor_scale, Tensor b, Tensor b_scale,
             OptionalTensor b_tensor_scale, int64_t format, OptionalTensor bias, double alpha,
             ScalarType out_dtype, int64_t accumulate) {
@@ -30,34 +107,30 @@ Tensor gemm(Tensor a, Tensor a_scale, OptionalTensor a_tensor_scale, Tensor b, T
              accumulate);
   const torch::stable::accelerator::DeviceGuard guard(a.get_device_index());
   const cudaStream_t stream = stream_for(op, a);
-  const FormatInfo& f = kFormats[format];
-  const int64_t kp = a.size(1) * 8 / f.bits, m = a.size(0), n = b.size(0);
+  const GemmBackend backend = gemm_backend_for(op, a, format);
+  const int64_t m = a.size(0), n = b.size(0), kp = a.size(1) * 8 / kFormats[format].bits;
   Tensor out = torch::stable::new_empty(a, {m, n}, out_dtype);
   if (m == 0 || n == 0) return out;
-  OptionalTensor one;
-  if (f.e4m3_scale)
-    one = torch::stable::fill_(torch::stable::new_empty(a, {1}, ScalarType::Float), 1.0);
-  const Tensor av = dequantize(a, a_scale, one, format, kp, ScalarType::BFloat16);
-  const Tensor bv = dequantize(b, b_scale, one, format, kp, ScalarType::BFloat16);
-  const Tensor bt = torch::stable::transpose(bv, 0, 1);
-  const bool plain = out_dtype == ScalarType::Float && !bias && alpha == 1.0 && !f.e4m3_scale;
-  Tensor acc = plain ? out : torch::stable::new_empty(a, {m, n}, ScalarType::Float);
-  matmul_into(acc, av, bt);
-  if (plain) return out;
   OptionalTensor bias_row;
   if (bias) bias_row = torch::stable::contiguous(*bias);
-  EpilogueParams p = {};
-  p.acc = acc.const_data_ptr<float>();
-  p.rows = m;
-  p.cols = n;
-  p.a_scale = f.e4m3_scale ? a_tensor_scale->const_data_ptr<float>() : nullptr;
-  p.b_scale = f.e4m3_scale ? b_tensor_scale->const_data_ptr<float>() : nullptr;
-  p.alpha = static_cast<float>(alpha);
-  p.bias = bias_row ? bias_row->const_data_ptr() : nullptr;
-  p.bias_type = bias_row ? float_type(bias_row->scalar_type()) : FloatType::kFloat32;
-  p.out_type = float_type(out_dtype);
-  p.out = out.mutable_data_ptr();
-  check_launch(op, launch_epilogue(p, stream));
+  const GemmArguments g = {a,
+                           a_scale,
+                           b,
+                           b_scale,
+                           a_tensor_scale,
+                           b_tensor_scale,
+                           format,
+                           m,
+                           n,
+                           kp,
+                           bias_row,
+                           static_cast<float>(alpha),
+                           out_dtype,
+                           static_cast<Accumulate>(accumulate)};
+  if (backend == GemmBackend::kFold)
+    gemm_fold(op, g, out, stream);
+  else
+    gemm_dequant(op, g, out, stream);
   return out;
 }
 

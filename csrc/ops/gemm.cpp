@@ -2,6 +2,7 @@
 // gemm, backend `cpu`: decode both operands to float32, torch's matmul, one epilogue.
 //   D[M, N] = alpha * A[M, K] B[N, K]^T + bias[N]
 #include <array>
+#include <atomic>
 #include <cmath>
 
 #include "ops/cpu_common.h"
@@ -32,6 +33,10 @@ void check_gemm(const Tensor& a, const Tensor& a_scale, const OptionalTensor& a_
             " rows). Convert or reshape it.");
   check_same_device(op, "bias", *bias, a);
 }
+
+static std::atomic<int> g_gemm_backend{static_cast<int>(GemmBackend::kAuto)};
+
+GemmBackend requested_gemm_backend() { return static_cast<GemmBackend>(g_gemm_backend.load()); }
 
 namespace cpu {
 
@@ -79,3 +84,9 @@ Tensor gemm(Tensor a, Tensor a_scale, OptionalTensor a_tensor_scale, Tensor b, T
 }  // namespace cpu
 
 }  // namespace mxtrain
+
+// Not an op: it is a setting of the process. Returns the one before; the caller passes a valid
+// code.
+extern "C" __attribute__((visibility("default"))) int mxtrain_set_gemm_backend(int backend) {
+  return mxtrain::g_gemm_backend.exchange(backend);
+}

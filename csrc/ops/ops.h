@@ -18,6 +18,9 @@ void check_gemm(const Tensor& a, const Tensor& a_scale, const OptionalTensor& a_
                 int64_t format, const OptionalTensor& bias, double alpha, ScalarType out_dtype,
                 int64_t accumulate);
 
+// What mxtrain_set_gemm_backend was told last, in this process.
+GemmBackend requested_gemm_backend();
+
 // One declaration list for every device.
 #define MXT_DECLARE_OPS                                                                            \
   Operand3 quantize(Tensor x, int64_t format, int64_t scale_rule, int64_t rounding,                \

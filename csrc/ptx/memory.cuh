@@ -16,6 +16,13 @@ __device__ __forceinline__ uint4 ld_global_nc_v4(const void* p) {
   return v;
 }
 
+// ld.global.nc.u8, where it stands: the compiler does not move it to the use.
+__device__ __forceinline__ uint32_t ld_global_nc_u8(const uint8_t* p) {
+  uint32_t v;
+  asm volatile("ld.global.nc.u8 %0, [%1];" : "=r"(v) : "l"(p));
+  return v;
+}
+
 // cp.async.cg.shared.global: 16 bytes into shared memory, of which the first `bytes` come from p
 // and the rest are zero.
 __device__ __forceinline__ void cp_async_16(uint32_t shared, const void* p, int bytes) {
@@ -25,6 +32,21 @@ __device__ __forceinline__ void cp_async_16(uint32_t shared, const void* p, int 
 // cp.async.wait_all: this thread's copies are done; a barrier makes them visible to the others.
 __device__ __forceinline__ void cp_async_wait_all() {
   asm volatile("cp.async.wait_all;" ::: "memory");
+}
+
+// stmatrix.x4: four 8x8 matrices of 16-bit values into shared memory. Lane l gives the address of
+// row l % 8 of matrix l / 8 and, in w[i], the values 2 (l % 4) and 2 (l % 4) + 1 of row l / 4 of
+// matrix i. sm_90 and up.
+__device__ __forceinline__ void stmatrix_x4(uint32_t shared, uint32_t w0, uint32_t w1, uint32_t w2,
+                                            uint32_t w3) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared),
+               "r"(w0), "r"(w1), "r"(w2), "r"(w3)
+               : "memory");
+}
+
+// st.shared.v2.b32: 8 bytes.
+__device__ __forceinline__ void st_shared_v2(uint32_t shared, uint32_t w0, uint32_t w1) {
+  asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(shared), "r"(w0), "r"(w1) : "memory");
 }
 
 // cp.async.commit_group, and cp.async.wait_group: all but the last N groups of this thread are

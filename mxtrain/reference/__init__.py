@@ -25,7 +25,7 @@ from .elements import (
     pack,
     unpack,
 )
-from .gemm import gemm, gemm_float64, gemm_magnitude
+from .gemm import FOLD_BIAS, fold, gemm, gemm_float64, gemm_magnitude
 from .layout import swizzle, unswizzle
 from .philox import draws, philox4x32_10
 from .quantize import (
@@ -44,6 +44,7 @@ __all__ = [
     "E3M2",
     "E4M3",
     "E5M2",
+    "FOLD_BIAS",
     "FORMATS",
     "Element",
     "Format",
@@ -52,6 +53,7 @@ __all__ = [
     "dequantize",
     "draws",
     "encode",
+    "fold",
     "format_named",
     "gemm",
     "gemm_float64",

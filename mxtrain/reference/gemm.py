@@ -12,7 +12,28 @@ from .elements import format_named
 from .errors import refusal
 from .quantize import dequantize
 
-ACCUMULATE = ("fp32", "fast")
+ACCUMULATE = ("fp32", "fast", "exact")
+
+
+FOLD_BIAS = 127 + 13  # a folded element is E5M2 * 2^(row scale - FOLD_BIAS)
+
+
+@torch.no_grad()
+def fold(data: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """mxfp4 as the fold backend multiplies it: E5M2 bytes uint8 `[R, Kp]`, E8M0 uint8 `[R]`.
+
+    The row scale is the largest of the row's scales (255 if one is NaN). E2M1 has one mantissa bit,
+    so element * 2^(13 - s), s binades below the largest, is exact in E5M2 for s = 0 .. 28; blocks
+    further down become zero, signs kept.
+    """
+    codes = torch.stack([data & 0xF, data >> 4], -1).flatten(1)
+    row_scale = scale.amax(1)
+    below = (row_scale[:, None].int() - scale.int()).repeat_interleave(32, 1)
+    magnitudes = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], device=data.device)
+    value = torch.ldexp(magnitudes[(codes & 7).long()], 13 - below.clamp(max=28))
+    value = torch.where(below > 28, 0.0, value)
+    value = torch.copysign(value, torch.where(codes >= 8, -1.0, 1.0))
+    return value.to(torch.float8_e5m2).view(torch.uint8), row_scale
 
 
 def _cols(data: Tensor, format: str) -> int:
@@ -77,7 +98,7 @@ def gemm(
 
     For nvfp4 the operands are element * block scale; the sum is multiplied by a_tensor_scale, then
     by b_tensor_scale, then by alpha (float32 each), and the float32 bias is added, all before the
-    one cast to ``out_dtype``. accumulate: "fp32" or "fast", which the reference computes alike.
+    one cast to ``out_dtype``. accumulate: one of ACCUMULATE, which the reference computes alike.
     scales must not be swizzled.
     """
     if accumulate not in ACCUMULATE:

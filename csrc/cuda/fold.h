@@ -1,0 +1,37 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include "cuda/quantize.h"
+#include "formats/block.h"
+
+namespace mxtrain::cuda {
+
+// One mxfp4 operand and its folded form.
+struct FoldParams {
+  const uint8_t* data;   // [rows, kp / 2] E2M1 codes
+  const uint8_t* scale;  // [rows, kp / 32] E8M0 codes
+  int64_t rows, kp;
+  uint8_t* out;  // [rows, pitch] E5M2, the first kp of each row written; 16-byte aligned
+  int64_t pitch;
+  uint8_t* row_scale;  // [rows] E8M0
+};
+
+// Both operands of a GEMM in one launch.
+cudaError_t launch_fold(const FoldParams& a, const FoldParams& b, cudaStream_t stream);
+
+// The product of two folded operands:
+//   D[m, n] = alpha * 2^(a_scale[m] + b_scale[n] - 280) * sum over k of a[m, k] b[n, k] + bias[n]
+struct FoldedGemmParams {
+  const uint8_t* a;        // [m, pitch] E5M2, 16-byte aligned
+  const uint8_t* b;        // [n, pitch]
+  const uint8_t* a_scale;  // [m] E8M0; 255 makes the row NaN
+  const uint8_t* b_scale;  // [n] E8M0; 255 makes the column NaN
+  int64_t m, n, k, pitch;  // pitch: bytes of a row, a multiple of 16
+  Accumulate accumulate;
+  float alpha;
+  const void* bias;  // [n], or null
+  FloatType bias_type, out_type;
+  void* out;  // [m, n]
+};
+
+}  // namespace mxtrain::cuda

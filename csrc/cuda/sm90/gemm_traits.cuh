@@ -1,0 +1,87 @@
+// SPDX-License-Identifier: Apache-2.0
+// The compile-time facts of the FP8 GEMM, its shared memory, and the order in which tiles are
+// visited.
+#pragma once
+
+#include <cstdint>
+
+namespace mxtrain::cuda::sm90 {
+
+// kParts_: blocks of 128 columns in a tile. kCluster_: thread blocks that share one tile of B, each
+// with a tile of A of its own. kChunk_: the K of a partial sum, 0 for all of it.
+template <int kParts_, int kCluster_, int kChunk_>
+struct GemmTraits {
+  static constexpr int kParts = kParts_, kCluster = kCluster_, kChunk = kChunk_;
+  static_assert(kChunk == 0 || kChunk == 32 || kChunk == 128,
+                "one product, one stage, or all of K");
+
+  static constexpr int kGroups =
+      2;  // consumer warpgroups, 64 rows each; one more drives the copies
+  static constexpr int kWarps = 4 * kGroups, kThreads = 128 * (kGroups + 1);
+  static constexpr int kTileM = 64 * kGroups, kTileN = 128 * kParts, kTileK = 128;
+  static_assert(kTileK == 128, "a row of a stage is one 128-byte swizzle atom of E5M2");
+  static constexpr int kBoxB = kCluster > 1 ? kTileN / kCluster : 128;  // rows of B in one copy
+  static_assert(kBoxB % 8 == 0 && kBoxB <= 256, "whole swizzle atoms; the copy engine's limit");
+
+  // Registers: D takes 64 kParts of a consumer's, and every partial sum of one part 64 more, of
+  // which chunks of 32 need two. Both parts' at once, 128 + 128, would not fit.
+  static constexpr int kSums = kChunk == 32 ? 2 : 1;
+  static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
+  static_assert(128 * (kProducerRegisters + kGroups * kConsumerRegisters) <= 65536,
+                "the register file of a multiprocessor");
+  static_assert(64 * kParts + 64 * kSums + 32 <= kConsumerRegisters, "no spills");
+
+  // Shared memory: the stages of A, those of B, two 2 KB boxes of output for each consumer warp,
+  // the barriers.
+  static constexpr int kStages = kParts == 2 ? 4 : 6;
+  static constexpr int kBytesA = kTileM * kTileK, kBytesB = kTileN * kTileK;
+  static constexpr int kOffsetB = kStages * kBytesA;
+  static constexpr int kOffsetOut = kOffsetB + kStages * kBytesB;
+  static constexpr int kBoxBytes = 16 * 128, kBoxes = 2;
+  static constexpr int kOffsetFull = kOffsetOut + kWarps * kBoxes * kBoxBytes;
+  static constexpr int kOffsetEmpty = kOffsetFull + kStages * 8;
+  static constexpr int kSharedBytes = kOffsetEmpty + kStages * 8;
+  static_assert(kBytesA % 1024 == 0 && kBytesB % 1024 == 0 && kBoxBytes % 1024 == 0,
+                "swizzle atoms are 1024 bytes");
+  static_assert(kSharedBytes <= 227 * 1024, "the shared memory of a block");
+};
+
+// Tiles of D in the order in which they are computed: down kBand tiles of M, then the next column
+// of tiles, so that the tiles in flight at one time share rows of A and of B in the L2. The
+// clusters take turns, first for their first warpgroup, then for their second.
+struct TileOrder {
+  static constexpr int kBand = 8;
+  int tiles_m, tiles_n;  // tiles_m counts the tiles of a cluster
+
+  __host__ __device__ int count() const { return tiles_m * tiles_n; }
+  __device__ __forceinline__ void at(int index, int& m, int& n) const {
+    const int per_band = kBand * tiles_n, band = index / per_band, in_band = index % per_band;
+    const int rows = min(kBand, tiles_m - band * kBand);
+    n = in_band / rows;
+    m = band * kBand + in_band % rows;
+  }
+};
+
+// Where the producer or a consumer is in the ring of stages: the stage, its addresses in the shared
+// window, and the parity of the current round.
+template <class T>
+struct RingPosition {
+  uint32_t shared, parity = 0;
+  int stage = 0;
+
+  __device__ __forceinline__ explicit RingPosition(uint32_t shared) : shared(shared) {}
+  __device__ __forceinline__ uint32_t a() const { return shared + stage * T::kBytesA; }
+  __device__ __forceinline__ uint32_t b() const {
+    return shared + T::kOffsetB + stage * T::kBytesB;
+  }
+  __device__ __forceinline__ uint32_t full() const { return shared + T::kOffsetFull + stage * 8; }
+  __device__ __forceinline__ uint32_t empty() const { return shared + T::kOffsetEmpty + stage * 8; }
+  __device__ __forceinline__ void advance() {
+    if (++stage == T::kStages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+}  // namespace mxtrain::cuda::sm90

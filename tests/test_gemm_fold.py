@@ -1,0 +1,253 @@
+"""The fold backend of gemm: mxfp4 folded into E5M2, multiplied on FP8 tensor cores.
+
+The folding is checked on the CPU, through its reference; the product where the backend exists.
+Bounds: docs/numerics.md, "GEMM". Operands come from fixed seeds.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from common import assert_same_bytes, cuda_has
+
+import mxtrain
+from mxtrain import reference
+from mxtrain.env import gemm_backend_here
+
+HAS_FOLD = cuda_has("gemm") and gemm_backend_here("mxfp4") == "fold"
+needs_fold = pytest.mark.skipif(not HAS_FOLD, reason="needs a GPU that gemm's fold backend serves")
+
+# c of |D - D64| <= c |A||B|^T. "exact" is a float32 sum of exact products; the others cut products
+# off 13 bits below the largest of their instruction, again and again along a chunk of K.
+TOLERANCE = {"exact": lambda k: max(k, 8) * 2.0**-24, "fp32": lambda k: 2.0**-9}
+
+
+def values(name: str, rows: int, k: int, seed: int) -> torch.Tensor:
+    """A float matrix of one of the distributions that the bound is tested on."""
+    generator = torch.Generator(device="cuda").manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, device="cuda")
+
+    x = normal(rows, k)
+    kind, _, size = name.partition("-")
+    if kind == "lognormal":
+        return x.sign() * torch.exp(float(size) * normal(rows, k))
+    if kind == "blocks":  # block scales over several times `size` binades
+        factors = torch.exp2(float(size) * normal(rows, -(-k // 32)))
+        return x * factors.repeat_interleave(32, 1)[:, :k]
+    if kind == "outliers":
+        x[:, ::97] *= 100
+    if kind == "biased":
+        x += 3
+    return x
+
+
+def exact(a: mxtrain.Operand, b: mxtrain.Operand) -> tuple[torch.Tensor, torch.Tensor]:
+    """A B^T and |A||B|^T in float64."""
+    left, right = a.dequantize(torch.float32).double(), b.dequantize(torch.float32).double()
+    return left @ right.T, left.abs() @ right.abs().T
+
+
+DISTRIBUTIONS = [
+    "gaussian",
+    "lognormal-1",
+    "lognormal-2",
+    "lognormal-4",
+    "blocks-1",
+    "blocks-4",
+    "outliers-",
+    "biased-",
+]
+
+
+# ---- the folding, on any machine ----
+
+
+def test_folding_is_exact_over_29_binades():
+    codes = torch.arange(16, dtype=torch.uint8).repeat(2)  # every element, with its sign
+    data = (codes[0::2] | (codes[1::2] << 4)).repeat(1, 40)
+    scale = torch.tensor([[200 - s for s in range(40)]], dtype=torch.uint8)
+    folded, row_scale = reference.fold(data, scale)
+    assert row_scale.tolist() == [200]
+    got = folded.view(torch.float8_e5m2).double() * 2.0 ** (200 - reference.FOLD_BIAS)
+    values = reference.dequantize(data, scale, None, "mxfp4", 1280).double()
+    assert torch.equal(got[:, : 29 * 32], values[:, : 29 * 32])
+    assert (got[:, 29 * 32 :] == 0).all()
+    assert torch.equal(folded.view(torch.int8) < 0, (codes >= 8).repeat(1, 40))  # -0 stays -0
+
+
+def test_folding_a_nan_block_marks_its_row():
+    data = torch.full((3, 64), 0x21, dtype=torch.uint8)
+    scale = torch.full((3, 4), 127, dtype=torch.uint8)
+    scale[1, 2] = 255
+    folded, row_scale = reference.fold(data, scale)
+    assert row_scale.tolist() == [127, 255, 127]
+    assert folded.view(torch.float8_e5m2).float().isfinite().all()
+
+
+def test_set_gemm_backend_returns_the_previous_one_and_refuses_others():
+    before = mxtrain.set_gemm_backend("dequant")
+    try:
+        assert before == "auto"
+        with pytest.raises(ValueError, match=r"set_gemm_backend: name must be one of auto"):
+            mxtrain.set_gemm_backend("cublas")
+        assert mxtrain.set_gemm_backend("fold") == "dequant"
+    finally:
+        assert mxtrain.set_gemm_backend(before) == "fold"
+
+
+# ---- the product ----
+
+
+@needs_fold
+@pytest.mark.parametrize("accumulate", ["fp32", "exact"])
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+def test_error_bound(name, accumulate):
+    for m, n, k in [(256, 512, 128), (130, 200, 1000), (128, 256, 8192), (5, 300, 65536)]:
+        a = mxtrain.quantize(values(name, m, k, seed=1), "mxfp4")
+        b = mxtrain.quantize(values(name, n, k, seed=2), "mxfp4")
+        got = mxtrain.gemm(a, b, out_dtype=torch.float32, accumulate=accumulate).double()
+        product, magnitude = exact(a, b)
+        assert ((got - product).abs() <= TOLERANCE[accumulate](k) * magnitude).all(), (m, n, k)
+        error = float((got - product).norm() / product.norm())
+        assert error <= (1e-6 if accumulate == "exact" else 5e-4), (m, n, k, error)
+
+
+@needs_fold
+@pytest.mark.parametrize("accumulate", ["fp32", "exact"])
+def test_gaussian_operands_have_no_error_at_all(accumulate):
+    """Their scales differ by a few binades, so nothing is cut off and float32 holds the sums."""
+    a = mxtrain.quantize(values("gaussian", 512, 8192, seed=1), "mxfp4")
+    b = mxtrain.quantize(values("gaussian", 768, 8192, seed=2), "mxfp4")
+    got = mxtrain.gemm(a, b, out_dtype=torch.float32, accumulate=accumulate)
+    assert torch.equal(got.double(), exact(a, b)[0])
+
+
+@needs_fold
+def test_agrees_with_dequant_and_says_so(monkeypatch):
+    a = mxtrain.quantize(values("gaussian", 300, 1024, seed=1), "mxfp4")
+    b = mxtrain.quantize(values("gaussian", 200, 1024, seed=2), "mxfp4")
+    folded = mxtrain.gemm(a, b)
+    mxtrain.set_gemm_backend("dequant")
+    try:
+        assert torch.equal(folded, mxtrain.gemm(a, b))
+    finally:
+        mxtrain.set_gemm_backend("auto")
+    x = mxtrain.quantize(torch.randn(64, 64, device="cuda"), "mxfp8_e4m3")
+    mxtrain.set_gemm_backend("fold")
+    try:
+        with pytest.raises(RuntimeError, match="GEMM backend must be one that serves format mxfp8"):
+            mxtrain.gemm(x, x)
+    finally:
+        mxtrain.set_gemm_backend("auto")
+
+
+@needs_fold
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("accumulate", ["fp32", "fast", "exact"])
+def test_ragged_shapes_alpha_bias_and_every_output_type(accumulate, out_dtype):
+    """Rows of D that are not whole 16-byte units, tiles that stick out, K that is not a stage."""
+    shapes = [(1, 1, 1), (33, 65, 100), (129, 127, 160), (300, 520, 480), (64, 1031, 96)]
+    for m, n, k in [*shapes, (1000, 1030, 32), (2049, 2056, 224)]:
+        a = mxtrain.quantize(values("gaussian", m, k, seed=1), "mxfp4")
+        b = mxtrain.quantize(values("gaussian", n, k, seed=2), "mxfp4")
+        bias = values("gaussian", 1, n, seed=3)[0]
+        product = exact(a, b)[0].float()  # exact in float32, too
+        options = {"out_dtype": out_dtype, "accumulate": accumulate}
+        assert_same_bytes(mxtrain.gemm(a, b, **options), product.to(out_dtype), f"{m} {n} {k}")
+        expected = product * torch.tensor(0.7, device="cuda") + bias
+        got = mxtrain.gemm(a, b, bias, alpha=0.7, **options)
+        assert_same_bytes(got, expected.to(out_dtype), f"{m} {n} {k}, alpha and bias")
+
+
+@needs_fold
+@pytest.mark.parametrize("accumulate", ["fp32", "fast", "exact"])
+def test_nan_scales_reach_their_row_or_column_and_nothing_else(accumulate):
+    x, y = values("gaussian", 300, 512, seed=1), values("gaussian", 260, 512, seed=2)
+    x[3, 40] = x[299, 511] = float("nan")
+    y[7, 90] = float("inf")
+    a, b = mxtrain.quantize(x, "mxfp4"), mxtrain.quantize(y, "mxfp4")
+    got = mxtrain.gemm(a, b, accumulate=accumulate).isnan()
+    expected = torch.zeros(300, 260, dtype=torch.bool, device="cuda")
+    expected[[3, 299], :] = expected[:, 7] = True
+    assert torch.equal(got, expected)
+
+
+@needs_fold
+def test_scales_at_the_ends_of_their_range():
+    """2^(scales) of a row times a column may leave float32's range on the way, not in the result.
+
+    Rows at 2^-127 and 2^120 times columns at 2^120, 2^-127 and 1.
+    """
+    g = torch.Generator().manual_seed(0)
+    data = [torch.randint(0, 256, (3, 64), generator=g, dtype=torch.uint8).cuda() for _ in "ab"]
+    scale = [torch.tensor(s, dtype=torch.uint8).cuda() for s in ([0, 247, 127], [247, 0, 127])]
+    a, b = (
+        mxtrain.Operand(d, s[:, None].repeat(1, 4), "mxfp4", (3, 128))
+        for d, s in zip(data, scale, strict=True)
+    )
+    got = mxtrain.gemm(a, b, out_dtype=torch.float32)
+    assert torch.equal(got, exact(a, b)[0].float())  # overflows to Inf and underflows alike
+    assert got.isinf().any() and (got.abs() < 2.0**-126).any()
+    doubled = mxtrain.gemm(a, b, alpha=2.0**20, out_dtype=torch.float32)
+    inside = got.abs() > 2.0**-100
+    assert torch.equal(doubled[inside], (exact(a, b)[0] * 2.0**20).float()[inside])
+
+
+@needs_fold
+def test_operands_at_any_address_and_stride():
+    """Codes at an odd address, scales at an odd address, and operands that are slices of larger."""
+    x, y = values("blocks-2", 140, 480, seed=1), values("blocks-2", 90, 480, seed=2)
+    a, b = mxtrain.quantize(x, "mxfp4"), mxtrain.quantize(y, "mxfp4")
+    expected = mxtrain.gemm(a, b, out_dtype=torch.float32)
+
+    def moved(t: torch.Tensor, by: int) -> torch.Tensor:
+        storage = torch.empty(t.numel() + by, dtype=t.dtype, device=t.device)
+        storage[by:] = t.flatten()
+        return storage[by:].view_as(t)
+
+    def sliced(t: torch.Tensor) -> torch.Tensor:
+        return torch.cat([t, t], 1)[:, : t.shape[1]]
+
+    for change in (lambda t: moved(t, 1), lambda t: moved(t, 4), sliced):
+        p, q = (mxtrain.Operand(change(o.data), change(o.scale), o.format, o.shape) for o in (a, b))
+        assert_same_bytes(mxtrain.gemm(p, q, out_dtype=torch.float32), expected)
+
+
+@needs_fold
+def test_the_same_bytes_every_time_on_two_streams_and_in_a_graph():
+    a = mxtrain.quantize(values("blocks-4", 1300, 2048, seed=1), "mxfp4")
+    b = mxtrain.quantize(values("blocks-4", 1100, 2048, seed=2), "mxfp4")
+    expected = [mxtrain.gemm(a, b), mxtrain.gemm(b, a)]
+    for _ in range(100):
+        assert torch.equal(mxtrain.gemm(a, b), expected[0])
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    torch.cuda.synchronize()
+    got: list[list[torch.Tensor]] = [[], []]
+    for _ in range(20):
+        for i, stream in enumerate(streams):
+            with torch.cuda.stream(stream):
+                got[i].append(mxtrain.gemm(*((a, b) if i == 0 else (b, a))))
+    torch.cuda.synchronize()
+    assert all(torch.equal(t, expected[i]) for i in range(2) for t in got[i])
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = mxtrain.gemm(a, b)
+    captured.zero_()
+    graph.replay()
+    assert torch.equal(captured, expected[0])
+
+
+@needs_fold
+def test_every_tile_size_gives_the_same_bytes():
+    """One row of a large product, alone: another tile, the same sums."""
+    a = mxtrain.quantize(values("blocks-4", 4096, 1024, seed=1), "mxfp4")
+    b = mxtrain.quantize(values("blocks-4", 2048, 1024, seed=2), "mxfp4")
+    for accumulate in ("fp32", "exact"):
+        whole = mxtrain.gemm(a, b, accumulate=accumulate)
+        for row in (0, 777, 4095):
+            one = mxtrain.Operand(
+                a.data[row : row + 1], a.scale[row : row + 1], a.format, (1, 1024)
+            )
+            assert torch.equal(mxtrain.gemm(one, b, accumulate=accumulate)[0], whole[row])
