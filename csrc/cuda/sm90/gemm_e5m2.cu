@@ -17,6 +17,8 @@
 //        as many issue slots as the products take cycles.
 //   0    all of K in the tensor cores.
 // Every sum has one order, so the same operands give the same bytes.
+#include <algorithm>
+
 #include "cuda/sm90/gemm_e5m2.h"
 #include "cuda/sm90/gemm_epilogue.cuh"
 #include "cuda/sm90/gemm_traits.cuh"
@@ -88,7 +90,8 @@ template <class T>
 struct Factors {
   static constexpr int kUnit = 16;
   static constexpr int kStep = 32 / kUnit, kPart = 128 * T::kTileK / kUnit;  // along K; along N
-  uint32_t a, b;                                                             // of stage 0
+
+  uint32_t a, b;  // of stage 0
 
   __device__ __forceinline__ Factors(uint32_t shared, int group)
       : a(shared / kUnit + group * (64 * T::kTileK / kUnit)), b((shared + T::kOffsetB) / kUnit) {}
@@ -239,6 +242,7 @@ __device__ __forceinline__ void consume(const CUtensorMap& map_out, const Kernel
     finish<T, kType>(d, scales, args, map_out, m, n, boxes, lane);
   }
   if (lane == 0) ptx::cp_async_bulk_wait_group_read<0>();
+  __syncwarp();
 }
 
 // ---- the kernel ----
