@@ -1,7 +1,8 @@
 # make train   a vision transformer on handwritten digits in BF16, MXFP4 and TetraJet, side by side
 # make test    the whole test suite
-# Both make .venv and install what they need. To use an environment of yours that has torch, cmake, ninja and pybind11 (no
-# network needed): make test VENV=          (the python3 on the PATH), or make test VENV=/path/to/venv
+# Both make .venv and install what they need. To use an environment of yours that has what README.md lists (no network needed):
+# make test VENV=          (the python3 on the PATH), or make test VENV= PYTHON=/path/bin/python
+# (VENV=/path names another folder for .venv, and pip then installs the pinned torch and the rest into it).
 VENV ?= .venv
 PYTHON ?= python3
 # Where no GPU is, a pinned torch that has a CPU build; an unpinned one brings gigabytes of CUDA packages.
@@ -11,10 +12,12 @@ ifeq ($(VENV),)
 PY := $(PYTHON)
 PIP_INSTALL = $(PY) -m pip install --quiet --no-build-isolation --no-deps -e .
 INSTALLED := build/.installed-here
+TOOLS :=
 else
 PY := $(VENV)/bin/python
 PIP_INSTALL = $(PY) -m pip install --quiet "$(TORCH)" numpy && $(PY) -m pip install --quiet -e ".[test,lint]"
 INSTALLED := $(VENV)/.installed
+TOOLS := $(VENV)/bin/
 endif
 
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(wildcard cmake/*) $(shell find csrc -type f)
@@ -30,11 +33,11 @@ test: $(INSTALLED)
 
 lint: $(INSTALLED)
 	$(PY) -m ruff check . && $(PY) -m ruff format --check .
-	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' | xargs $(dir $(PY))clang-format --dry-run -Werror
+	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' | xargs $(TOOLS)clang-format --dry-run -Werror
 
 format: $(INSTALLED)
 	$(PY) -m ruff check --fix . && $(PY) -m ruff format .
-	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' | xargs $(dir $(PY))clang-format -i
+	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' | xargs $(TOOLS)clang-format -i
 
 bench: $(INSTALLED)
 	$(PY) -m bench run
