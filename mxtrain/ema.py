@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from .checks import refusal, show
+from .checks import kind, refusal, show
 from .recipe import Recipe
 
 
@@ -103,7 +103,11 @@ class EmaLinear(nn.Linear):
             prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs,
         )  # fmt: skip
         if saved:
-            self._count_ema(int(state_dict[keys[1]]))
+            problem = _bad_count(state_dict[keys[1]])
+            if problem is None:
+                self._count_ema(int(state_dict[keys[1]]))
+            else:  # load_state_dict raises, and lists it with what else is wrong
+                error_msgs.append(problem)
         elif mine:
             if keys[0] in missing_keys:
                 missing_keys.remove(keys[0])
@@ -161,6 +165,18 @@ def update_weight_ema(layers: Iterable[EmaLinear]) -> None:
         layer._count_ema(layer._ema_updates + 1)
     for amount, (emas, weights) in grouped.items():
         torch._foreach_lerp_(emas, weights, amount)
+
+
+def _bad_count(updates: object) -> str | None:
+    """What is wrong with ema_updates of a state_dict, or None."""
+    integer = isinstance(updates, Tensor) and not updates.is_floating_point()
+    integer = integer and not updates.is_complex() and updates.numel() == 1
+    if integer and (updates.is_meta or int(updates) >= 0):
+        return None
+    got = int(updates) if integer else show(updates)
+    advice = "Load what state_dict returned, or remove the key and weight_ema to start anew."
+    condition = "be one integer of at least 0"
+    return refusal("load_state_dict", "ema_updates", condition, got, kind(updates), advice)
 
 
 def _checked(layers: Iterable[EmaLinear]) -> list[EmaLinear]:

@@ -227,6 +227,14 @@ def test_loading_a_plain_checkpoint_restarts_the_average():
     assert net[0]._ema_updates == 5
 
 
+@pytest.mark.parametrize("count", ["x", 3, torch.ones(3, dtype=torch.int64), torch.tensor(-5)])
+def test_a_count_that_is_none_is_refused(count):
+    layer = ema_layer()
+    with pytest.raises(RuntimeError, match=r"mxtrain::load_state_dict: ema_updates must be one"):
+        layer.load_state_dict({**layer.state_dict(), "ema_updates": count})
+    assert layer._ema_updates == 0
+
+
 def test_reset_parameters_restarts_the_average():
     layer = ema_layer()
     step(layer, SGD(layer.parameters(), lr=0.1))
