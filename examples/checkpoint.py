@@ -76,6 +76,8 @@ def refuse(example: str, path: str, got: str) -> None:
 
 
 def _read(path: str) -> Fields:
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise BadInput("which is a folder, a pipe or a device, not a file")  # a pipe would block
     outer = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(outer, dict) or outer.get("magic") != MAGIC:
         raise BadInput("which another program or release wrote")

@@ -223,6 +223,8 @@ def checkpoints(tmp_path_factory) -> Path:
     outer["payload"][len(outer["payload"]) // 2] += 1
     torch.save(outer, folder / "changed.pt")
 
+    os.mkfifo(folder / "pipe.pt")  # whose reader would wait for a writer
+
     def variant(name: str, change) -> None:
         fields = load(good)
         change(fields)
@@ -257,7 +259,8 @@ def checkpoints(tmp_path_factory) -> Path:
         ("empty.pt", Digits, [], "cut short"),
         ("truncated.pt", Digits, [], "cut short"),
         ("picture.pt", Digits, [], "something else"),
-        (".", Digits, [], "something else"),
+        (".", Digits, [], "a folder, a pipe or a device"),
+        ("pipe.pt", Digits, [], "a folder, a pipe or a device"),
         ("foreign.pt", Digits, [], "another program or release wrote"),
         ("old.pt", Digits, [], "another program or release wrote"),
         ("changed.pt", Digits, [], "its digest differs"),
