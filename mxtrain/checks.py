@@ -8,6 +8,7 @@ kinds of things, unknown names, integers beyond 64 bits.
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -100,6 +101,14 @@ def is_finite(value: Any) -> bool:
         return math.isfinite(value)
     except OverflowError:  # an int beyond the largest float
         return False
+
+
+def as_float32(value: Any) -> float:
+    """What a number becomes as the float32 factor of an op: too large is inf, too small is 0."""
+    try:
+        return ctypes.c_float(value).value
+    except OverflowError:  # an int beyond the largest float
+        return math.inf
 
 
 def check_bool(op: str, argument: str, value: object) -> None:

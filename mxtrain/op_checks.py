@@ -7,14 +7,13 @@ check it when they run.
 
 from __future__ import annotations
 
-import ctypes
 import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .checks import FLOATS, refusal
+from .checks import FLOATS, as_float32, refusal
 from .formats import ACCUMULATE, FORMATS, HADAMARD_GROUPS, ROUNDINGS, SCALE_RULES, Format
 
 BY_CODE: list[Format] = list(FORMATS.values())
@@ -54,10 +53,6 @@ def _known(*values: object) -> bool:
 
 def _differ(a: object, b: object) -> bool:
     return _known(a, b) and a != b
-
-
-def _float32(value: float) -> float:
-    return ctypes.c_float(value).value
 
 
 # ---- one argument ----
@@ -230,7 +225,7 @@ def check_target(op: str, x: Tensor, t: Target, rng: Tensor | None, k: int) -> N
         advice = f"Pad x with zeros to a multiple of {t.hadamard}, or take a smaller group."
         condition = "divide the padded contraction axis"
         _fail(op, "hadamard", condition, t.hadamard, context, advice)
-    if not (math.isfinite(_float32(t.prescale)) and _float32(t.prescale) > 0):
+    if not (math.isfinite(as_float32(t.prescale)) and as_float32(t.prescale) > 0):
         condition, got = "be finite and positive", f"{t.prescale:g}"
         _fail(op, "prescale", condition, got, shape, "Use 1 for none.")
     rounding = list(ROUNDINGS)[t.rounding]
@@ -333,7 +328,7 @@ def check_gemm(
         _fail(op, "a and b", condition, got, context, advice)
     check_same_device(op, "b", b[0], a[0])
     check_float_dtype(op, "out_dtype", out_dtype, "a", a[0])
-    if not math.isfinite(_float32(alpha)):
+    if not math.isfinite(as_float32(alpha)):
         advice = "It is a float32 factor on the product; 1 for none."
         _fail(op, "alpha", "be finite", f"{alpha:g}", f"a {_shape(a[0])}", advice)
     check_choice(op, "accumulate", accumulate, list(ACCUMULATE))

@@ -15,6 +15,7 @@ accepted. docs/numerics.md defines what the fields do to the bits.
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,10 +23,10 @@ import torch
 from torch import Tensor
 
 from .checks import (
+    as_float32,
     check_device,
     check_int,
     check_name,
-    is_finite,
     is_int,
     is_number,
     kind,
@@ -104,8 +105,8 @@ class Quantizer:
         _check_one_of(what, "hadamard", self.hadamard, (0, *HADAMARD_GROUPS))
         check_name(what, "signs", self.signs, SIGNS)
         check_name(what, "source", self.source, SOURCES)
-        ok = is_number(self.prescale) and is_finite(self.prescale) and self.prescale > 0
-        advice = "Use 1 for none."
+        ok = is_number(self.prescale) and 0 < as_float32(self.prescale) < math.inf
+        advice = "Use 1 for none; it is a float32."
         _check(ok, what, "prescale", "be positive and finite", self.prescale, advice)
         ok = self.signs == "none" or self.hadamard > 0
         advice = "Set hadamard to the size of the groups that the signs belong to."
@@ -227,6 +228,10 @@ class Recipe:
         condition = f"leave {a} and {b} at prescale 1 where one of them has no format"
         advice = "Give both a format, or neither a prescale."
         check(both or prescales == (1.0, 1.0), gemm, condition, prescales, advice)
+        product = float(qa.prescale) * float(qb.prescale)
+        ok = product > 0 and 0 < as_float32(1.0 / product) < math.inf
+        condition = f"give {a} and {b} prescales that a float32 alpha can undo"
+        check(ok, gemm, condition, prescales, "Use factors nearer to 1.")
 
     def pair(self, gemm: str) -> tuple[Quantizer, Quantizer]:
         """The quantizers of A and B of "fprop", "dgrad" or "wgrad"."""

@@ -128,6 +128,9 @@ BAD_QUANTIZERS = [
     ({"prescale": -1.0}, r"prescale must be positive and finite, got -1.0"),
     ({"prescale": float("nan")}, r"prescale must be positive and finite, got nan"),
     ({"prescale": float("inf")}, r"prescale must be positive and finite, got inf"),
+    ({"prescale": 1e-46}, r"prescale must be positive and finite, got 1e-46 .*it is a float32"),
+    ({"prescale": 1e39}, r"prescale must be positive and finite, got 1e\+39"),
+    ({"prescale": 10**400}, r"prescale must be positive and finite, got 1000"),
     ({"format": None, "hadamard": 64}, r"without a format, got \(64, 1.0, .*use Quantizer\(\)"),
     ({"format": None, "prescale": 0.75}, r"must keep their defaults without a format"),
     ({"format": None, "source": "forward"}, r"must keep their defaults without a format"),
@@ -167,6 +170,10 @@ BAD_RECIPES = [
     (
         {"dgrad_dy": PRESCALED},
         r"dgrad_dy and dgrad_w at prescale 1 where one of them has no format, got \(0.75, 1.0\)",
+    ),
+    (
+        dict.fromkeys(("dgrad_dy", "dgrad_w"), Quantizer("mxfp4", prescale=1e-30)),
+        r"dgrad must give dgrad_dy and dgrad_w prescales that a float32 alpha can undo",
     ),
     # double quantization
     (
