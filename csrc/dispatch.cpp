@@ -69,7 +69,6 @@ LaunchShape& last_launch() {
 }
 
 GemmChoice best_gemm_backend(int major, int minor, int64_t format) {
-  constexpr int64_t kMxfp4Code = 0;
   if (format != kMxfp4Code) return {GemmBackend::kDequant, "decode to BF16, cuBLAS"};
   if (major != 9 || minor != 0)
     return {GemmBackend::kDequant, "decode to BF16, cuBLAS; fold needs compute capability 9.0"};
