@@ -11,7 +11,8 @@ TORCH ?= $(if $(shell command -v nvidia-smi 2>/dev/null),torch>=2.11,torch==2.13
 ifeq ($(VENV),)
 PY := $(PYTHON)
 PIP_INSTALL = $(PY) -m pip install --quiet --no-build-isolation --no-deps -e .
-INSTALLED := build/.installed-here
+# One stamp for each environment that has installed from here.
+INSTALLED := build/.installed-$(shell $(PYTHON) -c 'import sys, zlib; print(zlib.crc32(sys.prefix.encode()))')
 TOOLS :=
 else
 PY := $(VENV)/bin/python

@@ -13,7 +13,7 @@ namespace mxtrain::cuda {
 
 struct TileTraits {
   static constexpr int kThreads = 256;
-  static constexpr int kCtas = 3;  // of an SM at least: 80 registers, which no kernel spills
+  static constexpr int kCtas = 3;     // of an SM at least: 80 registers, which no kernel spills
   static constexpr int kTileK = 256;  // holds the largest Hadamard group
   static constexpr int kRowBytes = 128;
   static constexpr int kChunks = kRowBytes / 16;
