@@ -6,8 +6,8 @@
 // scale, tensor_scale): uint8 codes [R, Kp * bits / 8], uint8 block scales [R, Kp / block], and
 // float32 [1] for nvfp4 ([0] elsewhere; inputs may pass None). format, scale_rule, rounding and
 // accumulate are codes, named in mxtrain.formats: the stable ABI leaks `str` arguments. rng is
-// int64 [2]. Every op is functional. docs/numerics.md defines the arithmetic, mxtrain/ops.py
-// documents each op and has its fake kernel.
+// int64 [2]. Every op is functional but gemm_add_. docs/numerics.md defines the arithmetic,
+// mxtrain/ops.py documents each op and has its fake kernel.
 #include <torch/csrc/stable/library.h>
 
 #include "ops/ops.h"
@@ -42,6 +42,9 @@ STABLE_TORCH_LIBRARY(mxtrain, m) {
       "gemm(Tensor a, Tensor a_scale, Tensor? a_tensor_scale, Tensor b, Tensor b_scale, Tensor? "
       "b_tensor_scale, int format, "
       "Tensor? bias, float alpha, ScalarType out_dtype, int accumulate=0) -> Tensor");
+  m.def(
+      "gemm_add_(Tensor(a!) out, Tensor a, Tensor a_scale, Tensor? a_tensor_scale, Tensor b, "
+      "Tensor b_scale, Tensor? b_tensor_scale, int format, float alpha, int accumulate=0) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mxtrain, CPU, m) {
@@ -55,6 +58,7 @@ STABLE_TORCH_LIBRARY_IMPL(mxtrain, CPU, m) {
   m.impl("swizzle_scale", TORCH_BOX(&swizzle_scale));
   m.impl("unswizzle_scale", TORCH_BOX(&unswizzle_scale));
   m.impl("gemm", TORCH_BOX(&gemm));
+  m.impl("gemm_add_", TORCH_BOX(&gemm_add_));
 }
 
 #ifdef MXT_WITH_CUDA
@@ -69,5 +73,6 @@ STABLE_TORCH_LIBRARY_IMPL(mxtrain, CUDA, m) {
   m.impl("swizzle_scale", TORCH_BOX(&swizzle_scale));
   m.impl("unswizzle_scale", TORCH_BOX(&unswizzle_scale));
   m.impl("gemm", TORCH_BOX(&gemm));
+  m.impl("gemm_add_", TORCH_BOX(&gemm_add_));
 }
 #endif

@@ -315,9 +315,8 @@ def check_unswizzle(scale: Tensor, rows: int, cols: int) -> None:
 
 def check_gemm(
     a: tuple[Tensor, Tensor, Tensor | None], b: tuple[Tensor, Tensor, Tensor | None], format: int,
-    bias: Tensor | None, alpha: float, out_dtype: torch.dtype, accumulate: int,
+    bias: Tensor | None, alpha: float, out_dtype: torch.dtype, accumulate: int, op: str = "gemm",
 ) -> None:  # fmt: skip
-    op = "gemm"
     _, a_kp = check_operand(op, "a", *a, format)
     n, b_kp = check_operand(op, "b", *b, format)
     shapes = f"a {_shape(a[0])}, b {_shape(b[0])}"
@@ -338,6 +337,17 @@ def check_gemm(
         condition, got = f"be a float vector of shape [{n}]", f"{_dtype(bias.dtype)} {_shape(bias)}"
         _fail(op, "bias", condition, got, f"b has {n} rows", "Convert or reshape it.")
     check_same_device(op, "bias", bias, a[0])
+
+
+def check_accumulator(out: Tensor, a: Tensor, b: Tensor) -> None:
+    size = (a.shape[0], b.shape[0])
+    fits = out.dtype == torch.float32 and out.dim() == 2 and out.is_contiguous()
+    if not fits or any(_differ(have, want) for have, want in zip(out.shape, size, strict=True)):
+        condition = f"be contiguous, float32 of shape [{size[0]}, {size[1]}]"
+        strided = "" if out.is_contiguous() else " strided"
+        got, advice = f"{_dtype(out.dtype)} {_shape(out)}{strided}", "Allocate it with torch.zeros."
+        _fail("gemm_add_", "out", condition, got, f"a {_shape(a)}, b {_shape(b)}", advice)
+    check_same_device("gemm_add_", "out", out, a)
 
 
 def check_column_sum(dy: Tensor) -> None:

@@ -290,6 +290,21 @@ def dequantize(operand: Operand, dtype: torch.dtype = torch.float32) -> Tensor:
     )
 
 
+def _check_factors(what: str, a: Operand, b: Operand, alpha: float, accumulate: str) -> None:
+    _check_operand(what, "a", a)
+    _check_operand(what, "b", b)
+    check_name(what, "accumulate", accumulate, ACCUMULATE)
+    check_number(what, "alpha", alpha)
+    if a.format != b.format:
+        got, advice = f"{a.format} and {b.format}", "Quantize both to one format."
+        context = f"a {a.shape}, b {b.shape}"
+        raise ValueError(refusal(what, "a and b", "have the same format", got, context, advice))
+    if a.shape[1] != b.shape[1]:
+        got, context = f"{a.shape[1]} and {b.shape[1]}", f"a {a.shape}, b {b.shape}"
+        advice = "Both are quantized along the contraction axis: D = A B^T."
+        raise ValueError(refusal(what, "a and b", "have the same K", got, context, advice))
+
+
 def gemm(
     a: Operand,
     b: Operand,
@@ -316,20 +331,9 @@ def gemm(
         ValueError: if the formats differ, or for an unknown name.
         RuntimeError: for tensors that do not fit.
     """
-    _check_operand("gemm", "a", a)
-    _check_operand("gemm", "b", b)
-    check_name("gemm", "accumulate", accumulate, ACCUMULATE)
-    check_number("gemm", "alpha", alpha)
+    _check_factors("gemm", a, b, alpha, accumulate)
     check_dtype("gemm", "out_dtype", out_dtype)
     check_tensor("gemm", "bias", bias, optional=True)
-    if a.format != b.format:
-        got, advice = f"{a.format} and {b.format}", "Quantize both to one format."
-        context = f"a {a.shape}, b {b.shape}"
-        raise ValueError(refusal("gemm", "a and b", "have the same format", got, context, advice))
-    if a.shape[1] != b.shape[1]:
-        got, context = f"{a.shape[1]} and {b.shape[1]}", f"a {a.shape}, b {b.shape}"
-        advice = "Both are quantized along the contraction axis: D = A B^T."
-        raise ValueError(refusal("gemm", "a and b", "have the same K", got, context, advice))
     return _ops.gemm(
         a.data,
         a.plain_scale(),
@@ -343,6 +347,37 @@ def gemm(
         out_dtype,
         ACCUMULATE[accumulate],
     )
+
+
+def gemm_add_(
+    out: Tensor, a: Operand, b: Operand, alpha: float = 1.0, accumulate: str = "fp32"
+) -> Tensor:
+    """out += alpha * A B^T in float32: a weight gradient over several steps, for instance.
+
+    Args:
+        out: contiguous float32 `[M, N]`, changed in place; autograd does not see the change.
+        a, b, alpha, accumulate: as in `gemm`.
+
+    Returns:
+        out.
+
+    Raises:
+        ValueError: as `gemm`, and if out requires grad.
+        RuntimeError: for tensors that do not fit.
+    """
+    what = "gemm_add_"
+    _check_factors(what, a, b, alpha, accumulate)
+    check_tensor(what, "out", out)
+    if out.requires_grad:
+        context, advice = f"shape {list(out.shape)}", "Pass a buffer, or out.detach()."
+        raise ValueError(refusal(what, "out", "not require grad", True, context, advice))
+    _ops.gemm_add_(
+        out, a.data, a.plain_scale(), a.tensor_scale, b.data, b.plain_scale(), b.tensor_scale,
+        FORMATS[a.format].code, alpha, ACCUMULATE[accumulate],
+    )  # fmt: skip
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version(out)  # what was saved of out is not what it holds
+    return out
 
 
 def set_gemm_backend(name: str) -> str:

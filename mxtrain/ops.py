@@ -41,6 +41,10 @@ gemm(a, a_scale, a_tensor_scale, b, b_scale, b_tensor_scale, format, bias, alpha
     makes its row (column) NaN. Raises where K or the formats differ, or bias is not a float vector
     of N.
 
+gemm_add_(out, a, a_scale, a_tensor_scale, b, b_scale, b_tensor_scale, format, alpha, accumulate=0)
+    out += alpha * A B^T in float32, for the accumulation of gradients: out `[M, N]` is contiguous
+    float32. The product is rounded to float32, then added. Raises as gemm, and for another out.
+
 One op is Python, for every device:
 
 column_sum(dy) -> float32 `[C]`
@@ -68,6 +72,7 @@ OP_NAMES = (
     "swizzle_scale",
     "unswizzle_scale",
     "gemm",
+    "gemm_add_",
 )
 PYTHON_OPS = ("column_sum",)
 
@@ -235,6 +240,25 @@ def _(
         bias=bias,
     )
     return a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype)
+
+
+@torch.library.register_fake("mxtrain::gemm_add_")
+def _(
+    out, a, a_scale, a_tensor_scale, b, b_scale, b_tensor_scale, format, alpha, accumulate=0
+):  # fmt: skip
+    a_parts, b_parts = (a, a_scale, a_tensor_scale), (b, b_scale, b_tensor_scale)
+    check.check_gemm(a_parts, b_parts, format, None, alpha, torch.float32, accumulate, "gemm_add_")
+    check.check_accumulator(out, a, b)
+    check.check_devices(
+        "gemm_add_",
+        a,
+        out=out,
+        a_scale=a_scale,
+        a_tensor_scale=a_tensor_scale,
+        b=b,
+        b_scale=b_scale,
+        b_tensor_scale=b_tensor_scale,
+    )
 
 
 # ---- the Python op ----

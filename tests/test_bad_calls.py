@@ -129,6 +129,17 @@ CALLS = [
         },
     ),
     (
+        mxtrain.gemm_add_,
+        {"out": torch.zeros(64, 64), "a": A, "b": A},
+        {
+            "out": [*TENSOR, torch.zeros(64, 64, requires_grad=True)],
+            "a": NO_OPERAND,
+            "b": [*NO_OPERAND, NV],
+            "alpha": NO_NUMBER,
+            "accumulate": [None, *NO_NAME],
+        },
+    ),
+    (
         mxtrain.hadamard,
         {"x": X, "group": 32},
         {

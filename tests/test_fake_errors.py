@@ -35,6 +35,12 @@ def gemm(a=A, b=A, format=0, bias=None, alpha=1.0, out_dtype=F32, accumulate=0):
     return (*parts, format, bias, alpha, out_dtype, accumulate)
 
 
+def gemm_add_(out=None, a=A, b=A, format=0, alpha=1.0, accumulate=0):
+    out = torch.zeros(64, 64) if out is None else out
+    parts = (a.data, a.scale, a.tensor_scale, b.data, b.scale, b.tensor_scale)
+    return (out, *parts, format, alpha, accumulate)
+
+
 BAD = {
     "quantize": [
         (X.double(), 0),
@@ -163,6 +169,18 @@ BAD = {
         gemm(bias=torch.ones(64, 1)),
         gemm(bias=torch.ones(64).double()),
         gemm(a=N, b=A, format=5),
+    ],
+    "gemm_add_": [
+        gemm_add_(b=C),
+        gemm_add_(format=5),
+        gemm_add_(alpha=NAN),
+        gemm_add_(accumulate=9),
+        gemm_add_(torch.zeros(64, 64).bfloat16()),
+        gemm_add_(torch.zeros(64, 65)),
+        gemm_add_(torch.zeros(64)),
+        gemm_add_(torch.zeros(1, 64, 64)),
+        gemm_add_(torch.zeros(64, 128)[:, ::2]),
+        gemm_add_(torch.zeros(64, 64).t().expand(64, 64)[:, :0]),
     ],
     "column_sum": [(X[0],), (X.double(),), (X[None],)],
 }

@@ -123,3 +123,36 @@ def test_hadamard_cancels(device):
     assert (mxtrain.gemm(a, other, out_dtype=torch.float32) - x @ y.T).norm() / (
         x @ y.T
     ).norm() > 0.5
+
+
+@pytest.mark.ops("quantize", "gemm_add_")
+@pytest.mark.parametrize("format", ["mxfp4", "mxfp8_e4m3", "nvfp4"])
+@pytest.mark.parametrize("shape", [(64, 96, 128), (33, 47, 100), (1, 1, 32), (256, 130, 4096)])
+def test_gemm_add_is_the_product_and_one_addition(format, shape, device):
+    m, n, k = shape
+    a, b = (
+        operand(m, k, format, seed=1, device=device),
+        operand(n, k, format, seed=2, device=device),
+    )
+    out = torch.randn(m, n, device=device)
+    expected, version = out.clone(), out._version
+    for alpha in (1.0, -0.5, 16 / 9):
+        assert mxtrain.gemm_add_(out, a, b, alpha) is out
+        expected += mxtrain.gemm(a, b, alpha=alpha, out_dtype=torch.float32)
+    assert torch.equal(out, expected) and out._version > version
+
+
+@pytest.mark.ops("quantize", "gemm_add_")
+def test_gemm_add_of_nothing_and_under_compile(device):
+    a, b = operand(0, 64, "mxfp4", device=device), operand(5, 64, "mxfp4", device=device)
+    assert mxtrain.gemm_add_(torch.ones(0, 5, device=device), a, b).shape == (0, 5)
+    a = operand(7, 64, "mxfp4", device=device)
+
+    def step(out):
+        mxtrain.gemm_add_(out, a, b)
+        return mxtrain.gemm_add_(out, a, b, 0.5).sum()
+
+    eager, compiled = (torch.full((7, 5), 3.0, device=device) for _ in range(2))
+    want = step(eager)
+    got = torch.compile(step, fullgraph=True)(compiled)
+    assert torch.equal(eager, compiled) and torch.allclose(got, want)

@@ -64,6 +64,17 @@ def op_samples(device: str) -> list[tuple[str, tuple, dict]]:
                 ),
                 {},
             ),
+            (
+                "gemm_add_",
+                (
+                    torch.ones(33, 33, device=device),
+                    *(a.data, a.scale, ts),
+                    *(a.data, a.scale, ts),
+                    code,
+                    2.0,
+                ),
+                {},
+            ),
         ]
     scale = torch.randint(0, 255, (130, 5), dtype=torch.uint8, device=device)
     samples += [

@@ -143,6 +143,9 @@ void epilogue(const EpilogueParams& p, int64_t row_begin, int64_t row_end) {
         v[i] = p.acc[row * p.cols + c0 + i] * p.a_scale * p.b_scale * p.alpha;
       if (p.bias)
         for (int64_t i = 0; i < width; ++i) v[i] += load_one(p.bias_type, p.bias, c0 + i);
+      if (p.add)
+        for (int64_t i = 0; i < width; ++i)
+          v[i] += static_cast<const float*>(p.out)[row * p.cols + c0 + i];
       store(p.out_type, v, width, p.out, row * p.cols + c0);
     }
 }

@@ -92,6 +92,7 @@ struct EpilogueParams {
   const void* bias;  // [cols], or null
   SourceType out_type;
   void* out;  // [rows, cols]
+  bool add;   // to what out holds, float32
 };
 
 struct Kernels {

@@ -154,6 +154,7 @@ __global__ void __launch_bounds__(ElementwiseTraits::kThreads)
   for (int i = 0; i < 8; ++i) {
     v[i] = i0 + i < n ? p.acc[i0 + i] * a * b * p.alpha : 0.0f;
     if (p.bias && i0 + i < n) v[i] += load_any(p.bias, p.bias_type, (i0 + i) % p.cols);
+    if (p.add && i0 + i < n) v[i] += static_cast<const float*>(p.out)[i0 + i];
   }
   store_floats8<kType>(p.out, i0, v, vector && i0 + 8 <= n,
                        static_cast<int>(min(n - i0, static_cast<int64_t>(8))));

@@ -100,6 +100,7 @@ struct EpilogueParams {
   const void* bias;  // [cols], or null
   FloatType bias_type, out_type;
   void* out;  // [rows, cols]
+  bool add;   // to what out holds, float32
 };
 cudaError_t launch_epilogue(const EpilogueParams& p, cudaStream_t stream);
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// gemm on CUDA; dispatch.h chooses the backend.
+// gemm and gemm_add_ on CUDA; dispatch.h chooses the backend.
 //   dequant  decode both operands to bfloat16 (exact for every format here within bfloat16's range;
 //            nvfp4's tensor scales wait for the epilogue), cuBLAS through torch with a float32
 //            result, one epilogue
@@ -23,6 +23,7 @@ struct GemmArguments {
   float alpha;
   ScalarType out_dtype;
   Accumulate accumulate;
+  bool add;  // to what a float32 out holds
 
   const void* bias_data() const { return bias ? bias->const_data_ptr() : nullptr; }
   FloatType bias_type() const {
@@ -48,7 +49,8 @@ static void gemm_dequant(const char* op, const GemmArguments& g, Tensor& out, cu
   const Tensor av = dequantize(g.a, g.a_scale, one, g.format, g.kp, ScalarType::BFloat16);
   const Tensor bv = dequantize(g.b, g.b_scale, one, g.format, g.kp, ScalarType::BFloat16);
   const Tensor bt = torch::stable::transpose(bv, 0, 1);
-  const bool plain = g.out_dtype == ScalarType::Float && !g.bias && g.alpha == 1.0f && !two_level;
+  const bool plain =
+      g.out_dtype == ScalarType::Float && !g.bias && g.alpha == 1.0f && !two_level && !g.add;
   Tensor acc = plain ? out : torch::stable::new_empty(g.a, {g.m, g.n}, ScalarType::Float);
   matmul_into(acc, av, bt);
   if (plain) return;
@@ -63,6 +65,21 @@ static void gemm_dequant(const char* op, const GemmArguments& g, Tensor& out, cu
   p.bias_type = g.bias_type();
   p.out_type = float_type(g.out_dtype);
   p.out = out.mutable_data_ptr();
+  p.add = g.add;
+  check_launch(op, launch_epilogue(p, stream));
+}
+
+// out += product, both float32 [m, n].
+static void add_into(const char* op, const GemmArguments& g, const Tensor& product, Tensor& out,
+                     cudaStream_t stream) {
+  EpilogueParams p = {};
+  p.acc = product.const_data_ptr<float>();
+  p.rows = g.m;
+  p.cols = g.n;
+  p.alpha = 1.0f;
+  p.out_type = FloatType::kFloat32;
+  p.out = out.mutable_data_ptr();
+  p.add = true;
   check_launch(op, launch_epilogue(p, stream));
 }
 
@@ -99,18 +116,15 @@ static void gemm_fold(const char* op, const GemmArguments& g, Tensor& out, cudaS
   check_launch(op, run_folded_gemm(p, stream));
 }
 
-Tensor gemm(Tensor a, Tensor a_scale, OptionalTensor a_tensor_scale, Tensor b, Tensor b_scale,
-            OptionalTensor b_tensor_scale, int64_t format, OptionalTensor bias, double alpha,
-            ScalarType out_dtype, int64_t accumulate) {
-  const char* op = "gemm";
-  check_gemm(a, a_scale, a_tensor_scale, b, b_scale, b_tensor_scale, format, bias, alpha, out_dtype,
-             accumulate);
-  const torch::stable::accelerator::DeviceGuard guard(a.get_device_index());
+static void product_into(const char* op, Tensor& out, bool add, const Tensor& a,
+                         const Tensor& a_scale, const OptionalTensor& a_tensor_scale,
+                         const Tensor& b, const Tensor& b_scale,
+                         const OptionalTensor& b_tensor_scale, int64_t format,
+                         const OptionalTensor& bias, double alpha, int64_t accumulate) {
   const cudaStream_t stream = stream_for(op, a);
   const GemmBackend backend = gemm_backend_for(op, a, format);
   const int64_t m = a.size(0), n = b.size(0), kp = a.size(1) * 8 / kFormats[format].bits;
-  Tensor out = torch::stable::new_empty(a, {m, n}, out_dtype);
-  if (m == 0 || n == 0) return out;
+  if (m == 0 || n == 0) return;
   OptionalTensor bias_row;
   if (bias) bias_row = torch::stable::contiguous(*bias);
   const GemmArguments g = {a,
@@ -125,13 +139,40 @@ Tensor gemm(Tensor a, Tensor a_scale, OptionalTensor a_tensor_scale, Tensor b, T
                            kp,
                            bias_row,
                            static_cast<float>(alpha),
-                           out_dtype,
-                           static_cast<Accumulate>(accumulate)};
-  if (backend == GemmBackend::kFold)
-    gemm_fold(op, g, out, stream);
-  else
-    gemm_dequant(op, g, out, stream);
+                           out.scalar_type(),
+                           static_cast<Accumulate>(accumulate),
+                           add};
+  if (backend == GemmBackend::kDequant) return gemm_dequant(op, g, out, stream);
+  if (!add) return gemm_fold(op, g, out, stream);
+  Tensor product = torch::stable::new_empty(a, {m, n}, ScalarType::Float);
+  gemm_fold(op, g, product, stream);
+  add_into(op, g, product, out, stream);
+}
+
+Tensor gemm(Tensor a, Tensor a_scale, OptionalTensor a_tensor_scale, Tensor b, Tensor b_scale,
+            OptionalTensor b_tensor_scale, int64_t format, OptionalTensor bias, double alpha,
+            ScalarType out_dtype, int64_t accumulate) {
+  const char* op = "gemm";
+  check_gemm(op, a, a_scale, a_tensor_scale, b, b_scale, b_tensor_scale, format, bias, alpha,
+             out_dtype, accumulate);
+  const torch::stable::accelerator::DeviceGuard guard(a.get_device_index());
+  Tensor out = torch::stable::new_empty(a, {a.size(0), b.size(0)}, out_dtype);
+  product_into(op, out, false, a, a_scale, a_tensor_scale, b, b_scale, b_tensor_scale, format, bias,
+               alpha, accumulate);
   return out;
+}
+
+void gemm_add_(Tensor out, Tensor a, Tensor a_scale, OptionalTensor a_tensor_scale, Tensor b,
+               Tensor b_scale, OptionalTensor b_tensor_scale, int64_t format, double alpha,
+               int64_t accumulate) {
+  const char* op = "gemm_add_";
+  const OptionalTensor none;
+  check_gemm(op, a, a_scale, a_tensor_scale, b, b_scale, b_tensor_scale, format, none, alpha,
+             ScalarType::Float, accumulate);
+  check_accumulator(out, a, b);
+  const torch::stable::accelerator::DeviceGuard guard(a.get_device_index());
+  product_into(op, out, true, a, a_scale, a_tensor_scale, b, b_scale, b_tensor_scale, format, none,
+               alpha, accumulate);
 }
 
 }  // namespace mxtrain::cuda

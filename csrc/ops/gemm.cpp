@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // gemm, backend `cpu`: decode both operands to float32, torch's matmul, one epilogue.
 //   D[M, N] = alpha * A[M, K] B[N, K]^T + bias[N]
+// gemm_add_: D += alpha * A B^T, in float32.
 #include <array>
 #include <atomic>
 #include <cmath>
@@ -10,11 +11,10 @@
 
 namespace mxtrain {
 
-void check_gemm(const Tensor& a, const Tensor& a_scale, const OptionalTensor& a_tensor_scale,
-                const Tensor& b, const Tensor& b_scale, const OptionalTensor& b_tensor_scale,
-                int64_t format, const OptionalTensor& bias, double alpha, ScalarType out_dtype,
-                int64_t accumulate) {
-  const char* op = "gemm";
+void check_gemm(const char* op, const Tensor& a, const Tensor& a_scale,
+                const OptionalTensor& a_tensor_scale, const Tensor& b, const Tensor& b_scale,
+                const OptionalTensor& b_tensor_scale, int64_t format, const OptionalTensor& bias,
+                double alpha, ScalarType out_dtype, int64_t accumulate) {
   const PackedShape sa = check_operand(op, "a", a, a_scale, a_tensor_scale, format);
   const PackedShape sb = check_operand(op, "b", b, b_scale, b_tensor_scale, format);
   MXT_CHECK(sa.kp == sb.kp, op, "a and b must have the same K, got ", sa.kp, " and ", sb.kp,
@@ -38,6 +38,17 @@ static std::atomic<int> g_gemm_backend{static_cast<int>(GemmBackend::kAuto)};
 
 GemmBackend requested_gemm_backend() { return static_cast<GemmBackend>(g_gemm_backend.load()); }
 
+void check_accumulator(const Tensor& out, const Tensor& a, const Tensor& b) {
+  const char* op = "gemm_add_";
+  MXT_CHECK(out.scalar_type() == ScalarType::Float && out.dim() == 2 && out.size(0) == a.size(0) &&
+                out.size(1) == b.size(0) && out.is_contiguous(),
+            op, "out must be contiguous, float32 of shape [", a.size(0), ", ", b.size(0), "], got ",
+            dtype_name(out.scalar_type()), " ", shape_of(out),
+            out.is_contiguous() ? "" : " strided", " (a ", shape_of(a), ", b ", shape_of(b),
+            "). Allocate it with torch.zeros.");
+  check_same_device(op, "out", out, a);
+}
+
 namespace cpu {
 
 // aten::mm.out: unlike matmul it is not one of the operators that autocast lowers.
@@ -48,11 +59,11 @@ static void matmul_into(Tensor& out, const Tensor& a, const Tensor& b) {
   torch::stable::detail::to<Tensor>(stack[0]);  // takes the returned reference back
 }
 
-Tensor gemm(Tensor a, Tensor a_scale, OptionalTensor a_tensor_scale, Tensor b, Tensor b_scale,
-            OptionalTensor b_tensor_scale, int64_t format, OptionalTensor bias, double alpha,
-            ScalarType out_dtype, int64_t accumulate) {
-  check_gemm(a, a_scale, a_tensor_scale, b, b_scale, b_tensor_scale, format, bias, alpha, out_dtype,
-             accumulate);
+// out = alpha * A B^T + bias, or out += alpha * A B^T where add is set; everything is checked.
+static void product_into(Tensor& out, bool add, const Tensor& a, const Tensor& a_scale,
+                         const OptionalTensor& a_tensor_scale, const Tensor& b,
+                         const Tensor& b_scale, const OptionalTensor& b_tensor_scale,
+                         int64_t format, const OptionalTensor& bias, double alpha) {
   const int64_t kp = a.size(1) * 8 / kFormats[format].bits, m = a.size(0), n = b.size(0);
   // The tensor scales stay out of the product, so that its terms are exact; the epilogue multiplies
   // by them.
@@ -63,7 +74,6 @@ Tensor gemm(Tensor a, Tensor a_scale, OptionalTensor a_tensor_scale, Tensor b, T
   const Tensor bf = dequantize(b, b_scale, one, format, kp, ScalarType::Float);
   Tensor acc = torch::stable::new_empty(af, {m, n});
   matmul_into(acc, af, torch::stable::transpose(bf, 0, 1));
-  Tensor out = torch::stable::new_empty(a, {m, n}, out_dtype);
   OptionalTensor bias_row;
   if (bias) bias_row = torch::stable::contiguous(*bias);
   EpilogueParams p = {};
@@ -74,11 +84,33 @@ Tensor gemm(Tensor a, Tensor a_scale, OptionalTensor a_tensor_scale, Tensor b, T
   p.alpha = static_cast<float>(alpha);
   p.bias = bias_row ? bias_row->const_data_ptr() : nullptr;
   p.bias_type = bias_row ? source_type(bias_row->scalar_type()) : SourceType::kFloat32;
-  p.out_type = source_type(out_dtype);
+  p.out_type = source_type(out.scalar_type());
   p.out = out.mutable_data_ptr();
+  p.add = add;
   torch::stable::parallel_for(
       0, m, grain(n), [&](int64_t begin, int64_t end) { kernels().epilogue(p, begin, end); });
+}
+
+Tensor gemm(Tensor a, Tensor a_scale, OptionalTensor a_tensor_scale, Tensor b, Tensor b_scale,
+            OptionalTensor b_tensor_scale, int64_t format, OptionalTensor bias, double alpha,
+            ScalarType out_dtype, int64_t accumulate) {
+  check_gemm("gemm", a, a_scale, a_tensor_scale, b, b_scale, b_tensor_scale, format, bias, alpha,
+             out_dtype, accumulate);
+  Tensor out = torch::stable::new_empty(a, {a.size(0), b.size(0)}, out_dtype);
+  product_into(out, false, a, a_scale, a_tensor_scale, b, b_scale, b_tensor_scale, format, bias,
+               alpha);
   return out;
+}
+
+void gemm_add_(Tensor out, Tensor a, Tensor a_scale, OptionalTensor a_tensor_scale, Tensor b,
+               Tensor b_scale, OptionalTensor b_tensor_scale, int64_t format, double alpha,
+               int64_t accumulate) {
+  const OptionalTensor none;
+  check_gemm("gemm_add_", a, a_scale, a_tensor_scale, b, b_scale, b_tensor_scale, format, none,
+             alpha, ScalarType::Float, accumulate);
+  check_accumulator(out, a, b);
+  product_into(out, true, a, a_scale, a_tensor_scale, b, b_scale, b_tensor_scale, format, none,
+               alpha);
 }
 
 }  // namespace cpu

@@ -13,11 +13,13 @@ using Operand3 = std::tuple<Tensor, Tensor, Tensor>;  // data, scale, tensor_sca
 using Operand6 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // Checks that every backend of an op shares.
-void check_gemm(const Tensor& a, const Tensor& a_scale, const OptionalTensor& a_tensor_scale,
-                const Tensor& b, const Tensor& b_scale, const OptionalTensor& b_tensor_scale,
-                int64_t format, const OptionalTensor& bias, double alpha, ScalarType out_dtype,
-                int64_t accumulate);
+void check_gemm(const char* op, const Tensor& a, const Tensor& a_scale,
+                const OptionalTensor& a_tensor_scale, const Tensor& b, const Tensor& b_scale,
+                const OptionalTensor& b_tensor_scale, int64_t format, const OptionalTensor& bias,
+                double alpha, ScalarType out_dtype, int64_t accumulate);
 
+// out of gemm_add_, for operands a and b that are checked.
+void check_accumulator(const Tensor& out, const Tensor& a, const Tensor& b);
 // What mxtrain_set_gemm_backend was told last, in this process.
 GemmBackend requested_gemm_backend();
 
@@ -44,7 +46,10 @@ GemmBackend requested_gemm_backend();
   Tensor unswizzle_scale(Tensor scale, int64_t rows, int64_t cols);                                \
   Tensor gemm(Tensor a, Tensor a_scale, OptionalTensor a_tensor_scale, Tensor b, Tensor b_scale,   \
               OptionalTensor b_tensor_scale, int64_t format, OptionalTensor bias, double alpha,    \
-              ScalarType out_dtype, int64_t accumulate);
+              ScalarType out_dtype, int64_t accumulate);                                           \
+  void gemm_add_(Tensor out, Tensor a, Tensor a_scale, OptionalTensor a_tensor_scale, Tensor b,    \
+                 Tensor b_scale, OptionalTensor b_tensor_scale, int64_t format, double alpha,      \
+                 int64_t accumulate);
 
 namespace cpu {
 MXT_DECLARE_OPS
