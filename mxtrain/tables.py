@@ -1,4 +1,4 @@
-"""The documentation's tables, made from the code.
+"""The documentation's tables, made from the code and from the committed measurement.
 
 `python -m mxtrain.tables` rewrites them, `--check` only compares.
 
@@ -8,6 +8,7 @@ A table stands between `<!-- table: NAME -->` and `<!-- end -->` in README.md an
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 from pathlib import Path
@@ -31,7 +32,58 @@ def formats_table() -> str:
     return "\n".join(rows)
 
 
-TABLES = {"formats": formats_table, "recipes": recipe.table}
+MEASURED = Path(__file__).parent.parent / "bench" / "results" / "nvidia-h200.json"
+BIG = "16384x8192"
+OF_COPY = {
+    "quantize mxfp4, nearest": f"quantize/mxfp4/nearest/{BIG}",
+    "quantize mxfp4, nearest, transposed": f"quantize/mxfp4/nearest+transpose/{BIG}",
+    "quantize mxfp4, stochastic": f"quantize/mxfp4/stochastic/{BIG}",
+    "quantize mxfp4, stochastic with Hadamard 64": f"quantize/mxfp4/stochastic+h64/{BIG}",
+    "quantize_dual mxfp4, stochastic, Hadamard 64 on one": (
+        f"quantize_dual/mxfp4/stochastic+h64/{BIG}"
+    ),
+    "requantize mxfp4, stochastic": f"requantize/mxfp4/stochastic/{BIG}",
+    "dequantize mxfp4 to BF16": f"dequantize/mxfp4/bf16/{BIG}",
+    "hadamard 64, BF16": f"hadamard/64/{BIG}",
+    "for comparison: torch.compile'd torchao `to_mx`, nearest": (
+        f"peer/torchao_to_mx_compiled/{BIG}"
+    ),
+}
+VS_BF16 = {
+    "gemm mxfp4 8192x8192x8192": "gemm/mxfp4/8192x8192x8192",
+    "for comparison: cuBLASLt FP8 with row scales, its operands already in FP8": (
+        "peer/cublas_fp8_rowwise/8192x8192x8192"
+    ),
+    "gemm mxfp4 4096x4096x4096": "gemm/mxfp4/4096x4096x4096",
+    "gemm mxfp4 16384x4096x4096": "gemm/mxfp4/16384x4096x4096",
+    "gemm mxfp4 8192x14336x4096": "gemm/mxfp4/8192x14336x4096",
+    "linear tetrajet, 8192 tokens, 4096 to 4096": "linear/tetrajet/8192x4096x4096/fwd+bwd",
+    "linear tetrajet, 8192 tokens, 8192 to 8192": "linear/tetrajet/8192x8192x8192/fwd+bwd",
+    "linear tetrajet, 16384 tokens, 4096 to 14336": "linear/tetrajet/16384x4096x14336/fwd+bwd",
+    "linear tetrajet, ViT-B's 12608 tokens, 768 to 3072": "linear/tetrajet/12608x768x3072/fwd+bwd",
+    "linear mxfp4_baseline, 8192 tokens, 4096 to 4096": (
+        "linear/mxfp4_baseline/8192x4096x4096/fwd+bwd"
+    ),
+    "linear mxfp4_backward, the same": "linear/mxfp4_backward/8192x4096x4096/fwd+bwd",
+    "linear mxfp8, the same; it multiplies in BF16": "linear/mxfp8/8192x4096x4096/fwd+bwd",
+    "linear nvfp4, the same; it multiplies in BF16": "linear/nvfp4/8192x4096x4096/fwd+bwd",
+}
+
+
+def measured_table(title: str, column: str, rows: dict[str, str]) -> str:
+    """Rows of the committed measurement, by the names that the README gives them."""
+    found = {row["name"]: row for row in json.loads(MEASURED.read_text())["results"]}
+    lines = [f"| row | {title} |", "| --- | --- |"]
+    lines += [f"| {label} | {found[name][column]:.2f} |" for label, name in rows.items()]
+    return "\n".join(lines)
+
+
+TABLES = {
+    "formats": formats_table,
+    "recipes": recipe.table,
+    "of_copy": lambda: measured_table("of copy", "of_copy", OF_COPY),
+    "vs_bf16": lambda: measured_table("times BF16", "vs_bf16", VS_BF16),
+}
 
 
 def filled(text: str) -> str:

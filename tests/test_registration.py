@@ -9,6 +9,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ import torch
 from common import FORMATS, operand, refuses
 
 import mxtrain
-from mxtrain import _library, ops, reference
+from mxtrain import _library, ops, reference, tables
 from mxtrain import env as mxtrain_env
 
 X = torch.randn(64, 96)
@@ -239,3 +240,8 @@ def test_import_is_lean():
         "sys.exit(repr(bad) if bad else 0)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_tables_of_the_documentation_are_up_to_date():
+    root = Path(__file__).parent.parent
+    assert tables.main(["--check", "--root", str(root)]) == 0
