@@ -344,6 +344,8 @@ _CEIL_SR = Quantizer("mxfp4", "ceil", "stochastic")
 _CEIL_SR_AGAIN = Quantizer("mxfp4", "ceil", "stochastic", source="forward")
 _CEIL_EMA = Quantizer("mxfp4", "ceil", "toward")
 _RHT_SR = Quantizer("mxfp4", "floor", "stochastic", hadamard=64, signs="drawn", prescale=0.75)
+_RHT32_SR = Quantizer("mxfp4", "floor", "stochastic", hadamard=32, signs="drawn", prescale=0.75)
+_H32 = Quantizer("mxfp4", "ceil", hadamard=32)
 _MXFP8 = Quantizer("mxfp8_e4m3", "ceil")
 _NV = Quantizer("nvfp4", "even")
 _NV_SR = Quantizer("nvfp4", "even", "stochastic")
@@ -375,6 +377,14 @@ _TABLE: dict[str, tuple[tuple[Quantizer, ...], dict[str, Any], str]] = {
     "mxfp4_backward_mxfp8": (
         (_MXFP8, _MXFP8, _RHT_SR, _RHT_SR, _RHT_SR, _RHT_SR), {},
         "Tseng et al., with an FP8 forward, arXiv 2502.20586",
+    ),
+    "mxfp4_hadamard": (
+        (_CEIL, _CEIL, _CEIL, _CEIL, _H32, _H32), {},
+        "AMD's MXFP4 recipe (fixed rotation of wgrad, nearest), arXiv 2605.09825",
+    ),
+    "quartet": (
+        (_H32, _H32, _RHT32_SR, _RHT32_SR, _RHT32_SR, _RHT32_SR), {},
+        "Castro et al., Quartet, arXiv 2505.14669 (without its clipping of the forward operands)",
     ),
     "mxfp8": (
         (_MXFP8,) * 6, {},

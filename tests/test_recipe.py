@@ -28,7 +28,7 @@ def fields(recipe: Recipe) -> list[Quantizer]:
 def test_names():
     assert list(RECIPES) == [
         "bf16", "mxfp4_baseline", "tetrajet", "tetrajet_ema", "mxfp4_backward",
-        "mxfp4_backward_mxfp8", "mxfp8", "nvfp4",
+        "mxfp4_backward_mxfp8", "mxfp4_hadamard", "quartet", "mxfp8", "nvfp4",
     ]  # fmt: skip
     assert all(name == recipe.name and recipe.reference for name, recipe in RECIPES.items())
 
@@ -86,6 +86,24 @@ def test_nvfp4_rotates_wgrad_and_rounds_gradients_stochastically():
     assert [(q.hadamard, q.signs) for q in fields(recipe)] == [(0, "none")] * 4 + [
         (16, "fixed")
     ] * 2
+
+
+def test_mxfp4_hadamard_rotates_wgrad_only_and_rounds_to_nearest():
+    recipe = RECIPES["mxfp4_hadamard"]
+    assert {(q.format, q.rounding, q.source) for q in fields(recipe)} == {
+        ("mxfp4", "nearest", "original")
+    }
+    rotations = [(q.hadamard, q.signs) for q in fields(recipe)]
+    assert rotations == [(0, "none")] * 4 + [(32, "none")] * 2
+    assert not recipe.needs_rng
+
+
+def test_quartet_rotates_everything_and_its_backward_is_unbiased():
+    recipe = RECIPES["quartet"]
+    assert {(q.format, q.hadamard, q.source) for q in fields(recipe)} == {("mxfp4", 32, "original")}
+    assert [q.rounding for q in fields(recipe)] == ["nearest"] * 2 + ["stochastic"] * 4
+    assert [q.signs for q in fields(recipe)] == ["none"] * 2 + ["drawn"] * 4
+    assert recipe.alpha("fprop") == 1 and recipe.alpha("dgrad") == recipe.alpha("wgrad") == 16 / 9
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=lambda r: r.name)

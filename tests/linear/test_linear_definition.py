@@ -50,7 +50,9 @@ def test_forward_is_the_product_of_the_dequantized_operands(device, name):
     if recipe.fprop_x.format:
         fx = recipe.fprop_x
         a, bt = (
-            mxtrain.quantize(t.detach(), fx.format, scale_rule=fx.scale_rule).dequantize().double()
+            mxtrain.quantize(t.detach(), fx.format, scale_rule=fx.scale_rule, hadamard=fx.hadamard)
+            .dequantize()
+            .double()
             for t in (x, w)
         )
     exact = a @ bt.t() + b.double()
@@ -159,7 +161,8 @@ def test_autocast_sets_the_output_and_quantizes_the_original(device, name, amp):
         expected = F.linear(x.to(amp), w.to(amp), b.to(amp))
     else:
         fx = recipe.fprop_x
-        qx, qw = (mxtrain.quantize(t.detach(), fx.format, scale_rule=fx.scale_rule) for t in (x, w))
+        options = {"scale_rule": fx.scale_rule, "hadamard": fx.hadamard}
+        qx, qw = (mxtrain.quantize(t.detach(), fx.format, **options) for t in (x, w))
         expected = mxtrain.gemm(qx, qw, b.detach(), out_dtype=amp)
     assert torch.equal(y, expected)
     if recipe.dgrad_dy.format:

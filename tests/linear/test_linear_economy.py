@@ -19,6 +19,8 @@ FORWARD = {  # of a training step: X, then W, then the product
     "tetrajet_ema": ["quantize", "quantize", "gemm"],
     "mxfp4_backward": ["quantize"],
     "mxfp4_backward_mxfp8": ["quantize_dual", "quantize", "gemm"],
+    "mxfp4_hadamard": ["quantize_dual", "quantize", "gemm"],
+    "quartet": ["quantize_dual", "quantize", "gemm"],
     "mxfp8": ["quantize_dual", "quantize", "gemm"],
     "nvfp4": ["quantize_dual", "quantize", "gemm"],
 }
