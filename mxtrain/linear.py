@@ -12,6 +12,7 @@ With X [N, K] the tokens, W [C, K] the weight, dY [N, C] and Q the six quantizer
   autocast is on for the device of x, else x's; dX, dW and db have those of x, weight and bias.
 - Saved for backward are the packed operands; x or weight itself only where backward uses it
   unquantized, and weight where backward quantizes the original.
+- The packed weight is kept between the calls of an MXLinear (weight_cache.py), not by `linear`.
 - Randomness: one draw from torch's generator a forward, with a row for each of X, W and dY, saved
   for backward. So `torch.manual_seed` and the recomputation of a checkpoint repeat the bits.
 - Where whole blocks of tokens do not fill a Hadamard group of wgrad, rows of zeros do. That is
@@ -20,6 +21,7 @@ With X [N, K] the tokens, W [C, K] the weight, dY [N, C] and Q the six quantizer
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,12 +31,12 @@ from torch.autograd.function import once_differentiable
 
 from .checks import FLOATS as DTYPES
 from .checks import check_bool, check_device, check_int, check_tensor, kind, refusal, show
-from .ema import EmaLinear
 from .ema import update_weight_ema as update_weight_ema
 from .formats import FORMATS
 from .operand import Operand, draw_rng, draw_signs, gemm, quantize, quantize_dual, requantize
 from .ops import column_sum
 from .recipe import Quantizer, Recipe, fixed_signs, get_recipe
+from .weight_cache import CachedLinear, WeightCache
 
 # Rows of the drawn rng ([3, 2]) and of the drawn signs ([3, largest group]).
 _X, _W, _DY = 0, 1, 2
@@ -161,7 +163,8 @@ def _draw(
 
 def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, ema: Tensor | None, rng: Tensor | None,
-    drawn: Tensor | None, recipe: Recipe, dtype: torch.dtype, need_x: bool, need_w: bool,
+    drawn: Tensor | None, recipe: Recipe, dtype: torch.dtype, cache: WeightCache | None,
+    need_x: bool, need_w: bool,
 ) -> tuple[Tensor, Operand | Tensor | None, Operand | Tensor | None]:  # fmt: skip
     """Y [..., C] of x [..., K]; then, where needed, what wgrad uses of X and dgrad of W."""
     fx, fw, wx, dw = recipe.fprop_x, recipe.fprop_w, recipe.wgrad_x, recipe.dgrad_w
@@ -173,7 +176,10 @@ def _forward(
     col_signs = _signs(recipe, "wgrad", drawn, x.device) if col else None
     rows = x.reshape(-1, x.shape[-1])
     x_row, x_col = _quantize_both(rows, row, col, x_rng, signs, col_signs)
-    w_row = _quantize(weight, fw, w_rng, signs, toward=ema) if fw.format else None
+    w_row = None
+    if fw.format:
+        make = partial(_quantize, weight, fw, w_rng, signs, toward=ema)
+        w_row = make() if cache is None else cache.fprop(weight, ema, recipe, make)
     y = _product(
         rows if x_row is None else x_row, weight if w_row is None else w_row, bias,
         recipe.alpha("fprop"), dtype, dtype, recipe.accumulate,
@@ -204,13 +210,15 @@ class _Linear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, ema: Tensor | None,
         rng: Tensor | None, drawn: Tensor | None, recipe: Recipe, dtype: torch.dtype,
+        cache: WeightCache | None,
     ) -> Tensor:  # fmt: skip
         need_x, need_w = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
         y, keep_x, keep_w = _forward(
-            x, weight, bias, ema, rng, drawn, recipe, dtype, need_x, need_w
+            x, weight, bias, ema, rng, drawn, recipe, dtype, cache, need_x, need_w
         )
         ctx.save_for_backward(*_parts(keep_x), *_parts(keep_w), rng, drawn)
         ctx.recipe, ctx.dtype, ctx.in_features = recipe, dtype, weight.shape[1]
+        ctx.cache, ctx.weight = cache, None if cache is None else weight
         ctx.x_dtype, ctx.weight_dtype = x.dtype, weight.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         return y
@@ -240,11 +248,16 @@ class _Linear(torch.autograd.Function):
             q = recipe.dgrad_w
             if q.format is None:
                 w = w_data.t()
-            elif q.source == "forward":
-                w = Operand(w_data, w_scale, recipe.fprop_w.format, (c, k), w_tensor_scale)
-                w = _requantize(w, q, w_rng, dgrad_signs)
             else:
-                w = _quantize(w_data, q, w_rng, dgrad_signs, transpose=True)
+                make = partial(_quantize, w_data, q, w_rng, dgrad_signs, transpose=True)
+                if q.source == "forward":
+                    w = Operand(w_data, w_scale, recipe.fprop_w.format, (c, k), w_tensor_scale)
+                    make = partial(_requantize, w, q, w_rng, dgrad_signs)
+                w = (
+                    make()
+                    if ctx.cache is None
+                    else ctx.cache.dgrad(ctx.weight, w_data, recipe, make)
+                )
             dx = _product(
                 dy if dy_row is None else dy_row, w, None,
                 recipe.alpha("dgrad"), dtype, ctx.x_dtype, recipe.accumulate,
@@ -267,12 +280,12 @@ class _Linear(torch.autograd.Function):
             compiling = torch.compiler.is_compiling()
             db = column_sum(dy) if compiling else dy.sum(0, dtype=torch.float32)
             db = db.to(ctx.bias_dtype)
-        return dx, dw, db, None, None, None, None, None
+        return dx, dw, db, None, None, None, None, None, None
 
 
 def _linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, recipe: Recipe, ema: Tensor | None,
-    training: bool,
+    training: bool, cache: WeightCache | None = None,
 ) -> Tensor:  # fmt: skip
     device = x.device.type
     autocast = device != "meta" and torch.is_autocast_enabled(device)
@@ -287,8 +300,8 @@ def _linear(
     rng, drawn = _draw(recipe, training or grad, x.device)
     requires_grad = x.requires_grad or weight.requires_grad
     if grad and (requires_grad or (bias is not None and bias.requires_grad)):
-        return _Linear.apply(x, weight, bias, ema, rng, drawn, recipe, dtype)
-    return _forward(x, weight, bias, ema, rng, drawn, recipe, dtype, False, False)[0]
+        return _Linear.apply(x, weight, bias, ema, rng, drawn, recipe, dtype, cache)
+    return _forward(x, weight, bias, ema, rng, drawn, recipe, dtype, cache, False, False)[0]
 
 
 def _check_arguments(x: Tensor, weight: Tensor, bias: Tensor | None, ema: Tensor | None) -> None:
@@ -378,7 +391,7 @@ def _check_layer(
         raise TypeError(refusal(what, "dtype", condition, show(dtype), kind(dtype), advice))
 
 
-class MXLinear(EmaLinear):
+class MXLinear(CachedLinear):
     """An `nn.Linear` whose GEMMs run as a recipe says. It has the parameters of `nn.Linear`.
 
     The state_dict is that of `nn.Linear` too, so checkpoints load both ways, unless the recipe has
@@ -393,6 +406,12 @@ class MXLinear(EmaLinear):
     `ema_active` is False and the weight rounds to nearest, in training and evaluation alike. Every
     rank computes the same average: pass `broadcast_buffers=False` to DistributedDataParallel, or it
     is sent again with every forward.
+
+    The packed weight is kept between calls where the recipe rounds it without random numbers, so
+    micro-steps, checkpoints and evaluation do not quantize it again: it is made anew after every
+    optimizer step, in-place change, eval(), load_state_dict or to(). Only a write by hand that
+    autograd does not see, to `weight.data` between two forwards, needs `layer.drop_cache()`; with
+    `layer.keep_packed = False` nothing is kept (mxtrain/weight_cache.py).
 
     Set `layer.recipe` to change the recipe; the state above comes and goes with it.
 
@@ -425,6 +444,7 @@ class MXLinear(EmaLinear):
     def _adopt(self, recipe: str | Recipe) -> None:
         """Set what an MXLinear has and an nn.Linear has not."""
         self._start_without_ema()
+        self._start_without_cache()
         self.recipe = recipe
 
     @property
@@ -437,12 +457,14 @@ class MXLinear(EmaLinear):
         recipe = get_recipe(recipe)
         _check_fit("MXLinear", recipe, self.in_features, self.out_features)
         self._recipe = recipe
+        self.drop_cache()
         self._begin_or_end_ema()
 
     def forward(self, x: Tensor) -> Tensor:
         ema = self.weight_ema if self.ema_active else None
         _check_arguments(x, self.weight, self.bias, ema)
-        return _linear(x, self.weight, self.bias, self._recipe, ema, self.training)
+        cache = self._usable_cache(x)
+        return _linear(x, self.weight, self.bias, self._recipe, ema, self.training, cache)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, recipe={self._recipe.name!r}"
