@@ -16,12 +16,19 @@ import torch
 from torch import Tensor
 
 Fields = dict[str, Any]
-MAGIC = "mxtrain example checkpoint, version 2"
+MAGIC = "mxtrain example checkpoint, version 3"
 ADVICE = "Name the file that --save wrote, or leave --resume out to start afresh."
 
 # What the content must hold, by type.
 CONTENT = {"example": str, "options": dict, "data": int, "records": list, "run": dict}
-RECORD = {"recipe": str, "seed": int, "seconds": float, "rows": list}
+RECORD = {
+    "recipe": str,
+    "seed": int,
+    "seconds": float,
+    "timed_steps": int,
+    "timed_seconds": float,
+    "rows": list,
+}
 RUN = {
     "step": int,
     "recent": list,
@@ -91,8 +98,8 @@ def _read(path: str) -> Fields:
         raise BadInput("which lacks the record of its run")
     for record in content["records"]:
         _check(record, RECORD, "a record")
-        for row in [[0, 0.0, 0.0, 0.0], *record["rows"]]:
-            _check_numbers(row, "a row", 4)
+        for row in record["rows"]:
+            _check_numbers(row, "a row", 5)
     _check_numbers(content["run"]["recent"], "recent")
     return content
 

@@ -53,12 +53,15 @@ class Task(Protocol):
 
     name: str  # the script, without .py
     metric: str  # heading of the metric's column
+    unit: str  # what the throughput counts: images, tokens
     options: dict[str, tuple[Any, str]]  # default and help of the run's and the model's numbers
 
     # Read the data, keep it on args.device and return its tensors. Raises BadInput.
     def load(self, args: argparse.Namespace) -> list[Tensor]: ...
     # Tokens of an item of a batch.
     def tokens(self, args: argparse.Namespace) -> int: ...
+    # Units of an item of a batch.
+    def units(self, args: argparse.Namespace) -> int: ...
     # The model, on the CPU. Raises BadInput for sizes that do not fit.
     def build_model(self, args: argparse.Namespace) -> nn.Module: ...
     # Inputs and target classes of a step. All that is random comes from the generator.
@@ -70,6 +73,9 @@ class Task(Protocol):
 
 
 # ---- one run ----
+
+WARM_UP = 20  # steps after each start that the throughput leaves out: compilation, the first of EMA
+SHOW = 20  # steps after which a GPU is waited for, to show the loss
 
 
 def bf16_linear(layer: nn.Linear, x: Tensor) -> Tensor:
@@ -97,6 +103,10 @@ class Run:
                 if type(layer) is nn.Linear:  # and not converted
                     layer.forward = partial(bf16_linear, layer)
         self.model.to(self.device)
+        self.call = self.model
+        if args.compile:
+            torch.compiler.reset()  # the graphs of the last run count towards the limit
+            self.call = torch.compile(self.model, dynamic=False)
         # As usual, only matrices decay: not biases, norms and positions.
         groups = [
             {"params": [p for p in self.model.parameters() if p.ndim == 2], "weight_decay": 0.05},
@@ -108,8 +118,13 @@ class Run:
         torch.manual_seed(seed)
         self.step = 0
         self.recent: list[float] = []  # training losses since the last row
-        # A row is [step, training loss, validation loss, metric].
-        self.record: Fields = {"recipe": recipe, "seed": seed, "seconds": 0.0, "rows": []}
+        self.pending: list[Tensor] = []  # those of them that the device may not have computed yet
+        self.loss = math.nan  # the last known
+        self.warmed = 0  # steps since this start, up to WARM_UP
+        self.clock: tuple[int, float] | None = None  # step and time at which the timing began
+        # A row is [step, training loss, validation loss, metric, units per second or 0].
+        self.record: Fields = {"recipe": recipe, "seed": seed, "seconds": 0.0, "timed_steps": 0,
+                               "timed_seconds": 0.0, "rows": []}  # fmt: skip
 
     def learning_rate(self) -> float:
         """Linear warm-up over a tenth of the steps, then half a cosine down to zero."""
@@ -120,7 +135,7 @@ class Run:
     def forward(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Mean cross-entropy, and the logits [predictions, classes]."""
         with torch.autocast(self.device.type, torch.bfloat16):
-            logits = self.model(inputs)
+            logits = self.call(inputs)
         logits = logits.float().flatten(0, -2)
         return F.cross_entropy(logits, targets.flatten()), logits
 
@@ -137,9 +152,36 @@ class Run:
         self.model.train()
         return loss / count, self.task.score(loss / count, right / count)
 
+    def synchronized(self) -> float:
+        """The time when the device has done all that it was given."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def stop_clock(self) -> None:
+        """Add the training steps since the clock was started to what is timed."""
+        if self.clock is not None:
+            self.record["timed_seconds"] += self.synchronized() - self.clock[1]
+            self.record["timed_steps"] += self.step - self.clock[0]
+            self.clock = None
+
+    def throughput(self) -> float:
+        """Images or tokens per second of the steps timed so far; 0 where none are."""
+        units = self.record["timed_steps"] * self.args.batch * self.task.units(self.args)
+        return units / self.record["timed_seconds"] if self.record["timed_seconds"] > 0 else 0.0
+
+    def read_losses(self) -> None:
+        """Wait for the losses of the steps so far."""
+        if self.pending:
+            self.recent += torch.stack(self.pending).tolist()
+            self.loss = self.recent[-1]
+            self.pending = []
+
     def advance(self) -> float:
-        """One step, and a row of the log where one is due. Returns the training loss."""
+        """One step, and a row of the log where one is due. Returns the last known training loss."""
         started = time.perf_counter()
+        if self.warmed == WARM_UP and self.clock is None:
+            self.clock = self.step, self.synchronized()
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
         loss, _ = self.forward(*self.task.batch(self.args.batch, self.data_rng))
@@ -148,16 +190,25 @@ class Run:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
-        self.recent.append(loss.item())
+        self.warmed = min(self.warmed + 1, WARM_UP)
+        self.pending.append(loss.detach())
+        if self.device.type == "cpu" or self.warmed == 1 or self.step % SHOW == 0:
+            self.read_losses()
         if self.step % self.args.eval_every == 0 or self.step == self.args.steps:
-            row = [self.step, statistics.fmean(self.recent), *self.evaluate()]
+            self.stop_clock()
+            self.read_losses()
+            row = [self.step, statistics.fmean(self.recent), *self.evaluate(), self.throughput()]
             self.record["rows"].append(row)
             self.recent = []
         self.record["seconds"] += time.perf_counter() - started
-        return loss.item()
+        return self.loss
 
     def state(self) -> Fields:
         """With the record, all that it takes to go on as if nothing had happened."""
+        started = time.perf_counter()
+        self.stop_clock()  # saving is no training
+        self.read_losses()
+        self.record["seconds"] += time.perf_counter() - started
         cuda = self.device.type == "cuda"
         return {
             "step": self.step,
@@ -223,30 +274,51 @@ def mean_and_spread(values: list[float], style: str) -> str:
 
 
 def table(task: Task, records: list[Fields]) -> str:
-    """A line for each recipe, with what the last row of its runs says."""
+    """A line for each recipe, with what the last row of its runs says.
+
+    The speed is that of the training steps without validation, its first WARM_UP left out.
+    """
     baseline = {r["seed"]: r["rows"][-1][3] for r in records if r["recipe"] == "bf16"}
-    lines = [("recipe", "validation loss", task.metric, "gap to bf16", "seconds")]
+    speed = f"{task.unit}/s"
+    lines = [("recipe", "validation loss", task.metric, "gap to bf16", "seconds", speed, "x bf16")]
     for recipe in dict.fromkeys(r["recipe"] for r in records):
         runs = [r for r in records if r["recipe"] == recipe]
-        _, _, loss, metric = zip(*(r["rows"][-1] for r in runs), strict=True)
+        _, _, loss, metric, rates = zip(*(r["rows"][-1] for r in runs), strict=True)
         gap = []
         if baseline and recipe != "bf16":
             gap = [r["rows"][-1][3] - baseline[r["seed"]] for r in runs]
         seconds = [r["seconds"] for r in runs]
-        columns = ((loss, ".4f"), (metric, ".3f"), (gap, "+.3f"), (seconds, ".1f"))
+        rates = rates if all(rates) else ()
+        ratios = speedups(records, recipe)
+        columns = (
+            (loss, ".4f"), (metric, ".3f"), (gap, "+.3f"), (seconds, ".1f"), (rates, ",.0f"),
+            (ratios if all(ratios) else (), ".2f"),
+        )  # fmt: skip
         lines.append((recipe, *(mean_and_spread(v, style) if v else "-" for v, style in columns)))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     lines.insert(1, tuple("-" * width for width in widths))
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
+def speedups(records: list[Fields], recipe: str) -> list[float]:
+    """For each run of the recipe its speed over that of bf16 from the same seed; 0 if unknown."""
+    bf16 = {r["seed"]: r["rows"][-1][4] for r in records if r["recipe"] == "bf16" and r["rows"]}
+    runs = [r for r in records if r["recipe"] == recipe and recipe != "bf16" and r["rows"]]
+    return [r["rows"][-1][4] / bf16[r["seed"]] if bf16.get(r["seed"]) else 0.0 for r in runs]
+
+
 def write_csv(task: Task, records: list[Fields], path: str) -> None:
     metric = task.metric.replace(" ", "_").replace("%", "percent")
     with open(path, "w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["recipe", "seed", "step", "train_loss", "val_loss", metric])
+        speed = [f"{task.unit}_per_second", "times_bf16"]  # up to the row, and of the whole run
+        writer.writerow(["recipe", "seed", "step", "train_loss", "val_loss", metric, *speed])
         for record in records:
-            writer.writerows([record["recipe"], record["seed"], *row] for row in record["rows"])
+            same_seed = [r for r in records if r["seed"] == record["seed"]]
+            ratio = (speedups(same_seed, record["recipe"]) or [0.0])[0]
+            for *row, rate in record["rows"]:
+                speed = [rate or "", ratio or ""]
+                writer.writerow([record["recipe"], record["seed"], *row, *speed])
 
 
 def write_plot(task: Task, records: list[Fields], path: str) -> None:
@@ -258,7 +330,7 @@ def write_plot(task: Task, records: list[Fields], path: str) -> None:
         recipe = record["recipe"]
         label = None if recipe in colours else recipe  # once in the legend
         colour = colours.setdefault(recipe, f"C{len(colours)}")
-        step, train_loss, val_loss, metric = zip(*record["rows"], strict=True)
+        step, train_loss, val_loss, metric, _ = zip(*record["rows"], strict=True)
         left.plot(step, train_loss, ":", color=colour)
         left.plot(step, val_loss, color=colour)
         right.plot(step, metric, color=colour, label=label)
@@ -283,6 +355,7 @@ def make_parser(task: Task) -> argparse.ArgumentParser:
         add(f"--{name}", type=type(default), default=default, help=text)
     add("--eval-every", type=int, default=50, help="steps between validations, the rows of the log")
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--compile", action="store_true", help="train and evaluate under torch.compile")
     add("--device", default=device, help="cpu, cuda, cuda:1, ...")
     out = task.name.replace("train_", "runs/")
     add("--out", metavar="DIR", default=out, help="folder of log.csv and curves.png")
@@ -419,7 +492,8 @@ def train(task: Task, args: argparse.Namespace, checkpoint: Fields | None) -> in
     header = {"example": task.name, "options": vars(args), "data": data}
 
     def save(run: Run) -> None:
-        content = {**header, "records": [*records, run.record], "run": run.state()}
+        state = run.state()  # which completes the record
+        content = {**header, "records": [*records, run.record], "run": state}
         save_checkpoint(args.save, content)
 
     with stop_requests() as stop:

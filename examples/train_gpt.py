@@ -1,6 +1,7 @@
 """Train a byte-level GPT on the source text of Python's standard library, once for each recipe.
 
     python examples/train_gpt.py --recipe bf16 mxfp4_baseline tetrajet --device cuda
+    python examples/train_gpt.py --recipe bf16 tetrajet --device cuda --compile
     python examples/train_gpt.py --recipe bf16 tetrajet nvfp4 --seed 0 1 2 --steps 2000
     python examples/train_gpt.py --resume runs/gpt/checkpoint.pt
 
@@ -59,6 +60,7 @@ def read_standard_library(limit: int) -> tuple[bytearray, bytearray]:
 class StandardLibrary:
     name = "train_gpt"
     metric = "bits per byte"
+    unit = "tokens"
     options: ClassVar = {
         "steps": (1000, "optimizer steps of a run"),
         "batch": (16, "windows of a step"),
@@ -87,6 +89,9 @@ class StandardLibrary:
         return [self.train_text, self.held_out]
 
     def tokens(self, args: argparse.Namespace) -> int:
+        return args.context
+
+    def units(self, args: argparse.Namespace) -> int:
         return args.context
 
     def build_model(self, args: argparse.Namespace) -> nn.Module:

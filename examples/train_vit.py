@@ -87,6 +87,7 @@ class ViT(nn.Module):
 class Digits:
     name = "train_vit"
     metric = "accuracy %"
+    unit = "images"
     options: ClassVar = {
         "steps": (500, "optimizer steps of a run"),
         "batch": (128, "images of a step"),
@@ -112,6 +113,9 @@ class Digits:
 
     def tokens(self, args: argparse.Namespace) -> int:
         return 1 + (SIZE // args.patch) ** 2
+
+    def units(self, args: argparse.Namespace) -> int:
+        return 1
 
     def build_model(self, args: argparse.Namespace) -> nn.Module:
         if args.dim % args.heads:

@@ -75,7 +75,8 @@ def same(a, b) -> bool:
 # ---- what comes out ----
 
 
-def test_table_log_and_plot(example, tmp_path, capsys):
+def test_table_log_and_plot(example, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(harness, "WARM_UP", 1)
     task, options = example
     recipes = ["tetrajet", "bf16", "mxfp4_baseline"]
     options = [*options, "--seed", "0", "1", "--recipe", *recipes, "--out", str(tmp_path)]
@@ -83,18 +84,86 @@ def test_table_log_and_plot(example, tmp_path, capsys):
 
     lines = capsys.readouterr().out.splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith("recipe "))
-    assert all(word in lines[start] for word in (task.metric, "validation loss", "gap to bf16"))
+    words = (task.metric, "validation loss", "gap to bf16", f"{task.unit}/s", "x bf16")
+    assert all(word in lines[start] for word in words)
     rows = [line.split() for line in lines[start + 2 : start + 5]]
     assert [row[0] for row in rows] == ["bf16", "tetrajet", "mxfp4_baseline"]  # the baseline first
     assert all("±" in row for row in rows)  # two seeds
 
     header, *log = read_csv(tmp_path / "log.csv")
     assert header[:5] == ["recipe", "seed", "step", "train_loss", "val_loss"]
+    assert header[6:] == [f"{task.unit}_per_second", "times_bf16"]
+    assert all(float(row[6]) > 0 for row in log)
+    last = {(row[0], row[1]): row for row in log}
+    for (recipe, seed), row in last.items():
+        ratio = float(row[6]) / float(last["bf16", seed][6])
+        assert row[7] == "" if recipe == "bf16" else float(row[7]) == pytest.approx(ratio)
     assert len(log) == 3 * 2 * 2  # recipes, seeds, validations
     assert {(row[0], row[1]) for row in log} == {(r, s) for r in recipes for s in "01"}
     assert [row[2] for row in log[:2]] == ["2", "4"]
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert load(tmp_path / "checkpoint.pt")["run"]["step"] == 4
+
+
+def test_speed_is_that_of_training_after_the_warm_up(example, tmp_path, monkeypatch, capsys):
+    """Each step takes a second of a clock, a validation or a checkpoint a thousand."""
+    task, options = example
+    task, now = task(), [0.0]
+    args = harness.make_parser(task).parse_args([*options, "--steps", "6", "--eval-every", "4"])
+    task.load(args)
+    monkeypatch.setattr(harness, "WARM_UP", 2)
+    monkeypatch.setattr(harness.time, "perf_counter", lambda: now[0])
+
+    def tick(f, seconds):
+        def wrapped(*args):
+            now[0] += seconds
+            return f(*args)
+
+        return wrapped
+
+    run = harness.Run(task, args, "bf16", 0)
+    monkeypatch.setattr(run, "evaluate", tick(run.evaluate, 1000.0))
+    monkeypatch.setattr(task, "batch", tick(task.batch, 1.0))
+    for _ in range(5):
+        run.advance()
+    now[0] += 0.5  # until the device is done
+    state = run.state()
+    now[0] += 1000.0
+    assert len(state["recent"]) == 1 and run.record["timed_steps"] == 3
+    run.advance()
+    assert (run.record["timed_steps"], run.record["timed_seconds"]) == (4, 4.5)
+    a_step = args.batch * (args.context if task.unit == "tokens" else 1)
+    assert [row[4] for row in run.record["rows"]] == [a_step, 4 * a_step / 4.5]
+
+
+def test_without_enough_steps_or_bf16_there_is_no_speed(example, tmp_path, capsys):
+    task, options = example
+    recipe = ["--recipe", "tetrajet", "--out", str(tmp_path)]
+    assert harness.main(task(), [*options, *recipe]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert next(line for line in lines if line.startswith("tetrajet ")).split()[-2:] == ["-", "-"]
+    assert [row[6:] for row in read_csv(tmp_path / "log.csv")[1:]] == [["", ""]] * 2
+
+
+def test_compile_trains_the_same_model(example, tmp_path, monkeypatch):
+    """Through Dynamo, with eager kernels: the bits of the run without."""
+    task, options = example
+    compiled = []
+
+    def compile(model, **kwargs):
+        compiled.append(kwargs)
+        return original(model, backend="eager", **kwargs)
+
+    original = torch.compile
+    monkeypatch.setattr(torch, "compile", compile)
+    options = [*options, "--recipe", "bf16", "tetrajet"]
+    logs = []
+    for more in ([], ["--compile"]):
+        assert harness.main(task(), [*options, *more, "--out", str(tmp_path)]) == 0
+        logs.append([row[:6] for row in read_csv(tmp_path / "log.csv")])
+    assert logs[0] == logs[1] and compiled == [{"dynamic": False}] * 2
+    names = load(tmp_path / "checkpoint.pt")["run"]["model"]
+    assert not any("_orig_mod" in name for name in names)
 
 
 def test_recipes_differ_in_nothing_else(example):
@@ -170,7 +239,9 @@ def test_resume_is_bit_exact(name, number, tmp_path, monkeypatch, capsys):
     assert harness.main(task(), ["--resume", str(checkpoint)]) == 0
     one, two = load(straight / "checkpoint.pt"), load(checkpoint)
     assert two["run"]["step"] == 20 and same(one["run"], two["run"])
-    assert read_csv(straight / "log.csv") == read_csv(stopped / "log.csv")
+    logs = [read_csv(folder / "log.csv") for folder in (straight, stopped)]
+    logs = [[row[:6] for row in log] for log in logs]  # all but the speed
+    assert logs[0] == logs[1] and len(logs[0]) == 9
     assert harness.main(task(), [*options, "--resume", str(checkpoint)]) == 0  # nothing left to do
 
 
@@ -284,6 +355,7 @@ def checkpoints(tmp_path_factory) -> Path:
         ("float_rng.pt", Digits, [], "does not fit its own options"),
         ("checkpoint.pt", StandardLibrary, [], "which train_vit.py wrote"),
         ("checkpoint.pt", Digits, ["--dim", "64"], "--dim 64"),
+        ("checkpoint.pt", Digits, ["--compile"], "--compile True"),
         ("checkpoint.pt", Digits, ["--recipe", "tetrajet"], "--recipe"),
     ],
 )
