@@ -16,8 +16,9 @@ Contract:
 - Not kept, and quantized at every call: under torch.compile; in a CUDA graph capture, and from
   then on in that layer (in all, if an optimizer's step was captured), because a replay changes
   weights unseen; inside an optimizer's step; weights that are not plain Parameters (shards, fakes,
-  views) or lie in memory that processes share; in functorch transforms, forward-mode AD, and fake,
-  functional and tracing modes.
+  views) or lie in memory that processes share; where FSDP2 has modules in the process, whose
+  gathered weights change unseen; in functorch transforms, forward-mode AD, and fake, functional
+  and tracing modes.
 - The one hole: a write that autograd does not see (`weight.data`, `weight.numpy()`, a collective,
   a kernel of one's own), or by another process, between two forwards with none of the above in
   between. Call `layer.drop_cache()` after it, or set `layer.keep_packed = False`
@@ -27,6 +28,7 @@ Contract:
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -74,6 +76,12 @@ def _plain(weight: Tensor) -> bool:
     if type(weight) is not nn.Parameter or weight.is_inference():
         return False
     return weight.is_cuda or (weight.device.type == "cpu" and not weight.is_shared())
+
+
+def _gathered() -> bool:
+    """Whether FSDP2 has modules here: it gathers into plain Parameters and keeps their version."""
+    states = sys.modules.get("torch.distributed._composable_state")
+    return states is not None and len(states._module_state_mapping) > 0
 
 
 def _capturing(t: Tensor) -> bool:
@@ -162,7 +170,7 @@ class WeightCache:
 
     def usable(self, x: Tensor, weight: Tensor) -> bool:
         """Whether a forward of x may use it."""
-        if _transformed() or not _plain(weight) or x.device != weight.device:
+        if _transformed() or not _plain(weight) or x.device != weight.device or _gathered():
             return False
         if _capturing(weight):
             self._captured = True

@@ -11,6 +11,7 @@ import pickle
 
 import pytest
 import torch
+import torch.distributed as dist
 from linear_common import ALL, OWN, ops_of
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -466,6 +467,27 @@ def test_not_in_memory_that_processes_share():
     layer = MXLinear(128, 128, recipe="mxfp8").share_memory()
     backward(layer, inputs("cpu"))
     assert untouched(layer)
+
+
+def test_not_under_fsdp2():
+    """It gathers the shards into one Parameter, the same each time, whose version it keeps."""
+    if not (dist.is_available() and dist.is_gloo_available()):
+        pytest.skip("needs gloo")
+    fsdp = pytest.importorskip("torch.distributed.fsdp")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        net = nn.Sequential(MXLinear(128, 128, recipe="mxfp8"))
+        mesh = dist.init_device_mesh("cpu", (1,))
+        fsdp.fully_shard(net, mesh=mesh, reshard_after_forward=True)
+        x = inputs("cpu")
+        before = net(x)
+        with torch.no_grad():
+            net[0].weight.mul_(1.5)
+        weight, bias = (p.full_tensor() for p in net.parameters())
+        assert torch.equal(net(x), linear(x, weight, bias, "mxfp8"))
+        assert untouched(net[0]) and not torch.equal(net(x), before)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_not_with_fake_tensors():
