@@ -75,11 +75,11 @@ def _backend(name: str) -> Iterator[None]:
     if not name:
         yield
         return
-    mxtrain.set_gemm_backend(name)
+    before = mxtrain.set_gemm_backend(name)
     try:
         yield
     finally:
-        mxtrain.set_gemm_backend("auto")
+        mxtrain.set_gemm_backend(before)
 
 
 @family("linear")

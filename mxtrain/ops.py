@@ -213,32 +213,20 @@ def _(scale, rows, cols):
     return scale.new_empty((rows, cols))
 
 
+def _check_product(op, a_parts, b_parts, format, bias, alpha, out_dtype, accumulate) -> None:
+    check.check_gemm(a_parts, b_parts, format, bias, alpha, out_dtype, accumulate, op)
+    names = ("a", "a_scale", "a_tensor_scale", "b", "b_scale", "b_tensor_scale")
+    parts = dict(zip(names, (*a_parts, *b_parts), strict=True))
+    check.check_devices(op, parts.pop("a"), **parts, bias=bias)
+
+
 @torch.library.register_fake("mxtrain::gemm")
 def _(
-    a,
-    a_scale,
-    a_tensor_scale,
-    b,
-    b_scale,
-    b_tensor_scale,
-    format,
-    bias,
-    alpha,
-    out_dtype,
+    a, a_scale, a_tensor_scale, b, b_scale, b_tensor_scale, format, bias, alpha, out_dtype,
     accumulate=0,
-):
+):  # fmt: skip
     a_parts, b_parts = (a, a_scale, a_tensor_scale), (b, b_scale, b_tensor_scale)
-    check.check_gemm(a_parts, b_parts, format, bias, alpha, out_dtype, accumulate)
-    check.check_devices(
-        "gemm",
-        a,
-        a_scale=a_scale,
-        a_tensor_scale=a_tensor_scale,
-        b=b,
-        b_scale=b_scale,
-        b_tensor_scale=b_tensor_scale,
-        bias=bias,
-    )
+    _check_product("gemm", a_parts, b_parts, format, bias, alpha, out_dtype, accumulate)
     return a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype)
 
 
@@ -247,18 +235,8 @@ def _(
     out, a, a_scale, a_tensor_scale, b, b_scale, b_tensor_scale, format, alpha, accumulate=0
 ):  # fmt: skip
     a_parts, b_parts = (a, a_scale, a_tensor_scale), (b, b_scale, b_tensor_scale)
-    check.check_gemm(a_parts, b_parts, format, None, alpha, torch.float32, accumulate, "gemm_add_")
+    _check_product("gemm_add_", a_parts, b_parts, format, None, alpha, torch.float32, accumulate)
     check.check_accumulator(out, a, b)
-    check.check_devices(
-        "gemm_add_",
-        a,
-        out=out,
-        a_scale=a_scale,
-        a_tensor_scale=a_tensor_scale,
-        b=b,
-        b_scale=b_scale,
-        b_tensor_scale=b_tensor_scale,
-    )
 
 
 # ---- the Python op ----

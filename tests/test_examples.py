@@ -25,6 +25,7 @@ sys.path.insert(0, str(EXAMPLES))
 
 import checkpoint as checkpoint_file  # noqa: E402
 import harness  # noqa: E402
+from options import make_parser  # noqa: E402
 from train_gpt import StandardLibrary  # noqa: E402
 from train_vit import Digits  # noqa: E402
 
@@ -109,7 +110,7 @@ def test_speed_is_that_of_training_after_the_warm_up(example, tmp_path, monkeypa
     """Each step takes a second of a clock, a validation or a checkpoint a thousand."""
     task, options = example
     task, now = task(), [0.0]
-    args = harness.make_parser(task).parse_args([*options, "--steps", "6", "--eval-every", "4"])
+    args = make_parser(task).parse_args([*options, "--steps", "6", "--eval-every", "4"])
     task.load(args)
     monkeypatch.setattr(harness, "WARM_UP", 2)
     monkeypatch.setattr(harness.time, "perf_counter", lambda: now[0])
@@ -169,7 +170,7 @@ def test_compile_trains_the_same_model(example, tmp_path, monkeypatch):
 def test_recipes_differ_in_nothing_else(example):
     task, options = example
     task = task()
-    args = harness.make_parser(task).parse_args(options)
+    args = make_parser(task).parse_args(options)
     task.load(args)
     bf16, other = (harness.Run(task, args, recipe, 3) for recipe in ("bf16", "tetrajet"))
     names = dict(bf16.model.named_parameters())

@@ -51,23 +51,38 @@ __device__ __forceinline__ uint32_t e2m1_top_nibble(uint32_t magnitude, float v)
   return ptx::lop3_select(float_bits(v), magnitude, kSignBit);
 }
 
-// b's field of code 0 is 254: two more make its low bits the code itself. Shifted up by 6, the code
-// is at bit 28.
-__device__ __forceinline__ uint32_t e2m1_stochastic_top(float v, const Philox4& draws, int j) {
+// 8 codes of v / S, S a power of two given by its float32 bits: v is not divided, the code is read
+// from the bits of b - S. kUp moves it to bit 28.
+__device__ __forceinline__ uint32_t e2m1_stochastic8(const float* v, uint32_t scale_bits,
+                                                     const Philox4& draws) {
   using T = EncodeTraits<E2M1>;
   constexpr uint32_t kUp = 64u;
-  const float a = fabsf(v);
-  const uint32_t b = float_bits(__fadd_ru(a, fmaxf(a, 1.0f)));
-  const uint32_t sum = subtract_draw<E2M1>(b, draws, j);
-  return e2m1_top_nibble(ptx::mad_lo_u32(sum, kUp, kUp * (T::kCarry + (2u << T::kCut))), v);
+  const float s = bits_float(scale_bits);
+  const uint32_t carry = kUp * (T::kCarry - scale_bits);
+  uint32_t word = 0;
+#pragma unroll
+  for (int i = 7; i >= 0; --i) {
+    const float a = fabsf(v[i]);
+    const uint32_t b = float_bits(__fadd_ru(a, fmaxf(a, s)));
+    const uint32_t sum = ptx::mad_lo_u32(subtract_draw<E2M1>(b, draws, i), kUp, carry);
+    word = __funnelshift_l(e2m1_top_nibble(sum, v[i]), word, 4);
+  }
+  return word;
 }
 
-__device__ __forceinline__ uint32_t e2m1_nearest_top(float v) {
-  const float a = fabsf(v);
-  const uint32_t binade = float_bits(fmaxf(a, 1.0f)) & kInfBits;
-  // magic = 2^22 * 2^binade + 2 steps; n + 2 + binade / 2^22 is the code, modulo 8.
-  const uint32_t n = float_bits(a + bits_float(binade + (22u << 23) + 2u)) - binade;
-  return e2m1_top_nibble((n + (binade >> 22)) << 28, v);
+// magic = 2^22 * 2^binade + 2 steps; n + 2 + binade / 2^22 is the code of S = 1, modulo 8.
+__device__ __forceinline__ uint32_t e2m1_nearest8(const float* v, uint32_t scale_bits) {
+  const float s = bits_float(scale_bits);
+  const uint32_t back = 254u - (scale_bits >> 22);
+  uint32_t word = 0;
+#pragma unroll
+  for (int i = 7; i >= 0; --i) {
+    const float a = fabsf(v[i]);
+    const uint32_t binade = float_bits(fmaxf(a, s)) & kInfBits;
+    const uint32_t n = float_bits(a + bits_float(binade + (22u << 23) + 2u)) - binade;
+    word = __funnelshift_l(e2m1_top_nibble((n + (binade >> 22) + back) << 28, v[i]), word, 4);
+  }
+  return word;
 }
 
 // Eight codes of an element format, packed as the operand's bytes: 4, 6 or 8 bytes in a word pair.
@@ -100,10 +115,7 @@ __device__ __forceinline__ Packed8 encode8_nearest(const float (&u)[8]) {
 
 template <>
 __device__ __forceinline__ Packed8 encode8_nearest<E2M1>(const float (&u)[8]) {
-  uint32_t word = 0;
-#pragma unroll
-  for (int i = 7; i >= 0; --i) word = __funnelshift_l(e2m1_nearest_top(u[i]), word, 4);
-  return {word, 0};
+  return {e2m1_nearest8(u, float_bits(1.0f)), 0};
 }
 
 template <class E>
@@ -117,10 +129,7 @@ __device__ __forceinline__ Packed8 encode8_stochastic(const float (&u)[8], const
 template <>
 __device__ __forceinline__ Packed8 encode8_stochastic<E2M1>(const float (&u)[8],
                                                             const Philox4& draws) {
-  uint32_t word = 0;
-#pragma unroll
-  for (int i = 7; i >= 0; --i) word = __funnelshift_l(e2m1_stochastic_top(u[i], draws, i), word, 4);
-  return {word, 0};
+  return {e2m1_stochastic8(u, float_bits(1.0f), draws), 0};
 }
 
 template <class E>

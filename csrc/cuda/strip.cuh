@@ -129,38 +129,6 @@ __device__ __forceinline__ void draw_block(const StripTables& t, uint64_t group,
   }
 }
 
-// 8 codes; scale_bits: float32 bits of S, a power of two.
-__device__ __forceinline__ uint32_t strip_stochastic8(const float* v, uint32_t scale_bits,
-                                                      const Philox4& draws) {
-  using T = EncodeTraits<E2M1>;
-  constexpr uint32_t kUp = 64u;  // the code's place: bits 28..30
-  const float s = bits_float(scale_bits);
-  const uint32_t carry = kUp * (T::kCarry - scale_bits);
-  uint32_t word = 0;
-#pragma unroll
-  for (int i = 7; i >= 0; --i) {
-    const float a = fabsf(v[i]);
-    const uint32_t b = float_bits(__fadd_ru(a, fmaxf(a, s)));
-    const uint32_t sum = ptx::mad_lo_u32(subtract_draw<E2M1>(b, draws, i), kUp, carry);
-    word = __funnelshift_l(e2m1_top_nibble(sum, v[i]), word, 4);
-  }
-  return word;
-}
-
-__device__ __forceinline__ uint32_t strip_nearest8(const float* v, uint32_t scale_bits) {
-  const float s = bits_float(scale_bits);
-  const uint32_t back = 254u - (scale_bits >> 22);
-  uint32_t word = 0;
-#pragma unroll
-  for (int i = 7; i >= 0; --i) {
-    const float a = fabsf(v[i]);
-    const uint32_t binade = float_bits(fmaxf(a, s)) & kInfBits;
-    const uint32_t n = float_bits(a + bits_float(binade + (22u << 23) + 2u)) - binade;
-    word = __funnelshift_l(e2m1_top_nibble((n + (binade >> 22) + back) << 28, v[i]), word, 4);
-  }
-  return word;
-}
-
 // v: a block, before a norm that moves the scale; max_bits: of its maximum; group: of its first
 // elements.
 template <Strip kStrip>
@@ -205,10 +173,10 @@ __device__ __forceinline__ StripBlock quantize_block(float (&v)[32], uint32_t ma
     Philox4 draws[4];
     draw_block(tables, group, p.stream, draws);
 #pragma unroll
-    for (int n = 0; n < 4; ++n) w[n] = strip_stochastic8(v + 8 * n, scale_bits, draws[n]);
+    for (int n = 0; n < 4; ++n) w[n] = e2m1_stochastic8(v + 8 * n, scale_bits, draws[n]);
   } else {
 #pragma unroll
-    for (int n = 0; n < 4; ++n) w[n] = strip_nearest8(v + 8 * n, scale_bits);
+    for (int n = 0; n < 4; ++n) w[n] = e2m1_nearest8(v + 8 * n, scale_bits);
   }
   return {make_uint4(w[0], w[1], w[2], w[3]), code};
 }
@@ -276,6 +244,19 @@ __device__ __forceinline__ float widen_with_sign(uint32_t half, uint32_t sign) {
   return bits_float(ptx::mad_lo_u32(half, 1u << 16, sign));  // adding bit 31 flips it
 }
 
+// v[i] = element(i, sign bit); the signs are those of half b of the Hadamard group's 64.
+template <Strip kStrip, class Element>
+__device__ __forceinline__ void fill_block(float (&v)[32], const StripTables& tables, int b,
+                                           Element element) {
+#pragma unroll
+  for (int i = 0; i < 32; i += 4) {
+    uint4 s = {};
+    if (rotates(kStrip)) s = tables.signs[8 * b + i / 4];
+    v[i] = element(i, s.x), v[i + 1] = element(i + 1, s.y);
+    v[i + 2] = element(i + 2, s.z), v[i + 3] = element(i + 3, s.w);
+  }
+}
+
 // Pass `pass` of the rows: lane 2 i + b takes block b of row 16 pass + i. (row, k): the operand's
 // at the tile's corner. after_read: called when the blocks are in registers.
 template <Strip kStrip, class AfterRead>
@@ -291,26 +272,15 @@ __device__ __forceinline__ void row_pass(const uint8_t* tile, int pass, const Qu
   }
   float v[32];
   uint32_t m = 0;
-  if constexpr (rotates(kStrip)) {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const uint4 s = tables.signs[8 * b + i];
-      v[4 * i] = widen_with_sign(w[2 * i], s.x);
-      v[4 * i + 1] = bits_float((w[2 * i] & 0xFFFF0000u) ^ s.y);
-      v[4 * i + 2] = widen_with_sign(w[2 * i + 1], s.z);
-      v[4 * i + 3] = bits_float((w[2 * i + 1] & 0xFFFF0000u) ^ s.w);
-    }
-  } else {
+  if constexpr (!rotates(kStrip)) {
     uint32_t m2 = ptx::max_nan_abs_bf16x2(w[0], w[1]);
 #pragma unroll
     for (int i = 2; i < 16; ++i) m2 = ptx::max_nan_abs_bf16x2(m2, w[i]);
     m = max(m2 << 16 & ~kSignBit, m2 & 0x7FFF0000u);
-#pragma unroll
-    for (int i = 0; i < 16; ++i) {
-      v[2 * i] = widen_with_sign(w[i], 0);
-      v[2 * i + 1] = bits_float(w[i] & 0xFFFF0000u);
-    }
   }
+  fill_block<kStrip>(v, tables, b, [&](int i, uint32_t sign) {
+    return i % 2 ? bits_float((w[i / 2] & 0xFFFF0000u) ^ sign) : widen_with_sign(w[i / 2], sign);
+  });
   after_read();
   finish_block<kStrip>(v, m, p, tables, row + r, k + 32 * b);
 }
@@ -332,20 +302,9 @@ __device__ __forceinline__ void column_pass(const uint8_t* tile, int pass, const
   }
   float v[32];
   uint32_t m = 0;
-  if constexpr (rotates(kStrip)) {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const uint4 s = tables.signs[8 * b + i];
-      v[4 * i] = widen_with_sign(half[4 * i], s.x);
-      v[4 * i + 1] = widen_with_sign(half[4 * i + 1], s.y);
-      v[4 * i + 2] = widen_with_sign(half[4 * i + 2], s.z);
-      v[4 * i + 3] = widen_with_sign(half[4 * i + 3], s.w);
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < 32; ++i) v[i] = widen_with_sign(half[i], 0);
-    m = amax32(v);
-  }
+  fill_block<kStrip>(v, tables, b,
+                     [&](int i, uint32_t sign) { return widen_with_sign(half[i], sign); });
+  if constexpr (!rotates(kStrip)) m = amax32(v);
   after_read();
   finish_block<kStrip>(v, m, p, tables, row + c, k + 32 * b);
 }
