@@ -49,16 +49,6 @@ __device__ __forceinline__ void st_shared_v2(uint32_t shared, uint32_t w0, uint3
   asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(shared), "r"(w0), "r"(w1) : "memory");
 }
 
-// cp.async.commit_group, and cp.async.wait_group: all but the last N groups of this thread are
-// done.
-__device__ __forceinline__ void cp_async_commit() {
-  asm volatile("cp.async.commit_group;" ::: "memory");
-}
-template <int N>
-__device__ __forceinline__ void cp_async_wait_group() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
-}
-
 // No instruction: memory is not read before this point of the program for what comes after it.
 __device__ __forceinline__ void compiler_fence() { asm volatile("" ::: "memory"); }
 
