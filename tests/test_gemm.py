@@ -156,3 +156,21 @@ def test_gemm_add_of_nothing_and_under_compile(device):
     want = step(eager)
     got = torch.compile(step, fullgraph=True)(compiled)
     assert torch.equal(eager, compiled) and torch.allclose(got, want)
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (300, 260, 480), (64, 1031, 96)])
+def test_accumulation_adds_the_product_rounded_to_float32(shape, device):
+    """gemm_add_ is one rounded addition to what gemm returns, element for element, twice over."""
+    m, n, k = shape
+    a, b = (
+        operand(m, k, "mxfp4", seed=1, device=device),
+        operand(n, k, "mxfp4", seed=2, device=device),
+    )
+    out = torch.randn(m, n, generator=torch.Generator().manual_seed(3)).to(device)
+    for accumulate in ("fp32", "exact", "fast"):
+        product = mxtrain.gemm(a, b, alpha=0.7, out_dtype=torch.float32, accumulate=accumulate)
+        expected = out + product + product
+        got = out.clone()
+        assert mxtrain.gemm_add_(got, a, b, alpha=0.7, accumulate=accumulate) is got
+        mxtrain.gemm_add_(got, a, b, alpha=0.7, accumulate=accumulate)
+        assert_same_bytes(got, expected, accumulate)

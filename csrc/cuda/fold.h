@@ -21,6 +21,7 @@ cudaError_t launch_fold(const FoldParams& a, const FoldParams& b, cudaStream_t s
 
 // The product of two folded operands:
 //   D[m, n] = alpha * 2^(a_scale[m] + b_scale[n] - 280) * sum over k of a[m, k] b[n, k] + bias[n]
+// or, with add, that much more than what a float32 D holds.
 struct FoldedGemmParams {
   const uint8_t* a;        // [m, pitch] E5M2, 16-byte aligned
   const uint8_t* b;        // [n, pitch]
@@ -32,6 +33,7 @@ struct FoldedGemmParams {
   const void* bias;  // [n], or null
   FloatType bias_type, out_type;
   void* out;  // [m, n]
+  bool add;   // to what a float32 out holds
 };
 
 }  // namespace mxtrain::cuda

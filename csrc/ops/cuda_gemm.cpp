@@ -69,20 +69,6 @@ static void gemm_dequant(const char* op, const GemmArguments& g, Tensor& out, cu
   check_launch(op, launch_epilogue(p, stream));
 }
 
-// out += product, both float32 [m, n].
-static void add_into(const char* op, const GemmArguments& g, const Tensor& product, Tensor& out,
-                     cudaStream_t stream) {
-  EpilogueParams p = {};
-  p.acc = product.const_data_ptr<float>();
-  p.rows = g.m;
-  p.cols = g.n;
-  p.alpha = 1.0f;
-  p.out_type = FloatType::kFloat32;
-  p.out = out.mutable_data_ptr();
-  p.add = true;
-  check_launch(op, launch_epilogue(p, stream));
-}
-
 static void gemm_fold(const char* op, const GemmArguments& g, Tensor& out, cudaStream_t stream) {
   const Tensor a = torch::stable::contiguous(g.a), a_scale = torch::stable::contiguous(g.a_scale),
                b = torch::stable::contiguous(g.b), b_scale = torch::stable::contiguous(g.b_scale);
@@ -113,6 +99,7 @@ static void gemm_fold(const char* op, const GemmArguments& g, Tensor& out, cudaS
   p.bias_type = g.bias_type();
   p.out_type = float_type(g.out_dtype);
   p.out = out.mutable_data_ptr();
+  p.add = g.add;
   check_launch(op, run_folded_gemm(p, stream));
 }
 
@@ -143,10 +130,7 @@ static void product_into(const char* op, Tensor& out, bool add, const Tensor& a,
                            static_cast<Accumulate>(accumulate),
                            add};
   if (backend == GemmBackend::kDequant) return gemm_dequant(op, g, out, stream);
-  if (!add) return gemm_fold(op, g, out, stream);
-  Tensor product = torch::stable::new_empty(a, {m, n}, ScalarType::Float);
-  gemm_fold(op, g, product, stream);
-  add_into(op, g, product, out, stream);
+  gemm_fold(op, g, out, stream);
 }
 
 Tensor gemm(Tensor a, Tensor a_scale, OptionalTensor a_tensor_scale, Tensor b, Tensor b_scale,

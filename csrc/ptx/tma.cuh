@@ -45,6 +45,17 @@ __device__ __forceinline__ void cp_async_bulk_tensor_2d_store(const void* map, i
       : "memory");
 }
 
+// cp.reduce.async.bulk.tensor.2d.add, shared to global; tracked by bulk groups. In float32 one
+// rounding to nearest; inputs and sums below 2^-126 count as zero.
+__device__ __forceinline__ void cp_reduce_async_bulk_tensor_2d_add(const void* map, int x, int y,
+                                                                   uint32_t shared) {
+  asm volatile(
+      "cp.reduce.async.bulk.tensor.2d.global.shared::cta.add.bulk_group [%0, {%1, %2}], [%3];" ::
+          "l"(map),
+      "r"(x), "r"(y), "r"(shared)
+      : "memory");
+}
+
 // cp.async.bulk.commit_group
 __device__ __forceinline__ void cp_async_bulk_commit_group() {
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");

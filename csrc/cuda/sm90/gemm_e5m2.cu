@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // D[M, N] = alpha * 2^(a_scale[m] + b_scale[n] - 280) * A[M, K] B[N, K]^T + bias[n], A and B in
-// E5M2 with K contiguous (cuda/fold.h makes them), D in bfloat16, float16 or float32.
+// E5M2 with K contiguous (cuda/fold.h makes them), D in bfloat16, float16 or float32; a float32 D
+// may be added to.
 //
 // One thread block a multiprocessor walks over tiles of D. One thread of its first warpgroup keeps
 // the copy engine loading stages of K = 128 into a ring in shared memory; the other two warpgroups
@@ -210,9 +211,10 @@ __device__ __forceinline__ void finish(float (&d)[T::kParts][64],
       scale_any(v, scales.rows, scales.columns + 2 * i, p.alpha, lane);
     if (__builtin_expect(p.bias != nullptr, 0)) add_bias(v, p, n, lane);
     if (__builtin_expect(args.boxes, 1))
-      store_boxes<kType, T::kBoxes, T::kBoxBytes>(v, &map_out, m, n, boxes, i, lane);
+      store_boxes<kType, T::kBoxes, T::kBoxBytes>(v, &map_out, m, n, boxes, i, p.add, lane);
     else
-      store_elements<kType>(v, p.out, m, n, static_cast<int>(p.m), static_cast<int>(p.n), lane);
+      store_elements<kType>(v, p.out, m, n, static_cast<int>(p.m), static_cast<int>(p.n), p.add,
+                            lane);
   }
 }
 

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // From accumulators to D: d * 2^(a_scale + b_scale - 280) * alpha + bias, one rounding to the
-// output type. Nothing here waits for another warp. The accumulators lie in registers as
-// ptx/wgmma.cuh says: d[4 j + 2 i + c] is row lane / 4 + 8 i of the warp's 16 and column 8 j + 2
-// (lane % 4) + c of the tile's.
+// output type; or that rounded to float32 and added to D. Nothing here waits for another warp. The
+// accumulators lie in registers as ptx/wgmma.cuh says: d[4 j + 2 i + c] is row lane / 4 + 8 i of
+// the warp's 16 and column 8 j + 2 (lane % 4) + c of the tile's.
 #pragma once
 
 #include "cuda/group.cuh"
@@ -150,10 +150,11 @@ __device__ __forceinline__ void fill_box(const float* d, uint32_t box, int lane)
 
 // 16 rows from m and 64 columns from n on through the warp's boxes and the copy engine, which
 // leaves out what lies outside D. Two boxes take turns: one is filled while the other is read.
-// `first` is the number of boxes before these.
+// `first` is the number of boxes before these. No element is in two boxes, so adding has one
+// order.
 template <FloatType kType, int kBoxes, int kBoxBytes>
 __device__ __forceinline__ void store_boxes(const float* d, const void* map, int m, int n,
-                                            uint32_t boxes, int first, int lane) {
+                                            uint32_t boxes, int first, bool add, int lane) {
   constexpr int kCount = kType == FloatType::kFloat32 ? 2 : 1, kCols = 64 / kCount;
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
@@ -164,7 +165,10 @@ __device__ __forceinline__ void store_boxes(const float* d, const void* map, int
     ptx::fence_proxy_async_shared();
     __syncwarp();
     if (lane == 0) {
-      ptx::cp_async_bulk_tensor_2d_store(map, n + i * kCols, m, box);
+      if (kType == FloatType::kFloat32 && add)
+        ptx::cp_reduce_async_bulk_tensor_2d_add(map, n + i * kCols, m, box);
+      else
+        ptx::cp_async_bulk_tensor_2d_store(map, n + i * kCols, m, box);
       ptx::cp_async_bulk_commit_group();
     }
   }
@@ -173,7 +177,7 @@ __device__ __forceinline__ void store_boxes(const float* d, const void* map, int
 // The same element by element, for rows of D that are not whole 16-byte units.
 template <FloatType kType>
 __device__ __forceinline__ void store_elements(const float* d, void* out, int m, int n, int rows,
-                                               int cols, int lane) {
+                                               int cols, bool add, int lane) {
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int row = m + lane / 4 + 8 * i;
@@ -187,7 +191,7 @@ __device__ __forceinline__ void store_elements(const float* d, void* out, int m,
         const int64_t at = static_cast<int64_t>(row) * cols + col;
         const float v = d[4 * j + 2 * i + c];
         if constexpr (kType == FloatType::kFloat32)
-          static_cast<float*>(out)[at] = v;
+          static_cast<float*>(out)[at] = add ? static_cast<float*>(out)[at] + v : v;
         else
           static_cast<uint16_t*>(out)[at] = static_cast<uint16_t>(pack2<kType>(v, v));
       }
