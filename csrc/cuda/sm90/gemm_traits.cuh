@@ -9,7 +9,8 @@ namespace mxtrain::cuda::sm90 {
 
 // kParts_: blocks of 128 columns in a tile. kCluster_: thread blocks that share one tile of B, each
 // with a tile of A of its own. kChunk_: the K of a partial sum, 0 for all of it.
-template <int kParts_, int kCluster_, int kChunk_>
+// kProducerRegisters_: of a thread of the producing warpgroup; the consumers have the others.
+template <int kParts_, int kCluster_, int kChunk_, int kProducerRegisters_ = 24>
 struct GemmTraits {
   static constexpr int kParts = kParts_, kCluster = kCluster_, kChunk = kChunk_;
   static_assert(kChunk == 0 || kChunk == 32 || kChunk == 128,
@@ -26,10 +27,14 @@ struct GemmTraits {
   // Registers: D takes 64 kParts of a consumer's, and every partial sum of one part 64 more, of
   // which chunks of 32 need two. Both parts' at once, 128 + 128, would not fit.
   static constexpr int kSums = kChunk == 32 ? 2 : 1;
-  static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
-  static_assert(128 * (kProducerRegisters + kGroups * kConsumerRegisters) <= 65536,
-                "the register file of a multiprocessor");
-  static_assert(64 * kParts + 64 * kSums + 32 <= kConsumerRegisters, "no spills");
+  static constexpr int kLaunchRegisters = 65536 / kThreads / 8 * 8;
+  static constexpr int kProducerRegisters = kProducerRegisters_,
+                       kConsumerRegisters =
+                           ((kGroups + 1) * kLaunchRegisters - kProducerRegisters) / kGroups / 8 *
+                           8;
+  static_assert(kProducerRegisters % 8 == 0 && kProducerRegisters <= kLaunchRegisters,
+                "what setmaxnreg gives back");
+  static_assert(64 * kParts + 64 * kSums + 16 <= kConsumerRegisters, "no spills");
 
   // Shared memory: the stages of A, those of B, two 2 KB boxes of output for each consumer warp,
   // the barriers.

@@ -1,0 +1,64 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the launchers of the FP8 GEMMs share (host code).
+#pragma once
+
+#include <algorithm>
+
+#include "cuda/quantize.h"
+#include "cuda/sm90/gemm_consumer.cuh"
+#include "cuda/sm90/tensor_map.h"
+
+namespace mxtrain::cuda::sm90 {
+
+inline int ceil_div(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
+
+inline cudaError_t count_multiprocessors(int* count) {
+  int device = 0;
+  const cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  return cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device);
+}
+
+// The arguments of a kernel that computes p in tiles of T, and the map of D where boxes can be
+// stored.
+template <class T>
+inline cudaError_t make_arguments(const FoldedGemmParams& p, KernelArgs* args, CUtensorMap* out) {
+  const int size = p.out_type == FloatType::kFloat32 ? 4 : 2;
+  args->p = p;
+  args->order = {ceil_div(p.m, T::kTileM * T::kCluster), ceil_div(p.n, T::kTileN)};
+  args->k_blocks = ceil_div(p.k, T::kTileK);
+  const float alpha = p.alpha < 0 ? -p.alpha : p.alpha;
+  args->moderate_alpha = alpha == 0 || (alpha >= 0x1p-16f && alpha <= 0x1p16f);
+  args->boxes = p.n * size % 16 == 0 && reinterpret_cast<uintptr_t>(p.out) % 16 == 0;
+  if (!args->boxes) return cudaSuccess;
+  const CUtensorMapDataType type =
+      p.out_type == FloatType::kFloat32   ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
+      : p.out_type == FloatType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                          : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  return make_tensor_map(out, type, size, p.out, p.m, p.n, p.n * size, 16);
+}
+
+// One block a multiprocessor, in clusters of T::kCluster, started while the kernel before ends.
+template <class T, class Kernel, class... Arguments>
+cudaError_t launch_persistent(Kernel kernel, int tiles, int multiprocessors, cudaStream_t stream,
+                              const Arguments&... arguments) {
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, T::kSharedBytes);
+  if (error != cudaSuccess) return error;
+  cudaLaunchAttribute attributes[2] = {};
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim = {T::kCluster, 1, 1};
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[1].val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(T::kCluster * std::min(tiles, multiprocessors / T::kCluster));
+  config.blockDim = dim3(T::kThreads);
+  config.dynamicSmemBytes = T::kSharedBytes;
+  config.stream = stream;
+  config.attrs = attributes;
+  config.numAttrs = 2;
+  last_launch() = {config.gridDim.x, config.blockDim.x};
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
+}  // namespace mxtrain::cuda::sm90
