@@ -31,7 +31,7 @@ target_sources(mxtrain PRIVATE csrc/dispatch.cpp
 
 # What needs one architecture's instructions: its folder, for that architecture only; dispatch.cpp knows by MXT_HAVE_*.
 if("90a" IN_LIST MXT_CUDA_ARCHS)
-  add_library(mxt_cuda_sm90 OBJECT csrc/cuda/sm90/gemm_e5m2.cu)
+  add_library(mxt_cuda_sm90 OBJECT csrc/cuda/sm90/gemm_e5m2.cu csrc/cuda/sm90/gemm_packed.cu)
   target_include_directories(mxt_cuda_sm90 PRIVATE csrc)
   target_compile_options(mxt_cuda_sm90 PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:${MXT_CUDA_FLAGS}>)
   set_target_properties(mxt_cuda_sm90 PROPERTIES CUDA_ARCHITECTURES 90a-real CUDA_VISIBILITY_PRESET hidden)

@@ -84,9 +84,10 @@ GemmBackend gemm_backend_for(const char* op, const Tensor& t, int64_t format) {
   const GemmChoice best = best_gemm_backend(major, minor, format);
   const GemmBackend asked = requested_gemm_backend();
   if (asked == GemmBackend::kAuto || asked == best.backend) return best.backend;
+  if (asked == GemmBackend::kFoldPacked && best.backend == GemmBackend::kFold) return asked;
   MXT_CHECK(asked == GemmBackend::kDequant, op, "the GEMM backend must be one that serves format ",
-            kFormats[format].name, " here, got fold (compute capability ", major, ".", minor,
-            ", this build has: ", MXT_CUDA_ARCHS,
+            kFormats[format].name, " here, got ", kGemmBackendNames[static_cast<int>(asked)],
+            " (compute capability ", major, ".", minor, ", this build has: ", MXT_CUDA_ARCHS,
             "). Use mxtrain.set_gemm_backend(\"auto\"); fold is mxfp4 on 9.0, "
             "built for 90a.");
   return asked;
@@ -95,6 +96,14 @@ GemmBackend gemm_backend_for(const char* op, const Tensor& t, int64_t format) {
 cudaError_t run_folded_gemm(const FoldedGemmParams& p, cudaStream_t stream) {
 #ifdef MXT_HAVE_SM90
   return sm90::launch_folded_gemm(p, stream);
+#else
+  return cudaErrorNotSupported;
+#endif
+}
+
+cudaError_t run_packed_gemm(const PackedGemmParams& p, cudaStream_t stream) {
+#ifdef MXT_HAVE_SM90
+  return sm90::launch_packed_gemm(p, stream);
 #else
   return cudaErrorNotSupported;
 #endif

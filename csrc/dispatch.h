@@ -35,8 +35,9 @@ GemmChoice best_gemm_backend(int major, int minor, int64_t format);
 // The same for t's device, unless mxtrain_set_gemm_backend named another.
 GemmBackend gemm_backend_for(const char* op, const Tensor& t, int64_t format);
 
-// The product of two folded operands, on the current device.
+// The product of two folded operands, and of two packed ones, on the current device.
 cudaError_t run_folded_gemm(const FoldedGemmParams& p, cudaStream_t stream);
+cudaError_t run_packed_gemm(const PackedGemmParams& p, cudaStream_t stream);
 
 // Turns a launch error into an exception that names the op.
 void check_launch(const char* op, cudaError_t error);

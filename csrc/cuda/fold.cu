@@ -111,7 +111,47 @@ __global__ void __launch_bounds__(FoldTraits::kThreads, 2048 / FoldTraits::kThre
   }
 }
 
-// ---- launcher ----
+struct ShiftWork {
+  ShiftParams a, b;  // of one number of blocks
+  bool words;        // each row's scales are whole words
+};
+
+// A warp a row.
+__global__ void __launch_bounds__(FoldTraits::kThreads) shift_kernel(const ShiftWork work) {
+  ptx::griddepcontrol_launch_dependents();
+  const int lane = threadIdx.x % 32;
+  int64_t row = static_cast<int64_t>(blockIdx.x) * (FoldTraits::kThreads / 32) + threadIdx.x / 32;
+  const bool second = row >= work.a.rows;
+  if (second) row -= work.a.rows;
+  if (second && row >= work.b.rows) return;
+  const int blocks = static_cast<int>(work.a.blocks), words = (blocks + 3) / 4;
+  const uint8_t* scale = (second ? work.b.scale : work.a.scale) + row * blocks;
+  uint32_t* shift = reinterpret_cast<uint32_t*>(second ? work.b.shift : work.a.shift) + row * words;
+  const uint32_t largest = row_max(scale, blocks, work.words, lane);
+  if (lane == 0)
+    (second ? work.b.row_scale : work.a.row_scale)[row] = static_cast<uint8_t>(largest);
+  for (int i = lane; i < words; i += 32) {
+    uint32_t four = 0;
+    if (work.words)
+      four = __ldg(reinterpret_cast<const uint32_t*>(scale) + i);
+    else
+      for (int b = 0; b < 4; ++b)
+        four |= (4 * i + b < blocks ? __ldg(scale + 4 * i + b) : largest) << (8 * b);
+    shift[i] = largest * 0x01010101u - four;  // no byte borrows: none is above the largest
+  }
+}
+
+// ---- launchers ----
+
+cudaError_t launch_shifts(const ShiftParams& a, const ShiftParams& b, cudaStream_t stream) {
+  const auto word = [](const uint8_t* p) { return reinterpret_cast<uintptr_t>(p) % 4 == 0; };
+  const ShiftWork w = {a, b, word(a.scale) && word(b.scale) && a.blocks % 4 == 0};
+  const int64_t rows = a.rows + b.rows;
+  if (rows == 0) return cudaSuccess;
+  constexpr int kWarps = FoldTraits::kThreads / 32;
+  const unsigned grid = static_cast<unsigned>((rows + kWarps - 1) / kWarps);
+  return launch(shift_kernel, grid, FoldTraits::kThreads, stream, w);
+}
 
 cudaError_t launch_fold(const FoldParams& a, const FoldParams& b, cudaStream_t stream) {
   const auto aligned = [](const void* x, const void* y, int bytes) {

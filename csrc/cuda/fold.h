@@ -36,4 +36,22 @@ struct FoldedGemmParams {
   bool add;   // to what a float32 out holds
 };
 
+// How far each block of an mxfp4 operand lies below the largest of its row.
+struct ShiftParams {
+  const uint8_t* scale;  // [rows, blocks] E8M0
+  int64_t rows, blocks;
+  uint8_t* shift;      // [rows, blocks rounded up to 4]: row_scale - scale, then 0; 4-byte aligned
+  uint8_t* row_scale;  // [rows] E8M0
+};
+
+// Both operands of a GEMM in one launch.
+cudaError_t launch_shifts(const ShiftParams& a, const ShiftParams& b, cudaStream_t stream);
+
+// The same product from packed operands.
+struct PackedGemmParams {
+  FoldedGemmParams product;  // a, b: E2M1 codes [m, k / 2] and [n, k / 2], contiguous, 16-byte
+                             // aligned; k a multiple of 32; pitch is not used
+  const uint8_t *a_shift, *b_shift;  // of ShiftParams
+};
+
 }  // namespace mxtrain::cuda

@@ -83,9 +83,9 @@ constexpr int kAccumulates = 3;
 constexpr const char* kAccumulateNames[kAccumulates] = {"fp32", "fast", "exact"};
 
 // How gemm runs on CUDA (csrc/dispatch.h chooses).
-enum class GemmBackend : int { kAuto = 0, kDequant = 1, kFold = 2 };
-constexpr int kGemmBackends = 3;
-constexpr const char* kGemmBackendNames[kGemmBackends] = {"auto", "dequant", "fold"};
+enum class GemmBackend : int { kAuto = 0, kDequant = 1, kFold = 2, kFoldPacked = 3 };
+constexpr int kGemmBackends = 4;
+constexpr const char* kGemmBackendNames[kGemmBackends] = {"auto", "dequant", "fold", "fold_packed"};
 constexpr int kHadamardGroups[] = {16, 32, 64, 128, 256};
 constexpr int kHadamardGroupCount = sizeof(kHadamardGroups) / sizeof(kHadamardGroups[0]);
 

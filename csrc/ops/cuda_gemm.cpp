@@ -69,6 +69,22 @@ static void gemm_dequant(const char* op, const GemmArguments& g, Tensor& out, cu
   check_launch(op, launch_epilogue(p, stream));
 }
 
+// What the product of folded operands is, whichever way they come.
+static FoldedGemmParams product_of(const GemmArguments& g, Tensor& out) {
+  FoldedGemmParams p = {};
+  p.m = g.m;
+  p.n = g.n;
+  p.k = g.kp;
+  p.accumulate = g.accumulate;
+  p.alpha = g.alpha;
+  p.bias = g.bias_data();
+  p.bias_type = g.bias_type();
+  p.out_type = float_type(g.out_dtype);
+  p.out = out.mutable_data_ptr();
+  p.add = g.add;
+  return p;
+}
+
 static void gemm_fold(const char* op, const GemmArguments& g, Tensor& out, cudaStream_t stream) {
   const Tensor a = torch::stable::contiguous(g.a), a_scale = torch::stable::contiguous(g.a_scale),
                b = torch::stable::contiguous(g.b), b_scale = torch::stable::contiguous(g.b_scale);
@@ -84,23 +100,42 @@ static void gemm_fold(const char* op, const GemmArguments& g, Tensor& out, cudaS
   const FoldParams fb = {bytes(b), bytes(b_scale), g.n, g.kp, folded + g.m * pitch,
                          pitch,    scales + g.m};
   check_launch(op, launch_fold(fa, fb, stream));
-  FoldedGemmParams p = {};
+  FoldedGemmParams p = product_of(g, out);
   p.a = fa.out;
   p.b = fb.out;
   p.a_scale = fa.row_scale;
   p.b_scale = fb.row_scale;
-  p.m = g.m;
-  p.n = g.n;
-  p.k = g.kp;
   p.pitch = pitch;
-  p.accumulate = g.accumulate;
-  p.alpha = g.alpha;
-  p.bias = g.bias_data();
-  p.bias_type = g.bias_type();
-  p.out_type = float_type(g.out_dtype);
-  p.out = out.mutable_data_ptr();
-  p.add = g.add;
   check_launch(op, run_folded_gemm(p, stream));
+}
+
+// As gemm_fold, with no folded copy; false where the operands do not lie as the copy engine needs.
+static bool gemm_fold_packed(const char* op, const GemmArguments& g, Tensor& out,
+                             cudaStream_t stream) {
+  const auto aligned = [](const Tensor& t) {
+    return t.is_contiguous() && reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
+  };
+  if (g.kp == 0 || !aligned(g.a) || !aligned(g.b)) return false;
+  const Tensor a_scale = torch::stable::contiguous(g.a_scale),
+               b_scale = torch::stable::contiguous(g.b_scale);
+  const int64_t blocks = g.kp / 32, pitch = (blocks + 3) / 4 * 4;
+  // The shifts of A's and B's blocks, then the row scales of both.
+  Tensor workspace = torch::stable::new_empty(g.a, {(g.m + g.n) * (pitch + 1)}, ScalarType::Byte);
+  uint8_t* shifts = static_cast<uint8_t*>(workspace.mutable_data_ptr());
+  uint8_t* scales = shifts + (g.m + g.n) * pitch;
+  const auto bytes = [](const Tensor& t) {
+    return static_cast<const uint8_t*>(t.const_data_ptr());
+  };
+  const ShiftParams sa = {bytes(a_scale), g.m, blocks, shifts, scales};
+  const ShiftParams sb = {bytes(b_scale), g.n, blocks, shifts + g.m * pitch, scales + g.m};
+  check_launch(op, launch_shifts(sa, sb, stream));
+  PackedGemmParams p = {product_of(g, out), sa.shift, sb.shift};
+  p.product.a = bytes(g.a);
+  p.product.b = bytes(g.b);
+  p.product.a_scale = sa.row_scale;
+  p.product.b_scale = sb.row_scale;
+  check_launch(op, run_packed_gemm(p, stream));
+  return true;
 }
 
 static void product_into(const char* op, Tensor& out, bool add, const Tensor& a,
@@ -130,6 +165,7 @@ static void product_into(const char* op, Tensor& out, bool add, const Tensor& a,
                            static_cast<Accumulate>(accumulate),
                            add};
   if (backend == GemmBackend::kDequant) return gemm_dequant(op, g, out, stream);
+  if (backend == GemmBackend::kFoldPacked && gemm_fold_packed(op, g, out, stream)) return;
   gemm_fold(op, g, out, stream);
 }
 

@@ -49,6 +49,24 @@ __device__ __forceinline__ void st_shared_v2(uint32_t shared, uint32_t w0, uint3
   asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(shared), "r"(w0), "r"(w1) : "memory");
 }
 
+// ld.shared.v4.b32: 16 bytes.
+__device__ __forceinline__ uint4 ld_shared_v4(uint32_t shared) {
+  uint4 v;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(shared)
+               : "memory");
+  return v;
+}
+
+// st.shared.v4.b32: 16 bytes.
+__device__ __forceinline__ void st_shared_v4(uint32_t shared, uint32_t w0, uint32_t w1, uint32_t w2,
+                                             uint32_t w3) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(shared), "r"(w0), "r"(w1), "r"(w2),
+               "r"(w3)
+               : "memory");
+}
+
 // No instruction: memory is not read before this point of the program for what comes after it.
 __device__ __forceinline__ void compiler_fence() { asm volatile("" ::: "memory"); }
 

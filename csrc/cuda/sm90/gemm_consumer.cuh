@@ -32,6 +32,9 @@ struct KernelArgs {
   int k_blocks;
   bool boxes;           // D's rows are whole 16-byte units: the copy engine stores them
   bool moderate_alpha;  // 0, or within 2^(+-16)
+
+  // gemm_packed.cu only: p.a and p.b are codes, and these the shifts of their blocks.
+  const uint32_t *a_shift, *b_shift;  // [m, k_blocks], [n, k_blocks]: four of a stage in a word
 };
 
 // ---- the consumers ----

@@ -9,8 +9,10 @@ namespace mxtrain::cuda::sm90 {
 
 // kParts_: blocks of 128 columns in a tile. kCluster_: thread blocks that share one tile of B, each
 // with a tile of A of its own. kChunk_: the K of a partial sum, 0 for all of it.
-// kProducerRegisters_: of a thread of the producing warpgroup; the consumers have the others.
-template <int kParts_, int kCluster_, int kChunk_, int kProducerRegisters_ = 24>
+// kStages_: of the ring. kProducerRegisters_: of a thread of the producing warpgroup; the consumers
+// have the others.
+template <int kParts_, int kCluster_, int kChunk_, int kStages_ = kParts_ == 2 ? 4 : 6,
+          int kProducerRegisters_ = 24>
 struct GemmTraits {
   static constexpr int kParts = kParts_, kCluster = kCluster_, kChunk = kChunk_;
   static_assert(kChunk == 0 || kChunk == 32 || kChunk == 128,
@@ -38,7 +40,7 @@ struct GemmTraits {
 
   // Shared memory: the stages of A, those of B, two 2 KB boxes of output for each consumer warp,
   // the barriers.
-  static constexpr int kStages = kParts == 2 ? 4 : 6;
+  static constexpr int kStages = kStages_;
   static constexpr int kBytesA = kTileM * kTileK, kBytesB = kTileN * kTileK;
   static constexpr int kOffsetB = kStages * kBytesA;
   static constexpr int kOffsetOut = kOffsetB + kStages * kBytesB;

@@ -11,12 +11,12 @@
 
 namespace mxtrain::cuda::sm90 {
 
-// A row-major matrix [rows, cols], `pitch` bytes from row to row, in boxes of box_rows rows of 128
-// bytes, stored in shared memory with the 128-byte swizzle. base: 16-byte aligned; pitch: a
-// multiple of 16.
+// A row-major matrix [rows, cols], `pitch` bytes from row to row, in boxes of box_rows rows of
+// box_bytes bytes, 64 or 128, stored in shared memory with the swizzle of that size. base: 16-byte
+// aligned; pitch: a multiple of 16.
 inline cudaError_t make_tensor_map(CUtensorMap* map, CUtensorMapDataType type, int element_bytes,
                                    const void* base, int64_t rows, int64_t cols, int64_t pitch,
-                                   int box_rows) {
+                                   int box_rows, int box_bytes = 128) {
   static const PFN_cuTensorMapEncodeTiled_v12000 encode = [] {
     void* function = nullptr;
     cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
@@ -28,12 +28,13 @@ inline cudaError_t make_tensor_map(CUtensorMap* map, CUtensorMapDataType type, i
   if (encode == nullptr) return cudaErrorNotSupported;
   const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(cols), static_cast<cuuint64_t>(rows)};
   const cuuint64_t strides[1] = {static_cast<cuuint64_t>(pitch)};
-  const cuuint32_t box[2] = {static_cast<cuuint32_t>(128 / element_bytes),
+  const cuuint32_t box[2] = {static_cast<cuuint32_t>(box_bytes / element_bytes),
                              static_cast<cuuint32_t>(box_rows)};
   const cuuint32_t steps[2] = {1, 1};
   const CUresult result =
       encode(map, type, 2, const_cast<void*>(base), sizes, strides, box, steps,
-             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+             CU_TENSOR_MAP_INTERLEAVE_NONE,
+             box_bytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_128B,
              CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
