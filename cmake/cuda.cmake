@@ -19,7 +19,7 @@ endif()
 
 set(MXT_CUDA_SOURCES
   csrc/cuda/quantize_rows.cu csrc/cuda/quantize_columns.cu csrc/cuda/quantize_dual.cu
-  csrc/cuda/quantize_strips.cu
+  csrc/cuda/quantize_strips.cu csrc/cuda/quantize_pairs.cu
   csrc/cuda/requantize.cu csrc/cuda/dequantize.cu csrc/cuda/elementwise.cu csrc/cuda/fold.cu)
 add_library(mxt_cuda_portable OBJECT ${MXT_CUDA_SOURCES})
 target_include_directories(mxt_cuda_portable PRIVATE csrc)

@@ -130,3 +130,18 @@ def operand(
 def parts(a: mxtrain.Operand) -> tuple:
     """An operand as the reference takes it."""
     return a.data.cpu(), a.scale.cpu(), None if a.tensor_scale is None else a.tensor_scale.cpu()
+
+
+def wide_range(rows: int, cols: int, seed: int = 0) -> torch.Tensor:
+    """Blocks of every exponent, from subnormals to the largest, some zero, NaN or Inf."""
+    g = torch.Generator().manual_seed(seed)
+    exponent = torch.randint(-140, 128, (rows, -(-cols // 32)), generator=g).repeat_interleave(
+        32, 1
+    )
+    x = torch.randn(rows, cols, generator=g, dtype=torch.float64).clamp(-3.9, 3.9)
+    x = (x * 2.0 ** exponent[:, :cols].double()).bfloat16()
+    if x.numel() > 400:
+        x.view(-1)[::397] = torch.tensor([float("nan"), float("inf"), -0.0, 0.0])[
+            torch.arange(x.view(-1)[::397].numel()) % 4
+        ].bfloat16()
+    return x

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from common import RULES, assert_same_bytes, check_quantize
+from common import RULES, assert_same_bytes, check_quantize, wide_range
 
 import mxtrain
 from mxtrain import Quantizer, reference
@@ -18,21 +18,6 @@ pytestmark = pytest.mark.ops("quantize", "quantize_dual", "requantize")
 RNG = torch.tensor([0x123456789ABCDEF, 2**33 + 7])
 TARGETS = [("stochastic", 0), ("stochastic", 16), ("stochastic", 32), ("stochastic", 64)]
 TARGETS += [("nearest", 32), ("nearest", 64)]
-
-
-def wide_range(rows: int, cols: int, seed: int = 0) -> torch.Tensor:
-    """Blocks of every exponent, from subnormals to the largest, some zero, NaN or Inf."""
-    g = torch.Generator().manual_seed(seed)
-    exponent = torch.randint(-140, 128, (rows, -(-cols // 32)), generator=g).repeat_interleave(
-        32, 1
-    )
-    x = torch.randn(rows, cols, generator=g, dtype=torch.float64).clamp(-3.9, 3.9)
-    x = (x * 2.0 ** exponent[:, :cols].double()).bfloat16()
-    if x.numel() > 400:
-        x.view(-1)[::397] = torch.tensor([float("nan"), float("inf"), -0.0, 0.0])[
-            torch.arange(x.view(-1)[::397].numel()) % 4
-        ].bfloat16()
-    return x
 
 
 def some_signs(group: int) -> torch.Tensor | None:

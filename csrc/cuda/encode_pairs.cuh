@@ -24,7 +24,7 @@ __device__ __forceinline__ uint32_t encode2_nearest(uint32_t x2, uint32_t ax2, u
   if (!fits) a2 = ptx::min_bf16x2(a2, kBf16Six2);
   const uint32_t binade2 = ptx::max_bf16x2(a2, kBf16One2) & kBf16Exponent2;
   const uint32_t rounded2 = ptx::fma_rn_bf16x2(a2, kBf16One2, binade2 + kMagicStep2);
-  const uint32_t code2 = rounded2 - binade2 + (binade2 >> 6);
+  const uint32_t code2 = rounded2 + (binade2 >> 6);  // the low half's sum stays below 2^16
   return ptx::lop3_select(code2, x2 >> 12, 0x00070007u);
 }
 

@@ -66,6 +66,10 @@ cudaError_t launch_column_strips(const QuantizeParams& p, cudaStream_t stream);
 cudaError_t launch_dual_strips(const QuantizeParams& row, const QuantizeParams& col,
                                cudaStream_t stream);
 
+// Operand rows across x where quantize_pairs.cu serves: bfloat16 to mxfp4, nearest.
+bool can_pair_columns(const QuantizeParams& p);
+cudaError_t launch_column_pairs(const QuantizeParams& p, cudaStream_t stream);
+
 struct HadamardParams {
   const void* x;  // [n] contiguous, n a multiple of g
   void* out;

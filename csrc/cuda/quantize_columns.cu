@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// quantize across rows: the transposed operand of float matrices. See quantize_tiles.cuh.
+// quantize across rows: the transposed operand of float matrices. See quantize_tiles.cuh;
+// the fast paths are quantize_strips.cu and quantize_pairs.cu.
 #include "cuda/quantize_tiles.cuh"
 
 namespace mxtrain::cuda {
@@ -9,6 +10,7 @@ cudaError_t launch_requantize(const QuantizeParams& p, cudaStream_t stream);
 cudaError_t launch_quantize_columns(const QuantizeParams& p, cudaStream_t stream) {
   if (p.rows == 0) return p.tensor_scale ? launch_finish_tensor_scale(p, stream) : cudaSuccess;
   if (can_strip_columns(p)) return launch_column_strips(p, stream);
+  if (can_pair_columns(p)) return launch_column_pairs(p, stream);
   if (p.in_format >= 0) return launch_requantize(p, stream);
   switch (p.x_type) {
     case FloatType::kFloat32:

@@ -16,6 +16,13 @@ __device__ __forceinline__ uint4 ld_global_nc_v4(const void* p) {
   return v;
 }
 
+// ld.global.nc.L1::no_allocate.b32: 4 bytes, read once.
+__device__ __forceinline__ uint32_t ld_global_nc_b32(const void* p) {
+  uint32_t v;
+  asm volatile("ld.global.nc.L1::no_allocate.b32 %0, [%1];" : "=r"(v) : "l"(p));
+  return v;
+}
+
 // ld.global.nc.u8, where it stands: the compiler does not move it to the use.
 __device__ __forceinline__ uint32_t ld_global_nc_u8(const uint8_t* p) {
   uint32_t v;
