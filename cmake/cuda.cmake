@@ -30,6 +30,18 @@ target_sources(mxtrain PRIVATE csrc/dispatch.cpp
   csrc/ops/cuda_quantize.cpp csrc/ops/cuda_convert.cpp csrc/ops/cuda_gemm.cpp $<TARGET_OBJECTS:mxt_cuda_portable>)
 
 # What needs one architecture's instructions: its folder, for that architecture only; dispatch.cpp knows by MXT_HAVE_*.
+# mma.sync's FP8 serves 8.9; 9.0 has it for comparison.
+set(MXT_SM89_ARCHS ${MXT_CUDA_ARCHS})
+list(FILTER MXT_SM89_ARCHS INCLUDE REGEX "^(89|90a)$")
+if(MXT_SM89_ARCHS)
+  list(TRANSFORM MXT_SM89_ARCHS APPEND "-real")
+  add_library(mxt_cuda_sm89 OBJECT csrc/cuda/sm89/gemm_e5m2.cu)
+  target_include_directories(mxt_cuda_sm89 PRIVATE csrc)
+  target_compile_options(mxt_cuda_sm89 PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:${MXT_CUDA_FLAGS}>)
+  set_target_properties(mxt_cuda_sm89 PROPERTIES CUDA_ARCHITECTURES "${MXT_SM89_ARCHS}" CUDA_VISIBILITY_PRESET hidden)
+  target_sources(mxtrain PRIVATE $<TARGET_OBJECTS:mxt_cuda_sm89>)
+  target_compile_definitions(mxtrain PRIVATE MXT_HAVE_SM89)
+endif()
 if("90a" IN_LIST MXT_CUDA_ARCHS)
   add_library(mxt_cuda_sm90 OBJECT csrc/cuda/sm90/gemm_e5m2.cu csrc/cuda/sm90/gemm_packed.cu)
   target_include_directories(mxt_cuda_sm90 PRIVATE csrc)

@@ -3,33 +3,48 @@
 
 #include <torch/csrc/stable/macros.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <string>
 
 #include "cuda/quantize.h"
 #include "ops/ops.h"
+#ifdef MXT_HAVE_SM89
+#include "cuda/sm89/gemm_e5m2.h"
+#endif
 #ifdef MXT_HAVE_SM90
 #include "cuda/sm90/gemm_e5m2.h"
 #endif
 
 namespace mxtrain::cuda {
 
-// "90a;120a" -> is there code for compute capability major.minor? Code for 80 also runs on 86 and
-// 89: same major, not older, unless it is architecture-specific (suffix a) or family-specific (f).
-static bool built_for(int major, int minor) {
+// Whether one of the architectures of this build, "90a" and "120a" of "90a;120a", is what `matches`
+// looks for.
+template <class Predicate>
+static bool any_arch(Predicate matches) {
   const std::string archs = MXT_CUDA_ARCHS;
   size_t begin = 0;
   while (begin < archs.size()) {
-    size_t end = archs.find(';', begin);
-    if (end == std::string::npos) end = archs.size();
+    const size_t end = std::min(archs.find(';', begin), archs.size());
     const std::string arch = archs.substr(begin, end - begin);
-    const int number = std::atoi(arch.c_str()), have_major = number / 10, have_minor = number % 10;
-    const char suffix = arch.empty() ? ' ' : arch.back();
-    if (have_major == major && (suffix == 'a' ? have_minor == minor : have_minor <= minor))
-      return true;
+    if (!arch.empty() && matches(arch)) return true;
     begin = end + 1;
   }
   return false;
+}
+
+// Is there code for compute capability major.minor? Code for 80 also runs on 86 and 89: same major,
+// not older, unless it is architecture-specific (suffix a) or family-specific (f).
+static bool built_for(int major, int minor) {
+  return any_arch([&](const std::string& arch) {
+    const int number = std::atoi(arch.c_str()), have = number % 10;
+    return number / 10 == major && (arch.back() == 'a' ? have == minor : have <= minor);
+  });
+}
+
+// Is there code for exactly this? Code for 80 runs on 89, without the kernels that need 89.
+static bool built_as(const char* name) {
+  return any_arch([&](const std::string& arch) { return arch == name; });
 }
 
 static const char* kAsynchronous =
@@ -68,37 +83,53 @@ LaunchShape& last_launch() {
   return shape;
 }
 
+// ---- the GEMM's backends ----
+
+// The wgmma kernel.
+static bool has_fold(Capability c) { return c.major == 9 && c.minor == 0 && built_as("90a"); }
+
+// The mma.sync kernel.
+static bool has_fold_mma(Capability c) {
+  return (c.major == 8 && c.minor == 9 && built_as("89")) || has_fold(c);
+}
+
 GemmChoice best_gemm_backend(int major, int minor, int64_t format) {
   if (format != kMxfp4Code) return {GemmBackend::kDequant, "decode to BF16, cuBLAS"};
-  if (major != 9 || minor != 0)
-    return {GemmBackend::kDequant, "decode to BF16, cuBLAS; fold needs compute capability 9.0"};
-#ifdef MXT_HAVE_SM90
-  return {GemmBackend::kFold, "exact folding into E5M2, FP8 tensor cores"};
-#else
-  return {GemmBackend::kDequant, "decode to BF16, cuBLAS; fold needs a build with 90a"};
-#endif
+  if (has_fold({major, minor}))
+    return {GemmBackend::kFold, "exact folding into E5M2, FP8 tensor cores"};
+  if (has_fold_mma({major, minor}))
+    return {GemmBackend::kFold, "exact folding into E5M2, FP8 tensor cores by mma.sync"};
+  if (major == 9 && minor == 0)
+    return {GemmBackend::kDequant, "decode to BF16, cuBLAS; fold needs a build with 90a"};
+  if (major == 8 && minor == 9)
+    return {GemmBackend::kDequant, "decode to BF16, cuBLAS; fold needs a build with 89"};
+  return {GemmBackend::kDequant,
+          "decode to BF16, cuBLAS; fold needs compute capability 8.9 or 9.0"};
 }
 
 GemmBackend gemm_backend_for(const char* op, const Tensor& t, int64_t format) {
-  const auto [major, minor] = capability_of(op, t.get_device_index());
-  const GemmChoice best = best_gemm_backend(major, minor, format);
-  const GemmBackend asked = requested_gemm_backend();
-  if (asked == GemmBackend::kAuto || asked == best.backend) return best.backend;
-  if (asked == GemmBackend::kFoldPacked && best.backend == GemmBackend::kFold) return asked;
-  MXT_CHECK(asked == GemmBackend::kDequant, op, "the GEMM backend must be one that serves format ",
-            kFormats[format].name, " here, got ", kGemmBackendNames[static_cast<int>(asked)],
-            " (compute capability ", major, ".", minor, ", this build has: ", MXT_CUDA_ARCHS,
-            "). Use mxtrain.set_gemm_backend(\"auto\"); fold is mxfp4 on 9.0, "
-            "built for 90a.");
-  return asked;
+  const Capability c = capability_of(op, t.get_device_index());
+  const GemmBackend best = best_gemm_backend(c.major, c.minor, format).backend;
+  GemmBackend asked = requested_gemm_backend();
+  if (asked == GemmBackend::kAuto) asked = best;
+  if (asked == GemmBackend::kDequant) return asked;
+  MXT_CHECK(best == GemmBackend::kFold && (asked != GemmBackend::kFoldPacked || has_fold(c)), op,
+            "the GEMM backend must be one that serves format ", kFormats[format].name,
+            " here, got ", kGemmBackendNames[static_cast<int>(asked)], " (compute capability ",
+            c.major, ".", c.minor, ", this build has: ", MXT_CUDA_ARCHS,
+            "). Use mxtrain.set_gemm_backend(\"auto\"); fold is mxfp4 on 8.9, built for 89, and on "
+            "9.0, built for 90a; fold_packed on 9.0 only.");
+  return has_fold(c) ? asked : GemmBackend::kFoldMma;
 }
 
-cudaError_t run_folded_gemm(const FoldedGemmParams& p, cudaStream_t stream) {
+cudaError_t run_folded_gemm(const FoldedGemmParams& p, GemmBackend backend, cudaStream_t stream) {
 #ifdef MXT_HAVE_SM90
-  return sm90::launch_folded_gemm(p, stream);
-#else
-  return cudaErrorNotSupported;
+  if (backend == GemmBackend::kFold) return sm90::launch_folded_gemm(p, stream);
 #endif
+#ifdef MXT_HAVE_SM89
+  if (backend == GemmBackend::kFoldMma) return sm89::launch_folded_gemm(p, stream);
+#endif
+  return cudaErrorNotSupported;
 }
 
 cudaError_t run_packed_gemm(const PackedGemmParams& p, cudaStream_t stream) {

@@ -32,11 +32,13 @@ struct GemmChoice {
 };
 GemmChoice best_gemm_backend(int major, int minor, int64_t format);
 
-// The same for t's device, unless mxtrain_set_gemm_backend named another.
+// The same for t's device, unless mxtrain_set_gemm_backend named another; kFoldMma, where that is
+// what fold is on the device.
 GemmBackend gemm_backend_for(const char* op, const Tensor& t, int64_t format);
 
-// The product of two folded operands, and of two packed ones, on the current device.
-cudaError_t run_folded_gemm(const FoldedGemmParams& p, cudaStream_t stream);
+// The product of two folded operands by kFold or kFoldMma, as gemm_backend_for has it, and of two
+// packed ones, on the current device.
+cudaError_t run_folded_gemm(const FoldedGemmParams& p, GemmBackend backend, cudaStream_t stream);
 cudaError_t run_packed_gemm(const PackedGemmParams& p, cudaStream_t stream);
 
 // Turns a launch error into an exception that names the op.

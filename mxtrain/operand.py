@@ -321,8 +321,9 @@ def gemm(
         alpha: factor on the product.
         out_dtype: bfloat16, float16 or float32.
         accumulate: "fp32", or "fast" or "exact" where a backend has a quicker way, or one with less
-            error: backend fold (mxfp4 on Hopper) sums 128 products, all, or 32 in the tensor cores'
-            short accumulator before it adds them in float32. Elsewhere all are float32.
+            error: backend fold (mxfp4 on Ada and Hopper) sums 128 products, all, or 32 in the
+            tensor cores' short accumulator before it adds them in float32. Elsewhere all are
+            float32.
 
     Returns:
         `[M, N]` of out_dtype.
@@ -384,8 +385,10 @@ def set_gemm_backend(name: str) -> str:
     """Say how `gemm` runs on CUDA from now on, in this process; returns what held before.
 
     "auto" (the default) takes the fastest that serves the format on the GPU, which
-    `python -m mxtrain.env` lists; "fold" (mxfp4 on Hopper: exact folding into FP8) and "dequant"
-    (every format: decode to BF16, cuBLAS) insist on one, for comparisons. The environment variable
+    `python -m mxtrain.env` lists; "fold" (mxfp4 on Ada and Hopper: exact folding into FP8) and
+    "dequant" (every format: decode to BF16, cuBLAS) insist on one, for comparisons. "fold_packed"
+    is "fold" with no FP8 copy of the operands in memory (Hopper), and "fold_mma" the "fold" of Ada,
+    also on Hopper: to check it, slower there. The environment variable
     MXTRAIN_GEMM_BACKEND sets it at import. The CPU has one backend, whatever the setting.
 
     Raises:

@@ -1,10 +1,14 @@
-"""The fold backend of gemm: mxfp4 folded into E5M2, multiplied on FP8 tensor cores.
+"""The fold backends of gemm: mxfp4 folded into E5M2, multiplied on FP8 tensor cores.
 
-The folding is checked on the CPU, through its reference; the product where the backend exists.
-Bounds: docs/numerics.md, "GEMM". Operands come from fixed seeds.
+The folding is checked on the CPU, through its reference; the product where a backend exists, and
+by each that the GPU has: "fold", its own, "fold_packed", unpacked inside the product, and
+"fold_mma", by mma.sync. Bounds: docs/numerics.md, "GEMM". Operands come from fixed seeds.
 """
 
 from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -12,10 +16,35 @@ from common import assert_same_bytes, cuda_has
 
 import mxtrain
 from mxtrain import reference
+from mxtrain._library import CATALOGUE, gemm_backend
 from mxtrain.env import gemm_backend_here
 
 HAS_FOLD = cuda_has("gemm") and gemm_backend_here("mxfp4") == "fold"
 needs_fold = pytest.mark.skipif(not HAS_FOLD, reason="needs a GPU that gemm's fold backend serves")
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """mxtrain.set_gemm_backend(name), for a while."""
+    before = mxtrain.set_gemm_backend(name)
+    try:
+        yield
+    finally:
+        mxtrain.set_gemm_backend(before)
+
+
+@pytest.fixture(params=["fold", "fold_packed", "fold_mma"])
+def fold(request) -> Iterator[None]:
+    if request.param != "fold" and torch.cuda.get_device_capability() == (8, 9):
+        pytest.skip("there fold is fold_mma, and fold_packed does not run")
+    with backend(request.param):
+        yield
+
+
+def by_each_fold_backend(test: Callable) -> Callable:
+    """Run the test once for each fold backend that the GPU has."""
+    return needs_fold(pytest.mark.usefixtures("fold")(test))
+
 
 # c of |D - D64| <= c |A||B|^T. "exact" is a float32 sum of exact products; the others cut products
 # off 13 bits below the largest of their instruction, again and again along a chunk of K.
@@ -86,6 +115,21 @@ def test_folding_a_nan_block_marks_its_row():
     assert folded.view(torch.float8_e5m2).float().isfinite().all()
 
 
+def test_compute_capabilities_that_fold_serves():
+    """8.9 by code for 89, 9.0 by code for 90a; code for 80 runs on 8.9, but does not fold."""
+    archs, code = CATALOGUE["build"]["cuda_archs"].split(";"), mxtrain.FORMATS["mxfp4"].code
+    if archs == [""]:
+        pytest.skip("a build with CUDA chooses")
+    for major, minor, arch in [(8, 9, "89"), (9, 0, "90a")]:
+        chosen = gemm_backend(major, minor, code)
+        if arch in archs:
+            assert chosen.startswith("fold: exact folding into E5M2, FP8 tensor cores")
+        else:
+            assert chosen.startswith("dequant: ") and f"a build with {arch}" in chosen
+    for major, minor in [(8, 0), (8, 6), (10, 0), (12, 0)]:
+        assert gemm_backend(major, minor, code).startswith("dequant: ")
+
+
 def test_set_gemm_backend_returns_the_previous_one_and_refuses_others():
     before = mxtrain.set_gemm_backend("dequant")
     try:
@@ -100,7 +144,7 @@ def test_set_gemm_backend_returns_the_previous_one_and_refuses_others():
 # ---- the product ----
 
 
-@needs_fold
+@by_each_fold_backend
 @pytest.mark.parametrize("accumulate", ["fp32", "exact"])
 @pytest.mark.parametrize("name", DISTRIBUTIONS)
 def test_error_bound(name, accumulate):
@@ -114,7 +158,7 @@ def test_error_bound(name, accumulate):
         assert error <= (1e-6 if accumulate == "exact" else 5e-4), (m, n, k, error)
 
 
-@needs_fold
+@by_each_fold_backend
 @pytest.mark.parametrize("accumulate", ["fp32", "exact"])
 def test_gaussian_operands_have_no_error_at_all(accumulate):
     """Their scales differ by a few binades, so nothing is cut off and float32 holds the sums."""
@@ -124,32 +168,53 @@ def test_gaussian_operands_have_no_error_at_all(accumulate):
     assert torch.equal(got.double(), exact(a, b)[0])
 
 
-@needs_fold
-def test_agrees_with_dequant_and_says_so(monkeypatch):
+@by_each_fold_backend
+def test_agrees_with_dequant_and_refuses_other_formats():
     a = mxtrain.quantize(values("gaussian", 300, 1024, seed=1), "mxfp4")
     b = mxtrain.quantize(values("gaussian", 200, 1024, seed=2), "mxfp4")
     folded = mxtrain.gemm(a, b)
-    mxtrain.set_gemm_backend("dequant")
-    try:
+    with backend("dequant"):
         assert torch.equal(folded, mxtrain.gemm(a, b))
-    finally:
-        mxtrain.set_gemm_backend("auto")
     x = mxtrain.quantize(torch.randn(64, 64, device="cuda"), "mxfp8_e4m3")
-    mxtrain.set_gemm_backend("fold")
-    try:
-        with pytest.raises(RuntimeError, match="GEMM backend must be one that serves format mxfp8"):
-            mxtrain.gemm(x, x)
-    finally:
-        mxtrain.set_gemm_backend("auto")
+    with pytest.raises(RuntimeError, match="GEMM backend must be one that serves format mxfp8"):
+        mxtrain.gemm(x, x)
 
 
 @needs_fold
+def test_fold_mma_and_fold_give_the_same_bytes():
+    """Of float32 sums of exact products, in the same order; they differ in everything else."""
+    for m, n, k in [(300, 520, 480), (2100, 4100, 1024)]:
+        a = mxtrain.quantize(values("blocks-4", m, k, seed=1), "mxfp4")
+        b = mxtrain.quantize(values("blocks-4", n, k, seed=2), "mxfp4")
+        got = []
+        for name in ("auto", "fold", "fold_mma"):
+            with backend(name):
+                got.append(mxtrain.gemm(a, b, out_dtype=torch.float32, accumulate="exact"))
+        assert torch.equal(got[0], got[1]) and torch.equal(got[1], got[2])
+
+
+@by_each_fold_backend
+@pytest.mark.parametrize("accumulate", ["fp32", "fast", "exact"])
+def test_gemm_add_adds_the_rounded_product(accumulate):
+    for m, n, k in [(33, 65, 100), (129, 128, 160), (300, 522, 480), (4095, 2044, 96)]:
+        a = mxtrain.quantize(values("gaussian", m, k, seed=1), "mxfp4")
+        b = mxtrain.quantize(values("gaussian", n, k, seed=2), "mxfp4")
+        out = values("gaussian", m, n, seed=3)
+        product = mxtrain.gemm(a, b, alpha=0.7, out_dtype=torch.float32, accumulate=accumulate)
+        expected = out + product
+        mxtrain.gemm_add_(out, a, b, alpha=0.7, accumulate=accumulate)
+        assert_same_bytes(out, expected, f"{m} {n} {k}")
+
+
+@by_each_fold_backend
 @pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("accumulate", ["fp32", "fast", "exact"])
 def test_ragged_shapes_alpha_bias_and_every_output_type(accumulate, out_dtype):
-    """Rows of D that are not whole 16-byte units, tiles that stick out, K that is not a stage."""
+    """Rows of D that are not whole 16- or 8-byte units, tiles of either size that stick out, K that
+    is not a stage."""
     shapes = [(1, 1, 1), (33, 65, 100), (129, 127, 160), (300, 520, 480), (64, 1031, 96)]
-    for m, n, k in [*shapes, (1000, 1030, 32), (2049, 2056, 224)]:
+    large = [(1000, 1030, 32), (2049, 2056, 224), (4095, 2044, 224), (3970, 2047, 96)]
+    for m, n, k in [*shapes, *large]:
         a = mxtrain.quantize(values("gaussian", m, k, seed=1), "mxfp4")
         b = mxtrain.quantize(values("gaussian", n, k, seed=2), "mxfp4")
         bias = values("gaussian", 1, n, seed=3)[0]
@@ -161,7 +226,7 @@ def test_ragged_shapes_alpha_bias_and_every_output_type(accumulate, out_dtype):
         assert_same_bytes(got, expected.to(out_dtype), f"{m} {n} {k}, alpha and bias")
 
 
-@needs_fold
+@by_each_fold_backend
 @pytest.mark.parametrize("accumulate", ["fp32", "fast", "exact"])
 def test_nan_scales_reach_their_row_or_column_and_nothing_else(accumulate):
     x, y = values("gaussian", 300, 512, seed=1), values("gaussian", 260, 512, seed=2)
@@ -174,7 +239,7 @@ def test_nan_scales_reach_their_row_or_column_and_nothing_else(accumulate):
     assert torch.equal(got, expected)
 
 
-@needs_fold
+@by_each_fold_backend
 def test_scales_at_the_ends_of_their_range():
     """2^(scales) of a row times a column may leave float32's range on the way, not in the result.
 
@@ -195,7 +260,7 @@ def test_scales_at_the_ends_of_their_range():
     assert torch.equal(doubled[inside], (exact(a, b)[0] * 2.0**20).float()[inside])
 
 
-@needs_fold
+@by_each_fold_backend
 def test_operands_at_any_address_and_stride():
     """Codes at an odd address, scales at an odd address, and operands that are slices of larger."""
     x, y = values("blocks-2", 140, 480, seed=1), values("blocks-2", 90, 480, seed=2)
@@ -215,7 +280,7 @@ def test_operands_at_any_address_and_stride():
         assert_same_bytes(mxtrain.gemm(p, q, out_dtype=torch.float32), expected)
 
 
-@needs_fold
+@by_each_fold_backend
 def test_the_same_bytes_every_time_on_two_streams_and_in_a_graph():
     a = mxtrain.quantize(values("blocks-4", 1300, 2048, seed=1), "mxfp4")
     b = mxtrain.quantize(values("blocks-4", 1100, 2048, seed=2), "mxfp4")
@@ -239,7 +304,7 @@ def test_the_same_bytes_every_time_on_two_streams_and_in_a_graph():
     assert torch.equal(captured, expected[0])
 
 
-@needs_fold
+@by_each_fold_backend
 def test_every_tile_size_gives_the_same_bytes():
     """One row of a large product, alone: another tile, the same sums."""
     a = mxtrain.quantize(values("blocks-4", 4096, 1024, seed=1), "mxfp4")

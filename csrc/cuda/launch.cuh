@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The one way to launch a kernel: it leaves the number of blocks and their size where an error
+// Launching: the one way to do it, which leaves the number of blocks and their size where an error
 // message finds them.
 #pragma once
 
@@ -9,12 +9,34 @@
 
 namespace mxtrain::cuda {
 
+inline int ceil_div(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
+
+// Of the current device.
+inline cudaError_t count_multiprocessors(int* count) {
+  int device = 0;
+  const cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  return cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device);
+}
+
 // kernel<<<grid, block, 0, stream>>>(arguments...), and the error of it.
 template <class... P, class... A>
 static cudaError_t launch(void (*kernel)(P...), dim3 grid, unsigned block, cudaStream_t stream,
                           const A&... arguments) {
   last_launch() = {grid.x * grid.y * grid.z, block};
   kernel<<<grid, block, 0, stream>>>(arguments...);
+  return cudaGetLastError();
+}
+
+// The same with `shared` bytes of dynamic shared memory; more than 48 KB must be asked for.
+template <class... P, class... A>
+static cudaError_t launch_with_shared(void (*kernel)(P...), unsigned grid, unsigned block,
+                                      int shared, cudaStream_t stream, const A&... arguments) {
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+  if (error != cudaSuccess) return error;
+  last_launch() = {grid, block};
+  kernel<<<grid, block, shared, stream>>>(arguments...);
   return cudaGetLastError();
 }
 

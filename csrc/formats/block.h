@@ -82,10 +82,12 @@ enum class Accumulate : int { kFp32 = 0, kFast = 1, kExact = 2 };
 constexpr int kAccumulates = 3;
 constexpr const char* kAccumulateNames[kAccumulates] = {"fp32", "fast", "exact"};
 
-// How gemm runs on CUDA (csrc/dispatch.h chooses).
-enum class GemmBackend : int { kAuto = 0, kDequant = 1, kFold = 2, kFoldPacked = 3 };
-constexpr int kGemmBackends = 4;
-constexpr const char* kGemmBackendNames[kGemmBackends] = {"auto", "dequant", "fold", "fold_packed"};
+// How gemm runs on CUDA (csrc/dispatch.h chooses). fold is the GPU's own way to multiply what was
+// folded, fold_packed the one that unpacks inside the product, fold_mma the one by mma.sync.
+enum class GemmBackend : int { kAuto = 0, kDequant = 1, kFold = 2, kFoldPacked = 3, kFoldMma = 4 };
+constexpr int kGemmBackends = 5;
+constexpr const char* kGemmBackendNames[kGemmBackends] = {"auto", "dequant", "fold", "fold_packed",
+                                                          "fold_mma"};
 constexpr int kHadamardGroups[] = {16, 32, 64, 128, 256};
 constexpr int kHadamardGroupCount = sizeof(kHadamardGroups) / sizeof(kHadamardGroups[0]);
 

@@ -4,6 +4,7 @@
 //            nvfp4's tensor scales wait for the epilogue), cuBLAS through torch with a float32
 //            result, one epilogue
 //   fold     fold both operands into E5M2 (exact; cuda/fold.cu), multiply on the FP8 tensor cores
+//            (fold_mma: by mma.sync)
 #include <torch/csrc/stable/accelerator.h>
 
 #include <array>
@@ -85,7 +86,8 @@ static FoldedGemmParams product_of(const GemmArguments& g, Tensor& out) {
   return p;
 }
 
-static void gemm_fold(const char* op, const GemmArguments& g, Tensor& out, cudaStream_t stream) {
+static void gemm_fold(const char* op, const GemmArguments& g, GemmBackend backend, Tensor& out,
+                      cudaStream_t stream) {
   const Tensor a = torch::stable::contiguous(g.a), a_scale = torch::stable::contiguous(g.a_scale),
                b = torch::stable::contiguous(g.b), b_scale = torch::stable::contiguous(g.b_scale);
   const int64_t pitch = (g.kp + 127) / 128 * 128;
@@ -106,7 +108,7 @@ static void gemm_fold(const char* op, const GemmArguments& g, Tensor& out, cudaS
   p.a_scale = fa.row_scale;
   p.b_scale = fb.row_scale;
   p.pitch = pitch;
-  check_launch(op, run_folded_gemm(p, stream));
+  check_launch(op, run_folded_gemm(p, backend, stream));
 }
 
 // As gemm_fold, with no folded copy; false where the operands do not lie as the copy engine needs.
@@ -165,8 +167,11 @@ static void product_into(const char* op, Tensor& out, bool add, const Tensor& a,
                            static_cast<Accumulate>(accumulate),
                            add};
   if (backend == GemmBackend::kDequant) return gemm_dequant(op, g, out, stream);
-  if (backend == GemmBackend::kFoldPacked && gemm_fold_packed(op, g, out, stream)) return;
-  gemm_fold(op, g, out, stream);
+  if (backend == GemmBackend::kFoldPacked) {
+    if (gemm_fold_packed(op, g, out, stream)) return;
+    return gemm_fold(op, g, GemmBackend::kFold, out, stream);
+  }
+  gemm_fold(op, g, backend, out, stream);
 }
 
 Tensor gemm(Tensor a, Tensor a_scale, OptionalTensor a_tensor_scale, Tensor b, Tensor b_scale,

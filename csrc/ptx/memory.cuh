@@ -36,9 +36,28 @@ __device__ __forceinline__ void cp_async_16(uint32_t shared, const void* p, int 
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(p), "r"(bytes));
 }
 
+// cp.async.commit_group: this thread's copies since the last one make a group.
+__device__ __forceinline__ void cp_async_commit_group() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+// cp.async.wait_group: all but the last kPending groups of this thread are done.
+template <int kPending>
+__device__ __forceinline__ void cp_async_wait_group() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
 // cp.async.wait_all: this thread's copies are done; a barrier makes them visible to the others.
 __device__ __forceinline__ void cp_async_wait_all() {
   asm volatile("cp.async.wait_all;" ::: "memory");
+}
+
+// ldmatrix.x4: four 8x8 matrices of 16-bit values from shared memory, laid out as stmatrix_x4's.
+__device__ __forceinline__ void ldmatrix_x4(uint32_t (&w)[4], uint32_t shared) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3])
+               : "r"(shared)
+               : "memory");
 }
 
 // stmatrix.x4: four 8x8 matrices of 16-bit values into shared memory. Lane l gives the address of

@@ -18,6 +18,7 @@
 
 #include "cuda/sm90/gemm_epilogue.cuh"
 #include "cuda/sm90/gemm_traits.cuh"
+#include "cuda/tile_order.cuh"
 #include "ptx/cluster.cuh"
 #include "ptx/mbarrier.cuh"
 #include "ptx/wgmma.cuh"

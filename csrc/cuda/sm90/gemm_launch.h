@@ -4,20 +4,11 @@
 
 #include <algorithm>
 
-#include "cuda/quantize.h"
+#include "cuda/launch.cuh"
 #include "cuda/sm90/gemm_consumer.cuh"
 #include "cuda/sm90/tensor_map.h"
 
 namespace mxtrain::cuda::sm90 {
-
-inline int ceil_div(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
-
-inline cudaError_t count_multiprocessors(int* count) {
-  int device = 0;
-  const cudaError_t error = cudaGetDevice(&device);
-  if (error != cudaSuccess) return error;
-  return cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device);
-}
 
 // The arguments of a kernel that computes p in tiles of T, and the map of D where boxes can be
 // stored.
@@ -27,8 +18,7 @@ inline cudaError_t make_arguments(const FoldedGemmParams& p, KernelArgs* args, C
   args->p = p;
   args->order = {ceil_div(p.m, T::kTileM * T::kCluster), ceil_div(p.n, T::kTileN)};
   args->k_blocks = ceil_div(p.k, T::kTileK);
-  const float alpha = p.alpha < 0 ? -p.alpha : p.alpha;
-  args->moderate_alpha = alpha == 0 || (alpha >= 0x1p-16f && alpha <= 0x1p16f);
+  args->moderate_alpha = is_moderate_alpha(p.alpha);
   args->boxes = p.n * size % 16 == 0 && reinterpret_cast<uintptr_t>(p.out) % 16 == 0;
   if (!args->boxes) return cudaSuccess;
   const CUtensorMapDataType type =

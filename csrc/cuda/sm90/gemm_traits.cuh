@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The compile-time facts of the FP8 GEMM, its shared memory, and the order in which tiles are
-// visited.
+// The compile-time facts of the FP8 GEMM and its shared memory.
 #pragma once
 
 #include <cstdint>
@@ -51,22 +50,6 @@ struct GemmTraits {
   static_assert(kBytesA % 1024 == 0 && kBytesB % 1024 == 0 && kBoxBytes % 1024 == 0,
                 "swizzle atoms are 1024 bytes");
   static_assert(kSharedBytes <= 227 * 1024, "the shared memory of a block");
-};
-
-// Tiles of D in the order in which they are computed: down kBand tiles of M, then the next column
-// of tiles, so that the tiles in flight at one time share rows of A and of B in the L2. The
-// clusters take turns, first for their first warpgroup, then for their second.
-struct TileOrder {
-  static constexpr int kBand = 8;
-  int tiles_m, tiles_n;  // tiles_m counts the tiles of a cluster
-
-  __host__ __device__ int count() const { return tiles_m * tiles_n; }
-  __device__ __forceinline__ void at(int index, int& m, int& n) const {
-    const int per_band = kBand * tiles_n, band = index / per_band, in_band = index % per_band;
-    const int rows = min(kBand, tiles_m - band * kBand);
-    n = in_band / rows;
-    m = band * kBand + in_band % rows;
-  }
 };
 
 // Where the producer or a consumer is in the ring of stages: the stage, its addresses in the shared

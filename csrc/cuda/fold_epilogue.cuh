@@ -1,0 +1,155 @@
+// SPDX-License-Identifier: Apache-2.0
+// From the accumulators of a folded GEMM to D, what every architecture's kernel shares:
+// d * 2^(a_scale + b_scale - 280) * alpha + bias, one rounding to the output type; or that rounded
+// to float32 and added to D. Nothing here waits for another warp. A warp holds 16 rows of D as
+// mma.sync and wgmma leave them: d[4 j + 2 i + c] is row lane / 4 + 8 i and column 8 j + 2 (lane %
+// 4) + c.
+#pragma once
+
+#include "cuda/fold.h"
+#include "cuda/group.cuh"
+#include "formats/e8m0.h"
+#include "ptx/convert.cuh"
+#include "ptx/memory.cuh"
+
+namespace mxtrain::cuda {
+
+constexpr int kFoldBias = 127 + 13;  // a folded row is 2^(scale - kFoldBias) * E5M2
+
+// ---- scaling ----
+
+// The usual case: |d| is a multiple of 2^-32 below 2^48, so with scales in this range and a
+// moderate alpha no intermediate product leaves float32's normal range, and two factors do.
+inline bool is_moderate_alpha(float alpha) {
+  const float size = alpha < 0 ? -alpha : alpha;
+  return size == 0 || (size >= 0x1p-16f && size <= 0x1p16f);
+}
+
+__device__ __forceinline__ bool is_moderate(uint32_t scale) {
+  return (scale >= 64 && scale <= 190) || scale == kE8M0Nan;
+}
+
+// 2^(scale - kFoldBias) of a moderate scale, or NaN, as float32 bits; bfloat16 holds it, too.
+__device__ __forceinline__ uint32_t moderate_factor(uint32_t scale) {
+  return scale == kE8M0Nan ? kNanBits : (scale - (kFoldBias - 127)) << 23;
+}
+
+// The same as a product of two factors within 2^(+-70), for any scale: the product of a row's and a
+// column's half is exact, and d times the two products underflows or overflows only where the
+// result does.
+__device__ __forceinline__ float2 split_factor(uint32_t scale) {
+  if (scale == kE8M0Nan) return make_float2(bits_float(kNanBits), 1.0f);
+  const int e = static_cast<int>(scale) - kFoldBias, half = e >> 1;
+  return make_float2(power_of_two(half), power_of_two(e - half));
+}
+
+// What a lane knows of the scales of its warp's rows and the tile's columns, fetched before the
+// products and looked at after them: its two rows, and columns 64 t + 2 lane and the next, which it
+// hands to the lanes that need them. Past the edge the last scale stands in.
+template <int kTileN>
+struct TileScales {
+  uint32_t rows[2], columns[kTileN / 32];
+
+  // m, n: the warp's first row and the tile's first column.
+  __device__ __forceinline__ void fetch(const FoldedGemmParams& p, int m, int n, int lane) {
+    const int last_m = static_cast<int>(p.m) - 1, last_n = static_cast<int>(p.n) - 1;
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      rows[i] = ptx::ld_global_nc_u8(p.a_scale + min(m + lane / 4 + 8 * i, last_m));
+#pragma unroll
+    for (int i = 0; i < kTileN / 32; ++i)
+      columns[i] = ptx::ld_global_nc_u8(p.b_scale + min(n + i / 2 * 64 + 2 * lane + i % 2, last_n));
+  }
+
+  // Whether all that the warp needs are moderate.
+  __device__ __forceinline__ bool all_moderate() const {
+    bool moderate = is_moderate(rows[0]) && is_moderate(rows[1]);
+#pragma unroll
+    for (int i = 0; i < kTileN / 32; ++i) moderate &= is_moderate(columns[i]);
+    return __all_sync(0xFFFFFFFFu, moderate);
+  }
+};
+
+// The next three take 64 columns: d their 8 accumulators of 4, `own` what TileScales has of them.
+__device__ __forceinline__ void scale_moderate(float* d, const uint32_t (&rows)[2],
+                                               const uint32_t* own, float alpha, int lane) {
+  const float row[2] = {bits_float(moderate_factor(rows[0])) * alpha,
+                        bits_float(moderate_factor(rows[1])) * alpha};
+  const uint32_t factors = (moderate_factor(own[0]) >> 16) | moderate_factor(own[1]);
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    const uint32_t pair = __shfl_sync(0xFFFFFFFFu, factors, 4 * j + lane % 4);
+    const float low = bits_float(pair << 16), high = bits_float(pair & 0xFFFF0000u);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      d[4 * j + 2 * i] = d[4 * j + 2 * i] * row[i] * low;
+      d[4 * j + 2 * i + 1] = d[4 * j + 2 * i + 1] * row[i] * high;
+    }
+  }
+}
+
+// Any scales and any alpha, slowly.
+__device__ __forceinline__ void scale_any(float* d, const uint32_t (&rows)[2], const uint32_t* own,
+                                          float alpha, int lane) {
+  const float2 row[2] = {split_factor(rows[0]), split_factor(rows[1])};
+#pragma unroll
+  for (int j = 0; j < 8; ++j)
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      const float2 column = split_factor(__shfl_sync(0xFFFFFFFFu, own[c], 4 * j + lane % 4));
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        float& v = d[4 * j + 2 * i + c];
+        v = v * (row[i].x * column.x) * (row[i].y * column.y) * alpha;
+      }
+    }
+}
+
+// n: the first of the 64 columns.
+__device__ __forceinline__ void add_bias(float* d, const FoldedGemmParams& p, int n, int lane) {
+#pragma unroll
+  for (int c = 0; c < 2; ++c) {
+    const int at = n + 2 * lane + c;
+    const float own = at < p.n ? load_any(p.bias, p.bias_type, at) : 0.0f;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      const float bias = __shfl_sync(0xFFFFFFFFu, own, 4 * j + lane % 4);
+      d[4 * j + c] += bias;
+      d[4 * j + 2 + c] += bias;
+    }
+  }
+}
+
+// ---- storing ----
+
+template <FloatType kType>
+__device__ __forceinline__ uint32_t pack2(float low, float high) {
+  return kType == FloatType::kBfloat16 ? ptx::cvt_rn_bf16x2(low, high)
+                                       : ptx::cvt_rn_f16x2(low, high);
+}
+
+// 16 rows from m and 64 columns from n on, element by element: any address and row length.
+template <FloatType kType>
+__device__ __forceinline__ void store_elements(const float* d, void* out, int m, int n, int rows,
+                                               int cols, bool add, int lane) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int row = m + lane / 4 + 8 * i;
+    if (row >= rows) continue;
+#pragma unroll
+    for (int j = 0; j < 8; ++j)
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        const int col = n + 8 * j + 2 * (lane % 4) + c;
+        if (col >= cols) continue;
+        const int64_t at = static_cast<int64_t>(row) * cols + col;
+        const float v = d[4 * j + 2 * i + c];
+        if constexpr (kType == FloatType::kFloat32)
+          static_cast<float*>(out)[at] = add ? static_cast<float*>(out)[at] + v : v;
+        else
+          static_cast<uint16_t*>(out)[at] = static_cast<uint16_t>(pack2<kType>(v, v));
+      }
+  }
+}
+
+}  // namespace mxtrain::cuda
