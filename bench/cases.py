@@ -2,8 +2,8 @@
 
 A name is `family/arguments/shape`, such as `quantize/mxfp4/stochastic+h64/16384x8192`. To add a
 family, write one function that returns a Case, register it with `@family("...")` (families.py holds
-this package's ops, products.py its GEMMs and layers, peers.py what they are compared with), and
-name its rows in suites.py.
+this package's ops, products.py its GEMMs and layers, training.py whole steps, peers.py what they
+are compared with), and name its rows in suites.py.
 """
 
 from __future__ import annotations
@@ -39,6 +39,11 @@ class Case:
         peers: rows to compare with, best first; the first that runs in the same suite gives
             vs_peer.
         bf16: the row that gives vs_bf16.
+        tokens: that one call trains on; 0 for "none".
+        saved: bytes of activations that autograd keeps for backward, of the inputs; None for "not
+            counted".
+        graph: whether to time the replays of a CUDA graph; else what a caller without one waits
+            for.
     """
 
     name: str
@@ -52,6 +57,9 @@ class Case:
     requires: str | None = None
     peers: tuple[str, ...] = ()
     bf16: str | None = None
+    tokens: int = 0
+    saved: Callable[..., int] | None = None
+    graph: bool = True
 
     @property
     def baselines(self) -> tuple[str, ...]:
@@ -84,7 +92,7 @@ def build(name: str) -> Case:
     """The case called `name`. Raises ValueError for a name that means nothing, Unfit for a shape
     that cannot be.
     """
-    from . import families, peers, products  # noqa: F401  (they register the families, and import this module)
+    from . import families, peers, products, training  # noqa: F401  (they register the families, and import this module)
 
     head, *rest = name.split("/")
     if head not in FAMILIES:

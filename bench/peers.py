@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mxtrain import reference
 from mxtrain.formats import format_named
@@ -168,10 +168,38 @@ def _to_mx_function(format: str, compiled: bool) -> Callable[[Tensor], Any]:
     return torch.compile(run, dynamic=False) if compiled else run
 
 
+def fp8_rowwise(name: str, shape: str) -> Case:
+    """torchao's FP8 training layer under torch.compile, its recipe "rowwise" (cuBLASLt, a scale a
+    row), BF16 weight, no bias: forward and backward, peer/torchao_fp8_rowwise/TOKENSxINxOUT.
+    """
+    tokens, inputs, outputs = parse_shape(shape, 3)
+
+    def make(device: torch.device) -> tuple:
+        with _quiet():
+            from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+        layer = nn.Linear(inputs, outputs, bias=False, device=device, dtype=torch.bfloat16)
+        config = Float8LinearConfig.from_recipe_name("rowwise")
+        layer = convert_to_float8_training(nn.Sequential(layer), config=config)
+        layer.compile(dynamic=False)
+        x, dy = (
+            torch.randn(tokens, size, dtype=torch.bfloat16, device=device)
+            for size in (inputs, outputs)
+        )
+        return layer, x, dy
+
+    def call(layer: nn.Module, x: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
+        x = x.detach().requires_grad_()
+        y = layer(x)
+        return y, *torch.autograd.grad(y, (x, *layer.parameters()), dy)
+
+    flops, bf16 = 6 * tokens * inputs * outputs, f"linear/bf16/{shape}/fwd+bwd"
+    return Case(name, make, call, 0, flops, requires="torchao", bf16=bf16)
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without torchao's log lines about extensions that it could not load; to_mx does not need
-    them.
+    """Without torchao's log lines about extensions that it could not load, and that nothing here
+    needs.
     """
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
@@ -187,6 +215,7 @@ PEERS: dict[str, Callable[..., Case]] = {
     "empty_kernel": empty_kernel,
     "cublas_bf16": cublas_bf16,
     "cublas_fp8_rowwise": cublas_fp8_rowwise,
+    "torchao_fp8_rowwise": fp8_rowwise,
     "torchao_to_mx_compiled": functools.partial(to_mx, True),
     "torchao_to_mx_eager": functools.partial(to_mx, False),
 }

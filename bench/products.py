@@ -3,7 +3,8 @@
 gemm/FORMAT[+BACKEND]/MxNxK is `mxtrain.gemm` of packed operands, BF16 out: everything from the
 4-bit bytes to the result is timed. linear/RECIPE/TOKENSxINxOUT/fwd+bwd is a forward and a backward
 of a linear layer with BF16 weights and no bias, all three GEMMs, quantizers included;
-linear/bf16/... is F.linear.
+linear/bf16/... is F.linear. saved_bytes is what such a layer keeps of x from its forward to its
+backward. (What it keeps of the weight does not grow with the tokens.)
 """
 
 from __future__ import annotations
@@ -98,12 +99,23 @@ def linear(name: str, recipe: str, shape: str, passes: str) -> Case:
         x, w = gaussian(tokens, inputs), gaussian(outputs, inputs) * inputs**-0.5
         return x, w, gaussian(tokens, outputs)
 
+    def forward(x: Tensor, w: Tensor) -> Tensor:
+        return F.linear(x, w) if recipe == "bf16" else mxtrain.linear(x, w, recipe=recipe)
+
     def call(x: Tensor, w: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
         x, w = x.detach().requires_grad_(), w.detach().requires_grad_()
-        y = F.linear(x, w) if recipe == "bf16" else mxtrain.linear(x, w, recipe=recipe)
+        y = forward(x, w)
         return y, *torch.autograd.grad(y, (x, w), dy)
 
-    flops = 6 * tokens * inputs * outputs
+    def saved(x: Tensor, w: Tensor, dy: Tensor) -> int:
+        """Where x needs no gradient, nothing of w is kept."""
+        kept: list[Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            forward(x, w.detach().requires_grad_())
+        return sum(t.nbytes for t in kept)
+
+    flops, bf16 = 6 * tokens * inputs * outputs, f"linear/bf16/{shape}/{passes}"
     if recipe == "bf16":
-        return Case(name, make, call, 0, flops)
-    return Case(name, make, call, 0, flops, "gemm", bf16=f"linear/bf16/{shape}/{passes}")
+        return Case(name, make, call, 0, flops, saved=saved)
+    peers = (f"peer/torchao_fp8_rowwise/{shape}",)
+    return Case(name, make, call, 0, flops, "gemm", peers=peers, bf16=bf16, saved=saved)

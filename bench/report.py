@@ -131,6 +131,8 @@ COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("TFLOP/s", lambda r: _rate(r.get("tflops"))),
     ("vs bf16", lambda r: _number(2, "x")(r.get("vs_bf16"))),
     ("vs peer", lambda r: _number(2, "x")(r.get("vs_peer"))),
+    ("tokens/s", lambda r: _number(0)(r.get("tokens_per_second"))),
+    ("saved", lambda r: _number(2, "x less")(r.get("saved_vs_bf16"))),
     ("error", _error),
     ("", lambda r: "noisy" if r.get("noisy") else ""),
 )

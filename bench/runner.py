@@ -8,7 +8,11 @@ A row is the dict that the JSON file holds; what does not apply is None, times a
     eager: p20, p50 and p80 of eager calls. graph: whether us is of graph replays; where a capture
         failed, us is of eager calls and note says why.
     bytes, flops: counted for one call. wrong: whether error exceeds the case's tolerance.
-    samples, calls, sets, peak_bytes: of the measurement; the last is what one call allocates.
+    tokens_per_second: of a row that trains.
+    samples, calls, sets, peak_bytes: of the measurement; the last is the most memory that one call
+        holds above its inputs.
+    saved_bytes: of activations, which a layer keeps from its forward to its backward.
+    saved_vs_bf16: those of the BF16 row over this row's.
 """
 
 from __future__ import annotations
@@ -75,6 +79,7 @@ class Prepared:
     run_us: float  # a guess
     sets: int
     peak_bytes: int | None
+    saved_bytes: int | None
     note: str = ""
 
 
@@ -104,6 +109,7 @@ def prepare(case: Case, timer: Timer) -> Prepared:
     error = case.check(first, out, timer.checked_elements) if case.check else None
     del out
     peak = timer.peak_bytes(lambda: case.call(*first))
+    saved = case.saved(*first) if case.saved else None
     count = set_count(tensor_bytes(first), timer.cache_bytes)
     sets = [first, *(copy_set(first) for _ in range(count - 1))]
 
@@ -114,15 +120,17 @@ def prepare(case: Case, timer: Timer) -> Prepared:
     calls = timer.calls(few_us / few, count)
     graph, note = None, ""
     try:
-        graph = timer.capture(
-            warm=lambda: Rotation(case.call, sets)(count), run=lambda: captured(calls)
-        )
+        if case.graph:
+            graph = timer.capture(
+                warm=lambda: Rotation(case.call, sets)(count), run=lambda: captured(calls)
+            )
     except RuntimeError as problem:
         if not timer.healthy():
             raise
         note = f"no graph: {first_line(problem)}"
+    run_us = few_us / few * calls
     return Prepared(
-        case, error, lambda: rotation(calls), graph, calls, few_us / few * calls, count, peak, note
+        case, error, lambda: rotation(calls), graph, calls, run_us, count, peak, saved, note
     )
 
 
@@ -176,6 +184,9 @@ def _row(entry: Prepared, samples: list[float], eager_samples: list[float]) -> d
         "calls": entry.calls,
         "sets": entry.sets,
         "peak_bytes": entry.peak_bytes,
+        "saved_bytes": entry.saved_bytes,
+        "saved_vs_bf16": None,
+        "tokens_per_second": case.tokens / us["p50"] * 1e6 if case.tokens else None,
     }
     if entry.note:
         row["note"] = entry.note
@@ -267,13 +278,17 @@ class Session:
 
 
 def compare_with(row: dict[str, Any], baselines: Sequence[dict[str, Any]], case: Case) -> None:
-    """Set vs_peer (of the first peer that ran) and vs_bf16 from the rows sampled beside it."""
-    found = {base["name"]: base["us"]["p50"] for base in baselines}
+    """Set vs_peer (of the first peer that ran), vs_bf16 and saved_vs_bf16 from the rows sampled
+    beside it.
+    """
+    found = {base["name"]: base for base in baselines}
     row["peer"] = next((name for name in case.peers if name in found), None)
     if row["peer"]:
-        row["vs_peer"] = found[row["peer"]] / row["us"]["p50"]
+        row["vs_peer"] = found[row["peer"]]["us"]["p50"] / row["us"]["p50"]
     if case.bf16 in found:
-        row["vs_bf16"] = found[case.bf16] / row["us"]["p50"]
+        row["vs_bf16"] = found[case.bf16]["us"]["p50"] / row["us"]["p50"]
+        if row["saved_bytes"]:
+            row["saved_vs_bf16"] = found[case.bf16]["saved_bytes"] / row["saved_bytes"]
 
 
 def finish(outcome: Outcome) -> None:

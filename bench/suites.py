@@ -73,11 +73,23 @@ OTHER_GEMMS: Rows = ("gemm/mxfp4+dequant", "gemm/mxfp8_e4m3", "gemm/nvfp4")
 MODEL_GEMMS = (
     "8192x6144x4096",  # Llama-3-8B, attention in
     "8192x4096x14336",  # Llama-3-8B, feed-forward out
+    "8192x28672x4096",  # Llama-3-8B, feed-forward in, gate and up in one
     "12608x3072x768",  # ViT-B, 64 images of 197 tokens
+    "12608x768x3072",  # ViT-B, feed-forward out
     "4099x1111x3333",  # ragged
 )
-LINEARS = ("8192x4096x4096", "8192x8192x8192", "16384x4096x14336", "12608x768x3072")
+LINEARS = ("8192x4096x4096", "8192x8192x8192", "16384x4096x14336")
+MODEL_LINEARS = (
+    "8192x14336x4096",  # Llama-3-8B, feed-forward out
+    "12608x768x3072",  # ViT-B, feed-forward in
+    "12608x768x2304",  # ViT-B, attention in
+    "4099x1111x3333",  # ragged
+)
 RECIPE_ROWS = ("tetrajet", "mxfp4_baseline", "mxfp4_backward", "mxfp8", "nvfp4")
+
+
+FP8_LINEAR: Rows = ("peer/torchao_fp8_rowwise",)
+TRAINING: Rows = tuple(f"train/gpt/{recipe}/24x1024/16x1024" for recipe in ("tetrajet", "bf16"))
 
 
 def linears(recipes: Sequence[str], shapes: Sequence[str]) -> Rows:
@@ -94,7 +106,7 @@ SUITES: dict[str, tuple[tuple[Rows, Sequence[str]], ...]] = {
         (("quantize/mxfp4/nearest",), (SMALL,)),
         (GEMMS, GEMM_SHAPES),
         (OTHER_GEMMS[:1], GEMM_SHAPES[:1]),
-        (linears(("tetrajet",), LINEARS[:3]), ("fwd+bwd",)),
+        (linears(("tetrajet",), LINEARS), ("fwd+bwd",)),
     ),
     "full": (
         (COPIES, (BIG,)),
@@ -105,8 +117,10 @@ SUITES: dict[str, tuple[tuple[Rows, Sequence[str]], ...]] = {
         (COMPILED[:1], MODELS[:2]),
         (GEMMS, (*GEMM_SHAPES, *MODEL_GEMMS)),
         (OTHER_GEMMS, (*GEMM_SHAPES[:2], *MODEL_GEMMS[-1:])),
-        (linears(("tetrajet",), LINEARS), ("fwd+bwd",)),
+        (linears(("tetrajet",), (*LINEARS, *MODEL_LINEARS)), ("fwd+bwd",)),
         (linears(RECIPE_ROWS[1:], LINEARS[:1]), ("fwd+bwd",)),
+        (FP8_LINEAR, (*LINEARS, MODEL_LINEARS[1])),
+        (TRAINING, ("step",)),
     ),
     "cpu": (
         (COPIES[:1], ("4096x4096",)),

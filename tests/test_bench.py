@@ -7,7 +7,7 @@ import torch
 from bench_common import CPU, SCHEMA_KEYS
 
 import mxtrain
-from bench import cases, runner, suites, timing
+from bench import cases, runner, suites, timing, training
 from bench.__main__ import main
 
 REQUIRED = [
@@ -123,6 +123,10 @@ def test_rows_that_do_not_fit_are_left_out():
         "quantize/mxfp4/nearest/8x8x8",
         "dequantize/mxfp4/int8/8x8",
         "peer/nobody/8x8",
+        "linear/tetrajet/8x8x8/fwd",
+        "train/gpt/tetra/1x64/1x8/step",
+        "train/gpt/bf16/1x64/1x8/epoch",
+        "train/gpt/bf16/1x96/1x8/step",  # heads of 64
     ],
 )
 def test_bad_names_are_refused(name):
@@ -134,7 +138,7 @@ def test_every_row_of_the_suites_is_right_on_the_cpu():
     rows = {name.rsplit("/", 1)[0] for name in suites.names("full")}
     chosen = []
     for row in sorted(rows):
-        if not row.startswith(("peer/", "gemm/", "linear/")):
+        if not row.startswith(("peer/", "gemm/", "linear/", "train/")):
             chosen += [cases.build(f"{row}/{shape}") for shape in ("256x512", "128x256")]
     chosen += [
         cases.build(name)
@@ -169,6 +173,45 @@ def test_linear_rows_are_a_forward_and_a_backward(recipe):
         errors.append(float((got.float() - want.float()).norm() / want.float().norm()))
     assert max(errors) < 0.5 and min(errors[1:]) > 0  # a recipe may leave fprop in BF16
     assert case.bf16 == twin.name and case.flops == twin.flops == 6 * 64 * 128 * 192
+
+
+def test_saved_bytes_are_those_of_the_activations():
+    ours, bf16 = (cases.build(f"linear/{r}/64x512x192/fwd+bwd") for r in ("tetrajet", "bf16"))
+    inputs = bf16.make(CPU)
+    assert bf16.saved(*inputs) == 2 * 64 * 512
+    assert ours.saved(*inputs) == 64 * 512 * (1 / 2 + 1 / 32) + 6 * 8  # codes, scales, rng
+    mine, _ = run([ours, bf16]).rows
+    assert mine["saved_bytes"] == ours.saved(*inputs) and mine["saved_vs_bf16"] > 3.7
+
+
+def test_training_rows_train_every_layer_of_the_blocks(monkeypatch):
+    """One step after another, the same model but for the linear layers; tokens are counted."""
+    monkeypatch.setattr(training, "BACKEND", "aot_eager")
+    torch._dynamo.reset()
+    names = [f"train/gpt/{recipe}/2x64/2x32/step" for recipe in ("tetrajet", "bf16")]
+    chosen = [cases.build(name) for name in names]
+    losses = []
+    for case in chosen:
+        (trainer,) = inputs = case.make(CPU)
+        quantized = [m for m in trainer.model.modules() if isinstance(m, mxtrain.MXLinear)]
+        assert len(quantized) == (8 if case.op else 0)
+        before = [p.detach().clone() for p in trainer.model.parameters()]
+        got = [case.call(*inputs) for _ in range(3)]
+        assert case.check(inputs, got[0], 0) <= case.tolerance and got[2] < got[1] < got[0]
+        parameters = trainer.model.parameters()
+        assert not any(torch.equal(p, b) for p, b in zip(parameters, before, strict=True))
+        losses.append(got[0])
+    assert losses[0] != losses[1]
+    ours, bf16 = run(chosen).rows
+    assert ours["vs_bf16"] > 0 and not ours["graph"]
+    assert bf16["tokens_per_second"] == pytest.approx(64e6 / bf16["us"]["p50"])
+
+
+def test_the_training_row_has_about_350_million_parameters():
+    with torch.device("meta"):
+        model = training.GPT(24, 1024, 1024)
+    assert sum(p.numel() for p in model.parameters()) == 354_871_296
+    assert "train/gpt/tetrajet/24x1024/16x1024/step" in suites.names("full", ["64x64"])
 
 
 @pytest.mark.parametrize(
