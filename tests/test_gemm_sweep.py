@@ -1,0 +1,178 @@
+"""gemm and gemm_add_ on 500 random calls: ragged shapes, every epilogue, both backends.
+
+Part 0 runs always; the others are slow ones, which also run under a memory and a race checker:
+
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck \\
+        --kernel-name kernel_substring=mxtrain \\
+        python -m pytest -m "slow or not slow" tests/test_gemm_sweep.py
+
+(without the caching, every tensor ends where its memory does); `--tool racecheck` likewise.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from dataclasses import dataclass
+
+import pytest
+import torch
+from common import FLOATS, FORMATS, refuses
+from torch import Tensor
+
+import mxtrain
+from mxtrain.env import gemm_backend_here
+
+pytestmark = pytest.mark.ops("gemm", "gemm_add_", "dequantize")
+
+PARTS, CALLS = 10, 50  # of a part
+UNIT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
+
+
+@dataclass(frozen=True)
+class Call:
+    """One random call. `shift` bytes or elements lie before operands, bias and out."""
+
+    m: int
+    n: int
+    k: int
+    format: str
+    backend: str
+    accumulate: str
+    spread: float  # of the block scales, in binades
+    out_dtype: torch.dtype
+    bias: torch.dtype | None
+    alpha: float
+    add: bool  # gemm_add_
+    nan: bool  # a NaN scale in each operand
+    shift: int
+
+    @staticmethod
+    def draw(r: random.Random) -> Call:
+        size = lambda: r.choice((r.randint(1, 40), r.randint(1, 300), 8 * r.randint(1, 40)))  # noqa: E731
+        return Call(
+            m=size(),
+            n=size(),
+            k=r.choice((r.randint(1, 64), r.randint(1, 700), 128 * r.randint(1, 5))),
+            format=r.choice(("mxfp4",) * 5 + tuple(FORMATS)),
+            backend=r.choice(("auto", "auto", "dequant")),
+            accumulate=r.choice(("fp32", "fast", "exact")),
+            spread=r.choice((0.0, 1.0, 4.0)),
+            out_dtype=r.choice(FLOATS),
+            bias=r.choice((None, *FLOATS)),
+            alpha=r.choice((1.0, -0.5, 16 / 9, 2.0**-10)),
+            add=r.random() < 0.25,
+            nan=r.random() < 0.1,
+            shift=r.choice((0, 0, 1, 4, 16)),
+        )
+
+
+@contextlib.contextmanager
+def backend(name: str):
+    before = mxtrain.set_gemm_backend(name)
+    try:
+        yield
+    finally:
+        mxtrain.set_gemm_backend(before)
+
+
+def shifted(t: Tensor, by: int, device: str) -> Tensor:
+    """t on the device, contiguous, its first element `by` elements behind the start of memory."""
+    if by == 0:
+        return t.to(device)
+    storage = torch.empty(t.numel() + by, dtype=t.dtype, device=device)
+    storage[by:] = t.flatten().to(device)
+    return storage[by:].view_as(t)
+
+
+def random_operand(call: Call, rows: int, g: torch.Generator, device: str) -> mxtrain.Operand:
+    """Any finite codes, under scales of 2^(a normal distribution)."""
+    fmt = mxtrain.FORMATS[call.format]
+    blocks = fmt.padded(call.k) // fmt.block
+    data = torch.randint(0, 256, (rows, fmt.row_bytes(call.k)), generator=g, dtype=torch.uint8)
+    if fmt.bits == 8:
+        data &= 0xBF  # keeps the exponent off the codes of NaN and Inf
+    data[:, call.k * fmt.bits // 8 :] = 0  # the padding of K
+    exponent = (call.spread * torch.randn(rows, blocks, generator=g)).round()
+    scale = (56 + 8 * exponent.clamp(-6, 7) if fmt.two_level else 127 + exponent).to(torch.uint8)
+    if call.nan:
+        row, block = (int(torch.randint(size, (), generator=g)) for size in scale.shape)
+        scale[row, block] = 0x7F if fmt.two_level else 255
+    top = torch.tensor([0.375], device=device) if fmt.two_level else None
+    parts = (shifted(t, call.shift, device) for t in (data, scale))
+    return mxtrain.Operand(*parts, call.format, (rows, call.k), top)
+
+
+def tolerance(call: Call, folds: bool) -> float:
+    """c of |error| <= c |A||B|^T (docs/numerics.md). "fast" adds up the error of its parts."""
+    k = mxtrain.FORMATS[call.format].padded(call.k)
+    if not folds or call.accumulate == "exact":
+        return max(k, 8) * 2.0**-24
+    return 2.0**-9 * (-(-k // 128) if call.accumulate == "fast" else 1)
+
+
+def check(call: Call, seed: int, device: str) -> None:
+    """The call against float64, elementwise."""
+    g = torch.Generator().manual_seed(seed)
+    a, b = (random_operand(call, rows, g, device) for rows in (call.m, call.n))
+    left, right = (t.dequantize(torch.float32).double() for t in (a, b))
+    expected = call.alpha * (left @ right.T)
+    magnitude = abs(call.alpha) * (left.abs() @ right.abs().T)
+    out_dtype = torch.float32 if call.add else call.out_dtype
+    other = torch.zeros(1, device=device)  # what is added to the product
+    with backend(call.backend):
+        if call.add:
+            before = torch.randn(call.m, call.n, generator=g)
+            out, other = shifted(before.clone(), call.shift, device), before.to(device)
+            assert mxtrain.gemm_add_(out, a, b, call.alpha, call.accumulate) is out
+        else:
+            bias = None
+            if call.bias is not None:
+                values = torch.randn(call.n, generator=g).to(call.bias)
+                bias, other = shifted(values, call.shift, device), values.to(device)
+            out = mxtrain.gemm(a, b, bias, call.alpha, out_dtype, call.accumulate)
+    expected = expected + other.double()
+    size = magnitude + other.double().abs()
+    folds = device == "cuda" and call.backend == "auto" and gemm_backend_here(call.format) == "fold"
+    bound = tolerance(call, folds) * magnitude + (UNIT[out_dtype] + 2.0**-21) * size + 2.0**-24
+    assert out.shape == (call.m, call.n) and out.dtype == out_dtype, call
+    assert torch.equal(out.isnan(), expected.isnan()), call
+    right_one = (out.double() - expected).abs() <= bound
+    if out_dtype == torch.float16:
+        right_one |= (expected.abs() + bound >= 65504) & (out.abs() >= 65472)
+    assert (right_one | expected.isnan()).all(), call
+
+
+@pytest.mark.parametrize(
+    "part", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in range(1, PARTS))]
+)
+def test_random_calls(part, device):
+    r = random.Random(part)
+    for i in range(CALLS):
+        check(Call.draw(r), 1000 * part + i, device)
+
+
+def test_the_sweep_covers_every_option():
+    calls = [Call.draw(r) for r in map(random.Random, range(PARTS)) for _ in range(CALLS)]
+    assert len(set(calls)) == PARTS * CALLS == 500
+    fold = [c for c in calls if c.format == "mxfp4" and c.backend == "auto"]
+    dequant = [c for c in calls if c.format == "mxfp4" and c.backend == "dequant"]
+    for some in (fold, dequant):
+        for name, count in [("accumulate", 3), ("out_dtype", 3), ("bias", 4), ("alpha", 4),
+                            ("add", 2), ("nan", 2), ("shift", 4), ("spread", 3)]:  # fmt: skip
+            assert len({getattr(c, name) for c in some}) == count, name
+    assert {c.format for c in calls} == set(FORMATS)
+
+
+def test_an_accumulator_of_another_shape_or_device_is_refused(device):
+    a, b = (mxtrain.quantize(torch.ones(rows, 64, device=device), "mxfp4") for rows in (5, 7))
+    for out in (torch.zeros(7, 5), torch.zeros(5, 8), torch.zeros(35), torch.zeros(5, 14)[:, ::2],
+                torch.zeros(5, 7).half()):  # fmt: skip
+        out = torch.empty_strided(out.shape, out.stride(), dtype=out.dtype, device=device)
+        with refuses(RuntimeError, r"gemm_add_: out must be contiguous, float32 of shape \[5, 7\]"):
+            mxtrain.gemm_add_(out, a, b)
+    other = "cpu" if device == "cuda" else "meta"
+    with refuses(RuntimeError, "gemm_add_: .* must be on the device of the first argument"):
+        mxtrain.gemm_add_(torch.zeros(5, 7, device=other), a, b)
+    with refuses(RuntimeError, "gemm: .* must be on the device of the first argument"):
+        mxtrain.gemm(a, b, torch.zeros(7, device=other))
