@@ -144,6 +144,14 @@ def test_set_gemm_backend_returns_the_previous_one_and_refuses_others():
 # ---- the product ----
 
 
+@needs_fold
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+def test_error_bound_of_dequant(name):
+    """A float32 sum of exact products, as in "exact"."""
+    with backend("dequant"):
+        test_error_bound(name, "exact")
+
+
 @by_each_fold_backend
 @pytest.mark.parametrize("accumulate", ["fp32", "exact"])
 @pytest.mark.parametrize("name", DISTRIBUTIONS)
@@ -166,6 +174,12 @@ def test_gaussian_operands_have_no_error_at_all(accumulate):
     b = mxtrain.quantize(values("gaussian", 768, 8192, seed=2), "mxfp4")
     got = mxtrain.gemm(a, b, out_dtype=torch.float32, accumulate=accumulate)
     assert torch.equal(got.double(), exact(a, b)[0])
+
+
+@needs_fold
+def test_gaussian_operands_have_no_error_in_dequant():
+    with backend("dequant"):
+        test_gaussian_operands_have_no_error_at_all("exact")
 
 
 @by_each_fold_backend
@@ -285,8 +299,11 @@ def test_the_same_bytes_every_time_on_two_streams_and_in_a_graph():
     a = mxtrain.quantize(values("blocks-4", 1300, 2048, seed=1), "mxfp4")
     b = mxtrain.quantize(values("blocks-4", 1100, 2048, seed=2), "mxfp4")
     expected = [mxtrain.gemm(a, b), mxtrain.gemm(b, a)]
+    start = torch.randn(1300, 1100, device="cuda")
+    sums = mxtrain.gemm_add_(start.clone(), a, b)
     for _ in range(100):
         assert torch.equal(mxtrain.gemm(a, b), expected[0])
+        assert torch.equal(mxtrain.gemm_add_(start.clone(), a, b), sums)
     streams = [torch.cuda.Stream(), torch.cuda.Stream()]
     torch.cuda.synchronize()
     got: list[list[torch.Tensor]] = [[], []]

@@ -112,17 +112,20 @@ def compose(recipe: Recipe, x, w, b, dy, ema=None, seed=1):
 
 
 class Ops(TorchDispatchMode):
-    """Names of the mxtrain ops that ran, and their arguments."""
+    """Names of the mxtrain ops that ran, their arguments, and what they returned."""
 
     def __init__(self):
         super().__init__()
-        self.names, self.calls = [], []
+        self.names, self.calls, self.results = [], [], []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "mxtrain":
             self.names.append(func._schema.name.removeprefix("mxtrain::"))
             self.calls.append((func, args, kwargs or {}))
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if func.namespace == "mxtrain":
+            self.results.append(result)
+        return result
 
 
 def ops_of(f):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from linear_common import run, tensors
+from linear_common import relative, run, tensors
+from torch import nn
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 from torch.optim import SGD
+from torch.utils.checkpoint import checkpoint
 
 from mxtrain.linear import MXLinear
 
@@ -24,6 +26,67 @@ def test_compiled_equals_eager(device, name):
     with torch._inductor.config.patch(fallback_random=True):
         got = run(lambda x, w, b: compiled(x), x, layer.weight, layer.bias, dy)
     assert all(torch.equal(a, e) for a, e in zip(got, eager, strict=True))
+
+
+def test_a_compiled_layer_draws_anew_and_the_seed_decides(device):
+    """With Inductor's own random numbers, drawn in the graph."""
+    torch._dynamo.reset()
+    x, _, _, dy = tensors(3, 20, device=device)
+    layer = MXLinear(128, 128, device=device, recipe="tetrajet")
+    compiled = torch.compile(layer, fullgraph=True)
+    grads = [run(lambda x, w, b: compiled(x), x, layer.weight, layer.bias, dy, seed)
+             for seed in (1, 2, 3, 1)]  # fmt: skip
+    assert all(torch.equal(got[0], grads[0][0]) for got in grads)  # the forward draws nothing
+    for i in (1, 2):  # dX and dW
+        assert all(torch.equal(got[i], grads[0][i]) == (got is grads[3]) for got in grads[1:])
+    torch.manual_seed(1)
+    weights = []
+    for _ in range(2):
+        layer.zero_grad()
+        compiled(x).backward(dy)
+        weights.append(layer.weight.grad)
+    assert torch.equal(weights[0], grads[0][2]) and not torch.equal(*weights)
+
+
+@pytest.mark.parametrize("name", ["mxfp4_baseline", "tetrajet"])
+def test_compiled_micro_steps_under_autocast_and_checkpoint(device, name):
+    """Gradients accumulate over three, as in eager: bitwise where the recipe draws nothing."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    net = nn.Sequential(MXLinear(128, 96, recipe=name), nn.ReLU(), MXLinear(96, 128, recipe=name))
+    net.to(device)
+
+    def forward(x):
+        with torch.autocast(device, dtype=torch.bfloat16):
+            return checkpoint(net, x, use_reentrant=False)
+
+    def gradients(f):
+        net.zero_grad()
+        x, _, _, dy = tensors(3, 20, device=device)
+        for i in range(3):
+            f(x[i]).backward(dy[i].bfloat16())
+        return [x.grad, *(p.grad for p in net.parameters())]
+
+    eager, compiled = gradients(forward), gradients(torch.compile(forward, fullgraph=True))
+    for got, expected in zip(compiled, eager, strict=True):
+        assert got.isfinite().all() and relative(got, expected) < 0.5
+        assert torch.equal(got, expected) or name == "tetrajet"
+
+
+def test_blocks_that_are_alike_share_one_graph(device):
+    """Compiled each by itself: what a layer holds of its own is not in the guards."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    net = nn.Sequential(*(nn.Sequential(MXLinear(64, 64), nn.ReLU()) for _ in range(12)))
+    net.to(device)
+    for block in net:
+        block.compile(backend=counter, fullgraph=True, dynamic=False)
+    optimizer = SGD(net.parameters(), lr=0.1)
+    for _ in range(3):
+        net(torch.randn(8, 64, device=device, requires_grad=True)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert counter.frame_count == 1
 
 
 def test_compiled_with_dynamic_tokens_and_autocast(device):
