@@ -34,7 +34,7 @@ def make_parser(task: Task) -> argparse.ArgumentParser:
         add(f"--{name}", type=type(default), default=default, help=text)
     add("--eval-every", type=int, default=50, help="steps between validations, the rows of the log")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--compile", action="store_true", help="train and evaluate under torch.compile")
+    add("--compile", action="store_true", help="each block under torch.compile")
     add("--device", default=device, help="cpu, cuda, cuda:1, ...")
     out = task.name.replace("train_", "runs/")
     add("--out", metavar="DIR", default=out, help="folder of log.csv and curves.png")

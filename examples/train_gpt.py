@@ -1,7 +1,8 @@
 """Train a byte-level GPT on the source text of Python's standard library, once for each recipe.
 
     python examples/train_gpt.py --recipe bf16 mxfp4_baseline tetrajet --device cuda
-    python examples/train_gpt.py --recipe bf16 tetrajet --device cuda --compile
+    python examples/train_gpt.py --recipe bf16 tetrajet --compile \\
+        --depth 24 --dim 1024 --heads 16 --context 1024 --lr 3e-4  # 303 million parameters, a GPU
     python examples/train_gpt.py --recipe bf16 tetrajet nvfp4 --seed 0 1 2 --steps 2000
     python examples/train_gpt.py --resume runs/gpt/checkpoint.pt
 
@@ -82,10 +83,10 @@ class StandardLibrary:
             )
         train_text, held_out = (torch.frombuffer(t, dtype=torch.uint8) for t in texts)
         # A window is a context and its next byte. Validation windows are spread evenly.
-        self.offsets = torch.arange(args.context + 1)
-        starts = torch.linspace(0, len(held_out) - len(self.offsets), VALIDATION).long()
-        self.held_out = held_out[starts[:, None] + self.offsets].to(args.device)
-        self.train_text = train_text.to(args.device)
+        offsets = torch.arange(args.context + 1)
+        starts = torch.linspace(0, len(held_out) - len(offsets), VALIDATION).long()
+        self.held_out = held_out[starts[:, None] + offsets].to(args.device)
+        self.train_text, self.offsets = train_text.to(args.device), offsets.to(args.device)
         return [self.train_text, self.held_out]
 
     def tokens(self, args: argparse.Namespace) -> int:
@@ -102,7 +103,7 @@ class StandardLibrary:
     def batch(self, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         last = len(self.train_text) - len(self.offsets)
         starts = torch.randint(last + 1, (size, 1), generator=generator)
-        window = self.train_text[(starts + self.offsets).to(self.train_text.device)].long()
+        window = self.train_text[starts.to(self.offsets.device) + self.offsets].long()
         return window[:, :-1], window[:, 1:]
 
     def validation(self) -> Iterator[tuple[Tensor, Tensor]]:

@@ -151,18 +151,18 @@ def test_compile_trains_the_same_model(example, tmp_path, monkeypatch):
     task, options = example
     compiled = []
 
-    def compile(model, **kwargs):
+    def compile(block, **kwargs):
         compiled.append(kwargs)
-        return original(model, backend="eager", **kwargs)
+        return original(block, backend="eager", **kwargs)
 
-    original = torch.compile
-    monkeypatch.setattr(torch, "compile", compile)
-    options = [*options, "--recipe", "bf16", "tetrajet"]
+    original = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", compile)
+    options = [*options, "--recipe", "bf16", "tetrajet", "--depth", "2"]
     logs = []
     for more in ([], ["--compile"]):
         assert harness.main(task(), [*options, *more, "--out", str(tmp_path)]) == 0
         logs.append([row[:6] for row in read_csv(tmp_path / "log.csv")])
-    assert logs[0] == logs[1] and compiled == [{"dynamic": False}] * 2
+    assert logs[0] == logs[1] and compiled == [{"dynamic": False}] * 4
     names = load(tmp_path / "checkpoint.pt")["run"]["model"]
     assert not any("_orig_mod" in name for name in names)
 
