@@ -13,6 +13,7 @@ from common import (
     assert_same_bytes,
     assert_same_operand,
     check_quantize,
+    operand,
     options_for,
     parts,
 )
@@ -313,3 +314,21 @@ def test_any_options_any_layout(data):
         swizzle=draw(st.booleans()),
         **options_for(rounding, x, seed),
     )
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_operands_at_any_address(format, device):
+    """Codes and scales that start anywhere decode, and quantize again, as aligned ones do."""
+    op = operand(70, 96, format, device=device)
+    for by in (1, 2, 4):
+        data, scale = (torch.cat([t.new_zeros(by), t.flatten()])[by:] for t in (op.data, op.scale))
+        moved = mxtrain.Operand(
+            data.view_as(op.data), scale.view_as(op.scale), format, op.shape, op.tensor_scale
+        )
+        assert_same_bytes(moved.dequantize(torch.float32), op.dequantize(torch.float32))
+        for got, expected in zip(
+            parts(mxtrain.requantize(moved, "mxfp4")),
+            parts(mxtrain.requantize(op, "mxfp4")),
+            strict=True,
+        ):
+            assert got is expected is None or torch.equal(got, expected)

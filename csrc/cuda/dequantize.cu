@@ -23,9 +23,15 @@ struct DequantizeTraits {
 
 // ---- device helpers ----
 
-// The 4, 6 or 8 bytes of a group, aligned to 4, 2 and 8 bytes.
+// The 4, 6 or 8 bytes of a group; aligned: to 4, 2 and 8 bytes.
 template <int Bits>
-__device__ __forceinline__ uint64_t load_codes8(const uint8_t* p) {
+__device__ __forceinline__ uint64_t load_codes8(const uint8_t* p, bool aligned) {
+  if (__builtin_expect(!aligned, 0)) {
+    uint64_t codes = 0;
+#pragma unroll
+    for (int i = 0; i < Bits; ++i) codes |= static_cast<uint64_t>(p[i]) << (8 * i);
+    return codes;
+  }
   if (Bits == 4) return *reinterpret_cast<const uint32_t*>(p);
   if (Bits == 8) {
     const uint2 w = *reinterpret_cast<const uint2*>(p);
@@ -44,7 +50,7 @@ __device__ __forceinline__ float scale_value(uint8_t code, const float* tensor_s
 
 template <class F, FloatType kType>
 __global__ void __launch_bounds__(DequantizeTraits::kThreads)
-    dequantize_kernel(const DequantizeParams p, int64_t groups, bool vector) {
+    dequantize_kernel(const DequantizeParams p, int64_t groups, bool vector, bool aligned) {
   using E = typename F::Element;
   constexpr int N = DequantizeTraits::kGroups;
   const int64_t per_row = p.kp / 8,
@@ -56,7 +62,7 @@ __global__ void __launch_bounds__(DequantizeTraits::kThreads)
   for (int n = 0; n < N; ++n) {
     const int64_t group = first + n * DequantizeTraits::kThreads;
     if (group >= groups) continue;
-    codes[n] = load_codes8<F::kBits>(p.data + group * F::kBits);
+    codes[n] = load_codes8<F::kBits>(p.data + group * F::kBits, aligned);
     scale[n] =
         p.scale[group * 8 /
                 F::kBlock];  // rows hold whole blocks, so blocks number the operand as groups do
@@ -95,20 +101,20 @@ static cudaError_t launch_format(DequantizeParams p, cudaStream_t stream) {
     p.rows = 1;
   }
   const int64_t groups = p.rows * (p.kp / 8);
-  const bool vector = p.cols == p.kp && reinterpret_cast<uintptr_t>(p.data) % 8 == 0 &&
-                      reinterpret_cast<uintptr_t>(p.out) % 16 == 0;
+  const bool aligned = reinterpret_cast<uintptr_t>(p.data) % 8 == 0;
+  const bool vector = p.cols == p.kp && reinterpret_cast<uintptr_t>(p.out) % 16 == 0;
   constexpr int64_t kPerCta = DequantizeTraits::kThreads * DequantizeTraits::kGroups;
   const unsigned grid = static_cast<unsigned>((groups + kPerCta - 1) / kPerCta);
   switch (p.out_type) {
     case FloatType::kFloat32:
       return launch(dequantize_kernel<F, FloatType::kFloat32>, grid, DequantizeTraits::kThreads,
-                    stream, p, groups, vector);
+                    stream, p, groups, vector, aligned);
     case FloatType::kBfloat16:
       return launch(dequantize_kernel<F, FloatType::kBfloat16>, grid, DequantizeTraits::kThreads,
-                    stream, p, groups, vector);
+                    stream, p, groups, vector, aligned);
     case FloatType::kFloat16:
       return launch(dequantize_kernel<F, FloatType::kFloat16>, grid, DequantizeTraits::kThreads,
-                    stream, p, groups, vector);
+                    stream, p, groups, vector, aligned);
   }
   return cudaErrorInvalidValue;
 }

@@ -120,6 +120,12 @@ __device__ __forceinline__ void load_float_tile(const QuantizeParams& p, int64_t
   if (vector) ptx::cp_async_wait_all();
 }
 
+// 4 bytes from anywhere; as one where they are aligned.
+__device__ __forceinline__ uint32_t load_word(const uint8_t* p) {
+  if (reinterpret_cast<uintptr_t>(p) % 4 == 0) return *reinterpret_cast<const uint32_t*>(p);
+  return p[0] | p[1] << 8 | p[2] << 16 | static_cast<uint32_t>(p[3]) << 24;
+}
+
 // 8 codes of an operand's row as two halves of 4 bf16 or 8 floats. Exact: see PackedTile.
 template <class T>
 __device__ __forceinline__ void load_packed_tile(const QuantizeParams& p, int64_t k_base,
@@ -137,7 +143,7 @@ __device__ __forceinline__ void load_packed_tile(const QuantizeParams& p, int64_
     const uint8_t* scale_from = p.in_scale + row * p.in_blocks + r / F::kBlock;
     if constexpr (std::is_same<F, Mxfp4>::value) {
       uint32_t w[4] = {};
-      if (inside) decode8_e2m1(*reinterpret_cast<const uint32_t*>(from), *scale_from, w);
+      if (inside) decode8_e2m1(load_word(from), *scale_from, w);
       *reinterpret_cast<uint4*>(tile + chunk_offset(k, group)) = make_uint4(w[0], w[1], w[2], w[3]);
       continue;
     }

@@ -19,7 +19,7 @@ namespace mxtrain::cuda::sm90 {
 
 // As GemmTraits, and a ring of packed stages: those of A, those of B, their barriers.
 template <int kParts, int kChunk>
-using UnpackedTraits = GemmTraits<kParts, 1, kChunk, kParts == 2 ? 3 : 4, kChunk == 32 ? 64 : 56>;
+using UnpackedTraits = GemmTraits<kParts, 1, kChunk, kParts == 2 ? 3 : 4, kChunk == 32 ? 80 : 64>;
 
 template <int kParts, int kChunk>
 struct PackedTraits : UnpackedTraits<kParts, kChunk> {
@@ -67,11 +67,8 @@ struct PackedPosition {
 
 // Which stage of which of this block's tiles.
 struct StagePosition {
-  int tile, block = 0, m = 0, n = 0;
+  int tile = blockIdx.x, block = 0;
 
-  __device__ __forceinline__ explicit StagePosition(const KernelArgs& args) : tile(blockIdx.x) {
-    args.order.at(tile, m, n);
-  }
   __device__ __forceinline__ bool done(const KernelArgs& args) const {
     return tile >= args.order.count();
   }
@@ -79,31 +76,33 @@ struct StagePosition {
     if (++block < args.k_blocks) return;
     block = 0;
     tile += gridDim.x;
-    if (!done(args)) args.order.at(tile, m, n);
   }
 };
 
 // Asks for the packed stage at `at`; one thread.
 template <class T>
 __device__ __forceinline__ void load_packed(const CUtensorMap& map_a, const CUtensorMap& map_b,
-                                            const PackedPosition<T>& ring,
+                                            const KernelArgs& args, const PackedPosition<T>& ring,
                                             const StagePosition& at) {
   ptx::mbarrier_wait(ring.empty(), ring.parity ^ 1);
   ptx::mbarrier_arrive_expect_tx(ring.full(), T::kPackedBytes);
+  int m, n;
+  args.order.at(at.tile, m, n);
   const int k = at.block * T::kRowBytes;
-  ptx::cp_async_bulk_tensor_2d_load(ring.data(), &map_a, k, at.m * T::kTileM, ring.full());
+  ptx::cp_async_bulk_tensor_2d_load(ring.data(), &map_a, k, m * T::kTileM, ring.full());
   ptx::cp_async_bulk_tensor_2d_load(ring.data() + T::kTileM * T::kRowBytes, &map_b, k,
-                                    at.n * T::kTileN, ring.full());
+                                    n * T::kTileN, ring.full());
 }
 
 // The four shifts of each of this thread's rows of the stage at `at`.
 template <class T>
 __device__ __forceinline__ void load_shifts(const KernelArgs& args, const StagePosition& at,
                                             uint32_t (&shifts)[T::kThreadRows]) {
+  int m, n;
+  args.order.at(at.tile, m, n);
 #pragma unroll
   for (int i = 0; i < T::kThreadRows; ++i) {
-    const int64_t row =
-        threadIdx.x + (i == 0 ? at.m * T::kTileM : at.n * T::kTileN + (i - 1) * 128);
+    const int64_t row = threadIdx.x + (i == 0 ? m * T::kTileM : n * T::kTileN + (i - 1) * 128);
     const uint32_t* p = (i == 0 ? args.a_shift : args.b_shift) + row * args.k_blocks + at.block;
     shifts[i] = row < (i == 0 ? args.p.m : args.p.n) ? __ldg(p) : 0;
   }
@@ -120,12 +119,16 @@ __device__ __forceinline__ void unpack_stage(uint32_t packed, uint32_t unpacked_
     const uint32_t from = packed + (i * 128 + row) * T::kRowBytes;
     const uint32_t to =
         (i == 0 ? unpacked_a : unpacked_b + (i - 1) * 128 * T::kTileK) + row * T::kTileK;
+    uint4 codes[2];  // one in flight while the other is unpacked
+    codes[0] = ptx::ld_shared_v4(from + (row / 2 % 4) * 16);
 #pragma unroll
     for (int b = 0; b < T::kRowBlocks; ++b) {
-      const uint4 codes = ptx::ld_shared_v4(from + (b ^ (row / 2 % 4)) * 16);
+      if (b + 1 < T::kRowBlocks)
+        codes[(b + 1) % 2] = ptx::ld_shared_v4(from + ((b + 1) ^ (row / 2 % 4)) * 16);
+      const uint4 c = codes[b % 2];
       const uint2 table = fold_table(shifts[i] >> (8 * b) & 0xFF);
-      const uint2 q0 = fold8(codes.x, table), q1 = fold8(codes.y, table),
-                  q2 = fold8(codes.z, table), q3 = fold8(codes.w, table);
+      const uint2 q0 = fold8(c.x, table), q1 = fold8(c.y, table), q2 = fold8(c.z, table),
+                  q3 = fold8(c.w, table);
       ptx::st_shared_v4(to + ((2 * b) ^ (row % 8)) * 16, q0.x, q0.y, q1.x, q1.y);
       ptx::st_shared_v4(to + ((2 * b + 1) ^ (row % 8)) * 16, q2.x, q2.y, q3.x, q3.y);
     }
@@ -137,12 +140,12 @@ __device__ __forceinline__ void unpack(const CUtensorMap& map_a, const CUtensorM
                                        const KernelArgs& args, uint32_t shared) {
   const bool loads = threadIdx.x == 0;
   const int lane = threadIdx.x % 32;
-  StagePosition at(args), ahead(args);  // what is unpacked, and what is asked for
+  StagePosition at, ahead;  // what is unpacked, and what is asked for
   PackedPosition<T> packed(shared), asked(shared);
   RingPosition<T> ring(shared);
   const auto ask = [&] {
     if (ahead.done(args)) return;
-    if (loads) load_packed<T>(map_a, map_b, asked, ahead);
+    if (loads) load_packed<T>(map_a, map_b, args, asked, ahead);
     asked.advance();
     ahead.advance(args);
   };
@@ -227,32 +230,34 @@ static cudaError_t launch(const PackedGemmParams& p, int multiprocessors, cudaSt
                               stream, map_a, map_b, map_out, args);
 }
 
-template <class T>
-static cudaError_t launch(const PackedGemmParams& p, int multiprocessors, cudaStream_t stream) {
-  switch (p.product.out_type) {
-    case FloatType::kFloat32:
-      return launch<T, FloatType::kFloat32>(p, multiprocessors, stream);
-    case FloatType::kBfloat16:
-      return launch<T, FloatType::kBfloat16>(p, multiprocessors, stream);
-    case FloatType::kFloat16:
-      return launch<T, FloatType::kFloat16>(p, multiprocessors, stream);
-  }
-  return cudaErrorInvalidValue;
-}
-
 // The large tile, unless the small one needs fewer rounds over the multiprocessors; two small ones
-// take the time of a large one and a little more.
-template <int kChunk>
-static cudaError_t launch_chunk(const PackedGemmParams& p, int multiprocessors,
-                                cudaStream_t stream) {
-  if constexpr (kChunk != 32) {
+// take the time of a large one and a little more. Chunks of 32 and a float32 D take registers that
+// the large tile does not leave.
+template <int kChunk, FloatType kType>
+static cudaError_t launch_tile(const PackedGemmParams& p, int multiprocessors,
+                               cudaStream_t stream) {
+  if constexpr (kChunk != 32 && kType != FloatType::kFloat32) {
     const int64_t rows = ceil_div(p.product.m, 128);
     const int64_t large = rows * ceil_div(p.product.n, 256),
                   small = rows * ceil_div(p.product.n, 128);
     if (ceil_div(large, multiprocessors) * 1.7 <= ceil_div(small, multiprocessors))
-      return launch<PackedTraits<2, kChunk>>(p, multiprocessors, stream);
+      return launch<PackedTraits<2, kChunk>, kType>(p, multiprocessors, stream);
   }
-  return launch<PackedTraits<1, kChunk>>(p, multiprocessors, stream);
+  return launch<PackedTraits<1, kChunk>, kType>(p, multiprocessors, stream);
+}
+
+template <int kChunk>
+static cudaError_t launch_chunk(const PackedGemmParams& p, int multiprocessors,
+                                cudaStream_t stream) {
+  switch (p.product.out_type) {
+    case FloatType::kFloat32:
+      return launch_tile<kChunk, FloatType::kFloat32>(p, multiprocessors, stream);
+    case FloatType::kBfloat16:
+      return launch_tile<kChunk, FloatType::kBfloat16>(p, multiprocessors, stream);
+    case FloatType::kFloat16:
+      return launch_tile<kChunk, FloatType::kFloat16>(p, multiprocessors, stream);
+  }
+  return cudaErrorInvalidValue;
 }
 
 cudaError_t launch_packed_gemm(const PackedGemmParams& p, cudaStream_t stream) {
