@@ -1,4 +1,4 @@
-"""gemm and gemm_add_ on 500 random calls: ragged shapes, every epilogue, both backends.
+"""gemm and gemm_add_ on 500 random calls: ragged shapes, every epilogue, every backend.
 
 Part 0 runs always; the others are slow ones, which also run under a memory and a race checker:
 
@@ -29,6 +29,9 @@ PARTS, CALLS = 10, 50  # of a part
 UNIT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
 
 
+BACKENDS = ("auto", "fold_packed", "fold_mma", "dequant")
+
+
 @dataclass(frozen=True)
 class Call:
     """One random call. `shift` bytes or elements lie before operands, bias and out."""
@@ -55,7 +58,7 @@ class Call:
             n=size(),
             k=r.choice((r.randint(1, 64), r.randint(1, 700), 128 * r.randint(1, 5))),
             format=r.choice(("mxfp4",) * 5 + tuple(FORMATS)),
-            backend=r.choice(("auto", "auto", "dequant")),
+            backend=r.choice(BACKENDS),
             accumulate=r.choice(("fp32", "fast", "exact")),
             spread=r.choice((0.0, 1.0, 4.0)),
             out_dtype=r.choice(FLOATS),
@@ -65,6 +68,15 @@ class Call:
             nan=r.random() < 0.1,
             shift=r.choice((0, 0, 1, 4, 16)),
         )
+
+
+def served(call: Call, device: str) -> str:
+    """The call's backend, or "auto" where the GPU or the format has no such one."""
+    if call.backend in ("auto", "dequant") or device == "cpu":
+        return call.backend
+    hopper = torch.cuda.get_device_capability()[0] == 9
+    folds = hopper and gemm_backend_here(call.format) == "fold"
+    return call.backend if folds else "auto"
 
 
 @contextlib.contextmanager
@@ -120,7 +132,8 @@ def check(call: Call, seed: int, device: str) -> None:
     magnitude = abs(call.alpha) * (left.abs() @ right.abs().T)
     out_dtype = torch.float32 if call.add else call.out_dtype
     other = torch.zeros(1, device=device)  # what is added to the product
-    with backend(call.backend):
+    name = served(call, device)
+    with backend(name):
         if call.add:
             before = torch.randn(call.m, call.n, generator=g)
             out, other = shifted(before.clone(), call.shift, device), before.to(device)
@@ -133,7 +146,7 @@ def check(call: Call, seed: int, device: str) -> None:
             out = mxtrain.gemm(a, b, bias, call.alpha, out_dtype, call.accumulate)
     expected = expected + other.double()
     size = magnitude + other.double().abs()
-    folds = device == "cuda" and call.backend == "auto" and gemm_backend_here(call.format) == "fold"
+    folds = device == "cuda" and name != "dequant" and gemm_backend_here(call.format) == "fold"
     bound = tolerance(call, folds) * magnitude + (UNIT[out_dtype] + 2.0**-21) * size + 2.0**-24
     assert out.shape == (call.m, call.n) and out.dtype == out_dtype, call
     assert torch.equal(out.isnan(), expected.isnan()), call
@@ -155,12 +168,11 @@ def test_random_calls(part, device):
 def test_the_sweep_covers_every_option():
     calls = [Call.draw(r) for r in map(random.Random, range(PARTS)) for _ in range(CALLS)]
     assert len(set(calls)) == PARTS * CALLS == 500
-    fold = [c for c in calls if c.format == "mxfp4" and c.backend == "auto"]
-    dequant = [c for c in calls if c.format == "mxfp4" and c.backend == "dequant"]
-    for some in (fold, dequant):
-        for name, count in [("accumulate", 3), ("out_dtype", 3), ("bias", 4), ("alpha", 4),
+    for name in BACKENDS:
+        some = [c for c in calls if c.format == "mxfp4" and c.backend == name]
+        for field, count in [("accumulate", 3), ("out_dtype", 3), ("bias", 4), ("alpha", 4),
                             ("add", 2), ("nan", 2), ("shift", 4), ("spread", 3)]:  # fmt: skip
-            assert len({getattr(c, name) for c in some}) == count, name
+            assert len({getattr(c, field) for c in some}) == count, (name, field)
     assert {c.format for c in calls} == set(FORMATS)
 
 
