@@ -20,7 +20,8 @@ endif()
 set(MXT_CUDA_SOURCES
   csrc/cuda/quantize_rows.cu csrc/cuda/quantize_columns.cu csrc/cuda/quantize_dual.cu
   csrc/cuda/quantize_strips.cu csrc/cuda/quantize_pairs.cu
-  csrc/cuda/requantize.cu csrc/cuda/dequantize.cu csrc/cuda/elementwise.cu csrc/cuda/fold.cu)
+  csrc/cuda/requantize.cu csrc/cuda/dequantize.cu csrc/cuda/elementwise.cu csrc/cuda/column_sum.cu
+  csrc/cuda/fold.cu)
 add_library(mxt_cuda_portable OBJECT ${MXT_CUDA_SOURCES})
 target_include_directories(mxt_cuda_portable PRIVATE csrc)
 target_compile_options(mxt_cuda_portable PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:${MXT_CUDA_FLAGS}>)

@@ -36,6 +36,7 @@ STABLE_TORCH_LIBRARY(mxtrain, m) {
       "ScalarType dtype) -> Tensor");
   m.def("hadamard(Tensor x, int group, Tensor? signs=None) -> Tensor");
   m.def("stochastic_round(Tensor x, ScalarType dtype, Tensor rng) -> Tensor");
+  m.def("column_sum(Tensor dy) -> Tensor");
   m.def("swizzle_scale(Tensor scale) -> Tensor");
   m.def("unswizzle_scale(Tensor scale, int rows, int cols) -> Tensor");
   m.def(
@@ -55,6 +56,7 @@ STABLE_TORCH_LIBRARY_IMPL(mxtrain, CPU, m) {
   m.impl("dequantize", TORCH_BOX(&dequantize));
   m.impl("hadamard", TORCH_BOX(&hadamard));
   m.impl("stochastic_round", TORCH_BOX(&stochastic_round));
+  m.impl("column_sum", TORCH_BOX(&column_sum));
   m.impl("swizzle_scale", TORCH_BOX(&swizzle_scale));
   m.impl("unswizzle_scale", TORCH_BOX(&unswizzle_scale));
   m.impl("gemm", TORCH_BOX(&gemm));
@@ -70,6 +72,7 @@ STABLE_TORCH_LIBRARY_IMPL(mxtrain, CUDA, m) {
   m.impl("dequantize", TORCH_BOX(&dequantize));
   m.impl("hadamard", TORCH_BOX(&hadamard));
   m.impl("stochastic_round", TORCH_BOX(&stochastic_round));
+  m.impl("column_sum", TORCH_BOX(&column_sum));
   m.impl("swizzle_scale", TORCH_BOX(&swizzle_scale));
   m.impl("unswizzle_scale", TORCH_BOX(&unswizzle_scale));
   m.impl("gemm", TORCH_BOX(&gemm));

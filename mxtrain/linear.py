@@ -8,8 +8,9 @@ With X [N, K] the tokens, W [C, K] the weight, dY [N, C] and Q the six quantizer
     bias    db = column sum of dY in float32, dY unquantized
 
 - Gradients pass straight through the quantizers; nothing is masked.
-- Tensors are quantized from their own dtype, also under autocast. Y has the autocast dtype where
-  autocast is on for the device of x, else x's; dX, dW and db have those of x, weight and bias.
+- Where autocast is on for the device of x, x is cast to its dtype first and Y has it, as F.linear
+  does; the weight is quantized from its own dtype. dX, dW and db have the dtypes of x, weight and
+  bias.
 - Saved for backward are the packed operands; x or weight itself only where backward uses it
   unquantized, and weight where backward quantizes the original.
 - The packed weight is kept between the calls of an MXLinear (weight_cache.py), not by `linear`.
@@ -34,7 +35,6 @@ from .checks import check_bool, check_device, check_int, check_tensor, kind, ref
 from .ema import update_weight_ema as update_weight_ema
 from .formats import FORMATS
 from .operand import Operand, draw_rng, draw_signs, gemm, quantize, quantize_dual, requantize
-from .ops import column_sum
 from .recipe import Quantizer, Recipe, fixed_signs, get_recipe
 from .weight_cache import CachedLinear, WeightCache
 
@@ -276,10 +276,7 @@ class _Linear(torch.autograd.Function):
                 recipe.alpha("wgrad"), dtype, ctx.weight_dtype, recipe.accumulate,
             )  # fmt: skip
         if need_b:
-            # Inductor would reorder the plain sum, so a trace calls it as an op.
-            compiling = torch.compiler.is_compiling()
-            db = column_sum(dy) if compiling else dy.sum(0, dtype=torch.float32)
-            db = db.to(ctx.bias_dtype)
+            db = torch.ops.mxtrain.column_sum(dy).to(ctx.bias_dtype)
         return dx, dw, db, None, None, None, None, None, None
 
 
@@ -294,6 +291,7 @@ def _linear(
         # Nothing to quantize; torch knows the shapes and that the gradients are zero.
         bias = None if bias is None else bias.to(dtype)
         return F.linear(x.to(dtype), weight.to(dtype), bias)
+    x = x.to(dtype)
     grad = torch.is_grad_enabled()
     # In training the draw does not depend on whether autograd records: a reentrant checkpoint runs
     # the first forward without, and its recomputation must advance the generator alike.

@@ -31,6 +31,9 @@ hadamard(x, group, signs=None) -> x's shape and dtype
     Source: arXiv 2502.20586 section 3.
 stochastic_round(x, dtype, rng) -> x's shape
     float32 to bfloat16, float8_e4m3fn or float8_e5m2; finite values stay finite.
+column_sum(dy) -> float32 `[C]`
+    The sum over the rows of dy `[N, C]` (bfloat16, float16 or float32, any strides) in float32, in
+    the order of docs/numerics.md: the same bytes on every device. Raises for another dtype or rank.
 swizzle_scale(scale) -> uint8 `[ceil(R/128), ceil(C/4), 512]` from `[R, C]`;
 unswizzle_scale(scale, rows, cols) undoes it.
     The scale layout of Blackwell's tensor cores (PTX ISA, tcgen05 scale factors); see
@@ -44,13 +47,6 @@ gemm(a, a_scale, a_tensor_scale, b, b_scale, b_tensor_scale, format, bias, alpha
 gemm_add_(out, a, a_scale, a_tensor_scale, b, b_scale, b_tensor_scale, format, alpha, accumulate=0)
     out += alpha * A B^T in float32, for the accumulation of gradients: out `[M, N]` is contiguous
     float32. The product is rounded to float32, then added. Raises as gemm, and for another out.
-
-One op is Python, for every device:
-
-column_sum(dy) -> float32 `[C]`
-    The sum over the rows of dy `[N, C]` (bfloat16, float16 or float32, any strides), added in
-    float32: dy.sum(0, dtype=torch.float32), as an op that Inductor cannot reorder, so a compiled
-    bias gradient is bitwise that of eager. Raises for another dtype or rank.
 """
 
 from __future__ import annotations
@@ -69,12 +65,12 @@ OP_NAMES = (
     "dequantize",
     "hadamard",
     "stochastic_round",
+    "column_sum",
     "swizzle_scale",
     "unswizzle_scale",
     "gemm",
     "gemm_add_",
 )
-PYTHON_OPS = ("column_sum",)
 
 
 # ---- fake kernels: the checks of the real ones, and shapes ----
@@ -201,6 +197,12 @@ def _(x, dtype, rng):
     return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
 
 
+@torch.library.register_fake("mxtrain::column_sum")
+def _(dy):
+    check.check_column_sum(dy)
+    return dy.new_empty((dy.shape[1],), dtype=torch.float32)
+
+
 @torch.library.register_fake("mxtrain::swizzle_scale")
 def _(scale):
     check.check_swizzle(scale)
@@ -237,21 +239,6 @@ def _(
     a_parts, b_parts = (a, a_scale, a_tensor_scale), (b, b_scale, b_tensor_scale)
     _check_product("gemm_add_", a_parts, b_parts, format, None, alpha, torch.float32, accumulate)
     check.check_accumulator(out, a, b)
-
-
-# ---- the Python op ----
-
-
-@torch.library.custom_op("mxtrain::column_sum", mutates_args=())
-def column_sum(dy: Tensor) -> Tensor:
-    check.check_column_sum(dy)
-    return dy.sum(0, dtype=torch.float32)
-
-
-@column_sum.register_fake
-def _(dy):
-    check.check_column_sum(dy)
-    return dy.new_empty((dy.shape[1],), dtype=torch.float32)
 
 
 # ---- CUDA tensors in a CPU-only build ----

@@ -139,3 +139,19 @@ def test_scale_layout(shape, device):
     assert_same_bytes(mxtrain.unswizzle_scale(swizzled, *shape), scale)
     strided = torch.randint(0, 256, (shape[1], shape[0]), dtype=torch.uint8).T
     assert_same_bytes(mxtrain.swizzle_scale(strided.to(device)), reference.swizzle(strided))
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_column_sum_is_the_reference_on_every_device(dtype, device):
+    """Bytes; ragged in both directions, strided, and at an odd address."""
+    g = torch.Generator().manual_seed(0)
+    for n, c in [(1, 1), (31, 7), (300, 264), (1025, 72), (5000, 1000), (0, 5), (4, 0)]:
+        dy = torch.randn(n, c, generator=g).to(dtype)
+        expected = reference.column_sum(dy)
+        assert_same_bytes(torch.ops.mxtrain.column_sum(dy.to(device)), expected, f"{n} {c}")
+        columns = dy.t().contiguous().to(device).t()
+        assert_same_bytes(torch.ops.mxtrain.column_sum(columns), expected, f"{n} {c} strided")
+        moved = torch.cat([dy.new_zeros(1), dy.flatten()]).to(device)[1:].view(n, c)
+        assert_same_bytes(torch.ops.mxtrain.column_sum(moved), expected, f"{n} {c} moved")
+        exact, size = dy.double().sum(0), dy.double().abs().sum(0)
+        assert ((expected.double() - exact).abs() <= 60 * 2.0**-24 * size).all()

@@ -91,7 +91,7 @@ def op_samples(device: str) -> list[tuple[str, tuple, dict]]:
     return samples
 
 
-@pytest.mark.parametrize("name", ops.OP_NAMES + ops.PYTHON_OPS)
+@pytest.mark.parametrize("name", ops.OP_NAMES)
 @pytest.mark.ops(*ops.OP_NAMES)
 def test_opcheck(name, device):
     samples = [s for s in op_samples(device) if s[0] == name]
@@ -106,7 +106,7 @@ def test_every_op_is_named_and_documented():
         for schema in torch._C._jit_get_all_schemas()
         if schema.name.startswith("mxtrain::")
     }
-    assert registered == set(ops.OP_NAMES + ops.PYTHON_OPS)
+    assert registered == set(ops.OP_NAMES)
     for name in registered:
         assert f"\n{name}(" in ops.__doc__ or f"; {name}(" in ops.__doc__
     for name in ops.OP_NAMES:

@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// The elementwise CPU kernels: dequantize, hadamard, stochastic_round and the GEMM's epilogue. Row
-// ranges (groups of 8 for stochastic_round) are given by the caller. NaN scales give NaN elements;
+// The elementwise CPU kernels: dequantize, hadamard, stochastic_round and the GEMM's epilogue; and
+// column_sum. Row ranges (groups of 8 for stochastic_round, strips for column_sum) are given by the
+// caller. NaN scales give NaN elements;
 // see docs/numerics.md.
 #include "cpu/tiles.h"
+#include "formats/column_sum.h"
 
 namespace mxtrain::cpu::MXT_ISA {
 
@@ -147,6 +149,26 @@ void epilogue(const EpilogueParams& p, int64_t row_begin, int64_t row_end) {
         for (int64_t i = 0; i < width; ++i)
           v[i] += static_cast<const float*>(p.out)[row * p.cols + c0 + i];
       store(p.out_type, v, width, p.out, row * p.cols + c0);
+    }
+}
+
+// ---- column_sum ----
+
+void column_strips(const ColumnSumParams& p, int64_t strip_begin, int64_t strip_end) {
+  constexpr int64_t n = 256;
+  for (int64_t strip = strip_begin; strip < strip_end; ++strip)
+    for (int64_t c0 = 0; c0 < p.cols; c0 += n) {
+      const int64_t width = p.cols - c0 < n ? p.cols - c0 : n;
+      float* total = p.strips + strip * p.cols + c0;
+      for (int64_t c = 0; c < width; ++c) total[c] = 0.0f;
+      for (int run = 0; run < kSumRuns; ++run) {
+        const int64_t first = strip * kSumStripRows + run * kSumRows,
+                      last = first + kSumRows < p.rows ? first + kSumRows : p.rows;
+        float sum[n] = {};
+        for (int64_t r = first; r < last; ++r)
+          for (int64_t c = 0; c < width; ++c) sum[c] += load_one(p.type, p.x, r * p.cols + c0 + c);
+        for (int64_t c = 0; c < width; ++c) total[c] += sum[c];
+      }
     }
 }
 

@@ -95,6 +95,13 @@ struct EpilogueParams {
   bool add;   // to what out holds, float32
 };
 
+struct ColumnSumParams {
+  SourceType type;
+  const void* x;  // [rows, cols] contiguous
+  int64_t rows, cols;
+  float* strips;  // [ceil(rows / 256), cols]
+};
+
 struct Kernels {
   const char* isa;
   void (*quantize)(const QuantizeParams&, int64_t r0, int64_t k0);  // one tile
@@ -104,6 +111,7 @@ struct Kernels {
   void (*hadamard)(const HadamardParams&, int64_t row_begin, int64_t row_end);
   void (*stochastic_round)(const StochasticRoundParams&, int64_t group_begin, int64_t group_end);
   void (*epilogue)(const EpilogueParams&, int64_t row_begin, int64_t row_end);
+  void (*column_strips)(const ColumnSumParams&, int64_t strip_begin, int64_t strip_end);
 };
 
 // The widest instruction set that this build has and this processor runs.

@@ -108,6 +108,15 @@ struct EpilogueParams {
 };
 cudaError_t launch_epilogue(const EpilogueParams& p, cudaStream_t stream);
 
+struct ColumnSumParams {
+  const void* x;  // [rows, cols] contiguous, rows > 0
+  FloatType type;
+  int64_t rows, cols;
+  float* strips;  // [ceil(rows / 256), cols], to work in
+  float* out;     // [cols]
+};
+cudaError_t launch_column_sum(const ColumnSumParams& p, cudaStream_t stream);
+
 struct SwizzleParams {
   const uint8_t* in;
   uint8_t* out;

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// dequantize, hadamard, stochastic_round and the scale layouts on the CPU: check, allocate, split
-// rows over torch's threads.
+// dequantize, hadamard, stochastic_round, column_sum and the scale layouts on the CPU: check,
+// allocate, split rows over torch's threads.
 #include <cmath>
 #include <cstring>
 
+#include "formats/column_sum.h"
 #include "formats/layout.h"
 #include "ops/cpu_common.h"
 #include "ops/ops.h"
@@ -68,6 +69,24 @@ Tensor stochastic_round(Tensor x, ScalarType dtype, Tensor rng) {
   torch::stable::parallel_for(
       0, tiles(p.n, kDrawGroup), grain(kDrawGroup),
       [&](int64_t begin, int64_t end) { kernels().stochastic_round(p, begin, end); });
+  return out;
+}
+
+Tensor column_sum(Tensor dy) {
+  check_column_sum(dy);
+  const Tensor in = torch::stable::contiguous(dy);
+  const int64_t rows = in.size(0), cols = in.size(1), strips = tiles(rows, kSumStripRows);
+  Tensor out = torch::stable::new_zeros(in, {cols}, ScalarType::Float);
+  const Tensor work = torch::stable::new_empty(in, {strips, cols}, ScalarType::Float);
+  if (work.numel() == 0) return out;
+  const ColumnSumParams p = {source_type(dy.scalar_type()), in.const_data_ptr(), rows, cols,
+                             work.mutable_data_ptr<float>()};
+  torch::stable::parallel_for(
+      0, strips, grain(kSumStripRows * cols),
+      [&](int64_t begin, int64_t end) { kernels().column_strips(p, begin, end); });
+  float* total = out.mutable_data_ptr<float>();
+  for (int64_t s = 0; s < strips; ++s)
+    for (int64_t c = 0; c < cols; ++c) total[c] += p.strips[s * cols + c];
   return out;
 }
 

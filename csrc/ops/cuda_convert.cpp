@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// dequantize, hadamard, stochastic_round and the scale layouts on CUDA: check, allocate, call.
+// dequantize, hadamard, stochastic_round, column_sum and the scale layouts on CUDA: check,
+// allocate, call.
 #include <torch/csrc/stable/accelerator.h>
 
 #include <cmath>
 
 #include "cuda/dequantize.h"
+#include "formats/column_sum.h"
 #include "formats/layout.h"
 #include "ops/cuda_common.h"
 #include "ops/ops.h"
@@ -69,6 +71,26 @@ Tensor stochastic_round(Tensor x, ScalarType dtype, Tensor rng) {
   p.rng = rng.const_data_ptr<int64_t>();
   p.rng_stride = rng.stride(0);
   check_launch("stochastic_round", launch_stochastic_round(p, stream));
+  return out;
+}
+
+Tensor column_sum(Tensor dy) {
+  check_column_sum(dy);
+  const DeviceGuard guard(dy.get_device_index());
+  const cudaStream_t stream = stream_for("column_sum", dy);
+  const Tensor in = torch::stable::contiguous(dy);
+  const int64_t rows = in.size(0), cols = in.size(1);
+  if (rows == 0) return torch::stable::new_zeros(in, {cols}, ScalarType::Float);
+  Tensor out = torch::stable::new_empty(in, {cols}, ScalarType::Float);
+  const Tensor work =
+      torch::stable::new_empty(in, {tiles(rows, kSumStripRows), cols}, ScalarType::Float);
+  const ColumnSumParams p = {in.const_data_ptr(),
+                             float_type(dy.scalar_type()),
+                             rows,
+                             cols,
+                             work.mutable_data_ptr<float>(),
+                             out.mutable_data_ptr<float>()};
+  check_launch("column_sum", launch_column_sum(p, stream));
   return out;
 }
 

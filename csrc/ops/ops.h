@@ -42,6 +42,7 @@ GemmBackend requested_gemm_backend();
                     int64_t cols, ScalarType dtype);                                               \
   Tensor hadamard(Tensor x, int64_t group, OptionalTensor signs);                                  \
   Tensor stochastic_round(Tensor x, ScalarType dtype, Tensor rng);                                 \
+  Tensor column_sum(Tensor dy);                                                                    \
   Tensor swizzle_scale(Tensor scale);                                                              \
   Tensor unswizzle_scale(Tensor scale, int64_t rows, int64_t cols);                                \
   Tensor gemm(Tensor a, Tensor a_scale, OptionalTensor a_tensor_scale, Tensor b, Tensor b_scale,   \

@@ -80,6 +80,15 @@ void check_stochastic_round(const Tensor& x, ScalarType dtype, const Tensor& rng
   check_rng(op, rng, x);
 }
 
+void check_column_sum(const Tensor& dy) {
+  const char* op = "column_sum";
+  MXT_CHECK(dy.dim() == 2 && is_input_float(dy.scalar_type()), op,
+            "dy must be a matrix of bfloat16, float16 or float32, got ",
+            dtype_name(dy.scalar_type()), " (shape ", shape_of(dy),
+            "). Reshape or convert it first.");
+  check_sizes(op, "dy", dy);
+}
+
 void check_swizzle(const Tensor& scale) {
   const char* op = "swizzle_scale";
   MXT_CHECK(scale.scalar_type() == ScalarType::Byte && scale.dim() == 2, op,

@@ -32,6 +32,7 @@ PackedShape check_requantize(const Tensor& data, const Tensor& scale,
 PackedShape check_dequantize(const Tensor& data, const Tensor& scale,
                              const OptionalTensor& tensor_scale, int64_t format, int64_t cols,
                              ScalarType dtype);
+void check_column_sum(const Tensor& dy);
 void check_hadamard_op(const Tensor& x, int64_t group, const OptionalTensor& signs);
 void check_stochastic_round(const Tensor& x, ScalarType dtype, const Tensor& rng);
 void check_swizzle(const Tensor& scale);

@@ -29,6 +29,7 @@ from .gemm import FOLD_BIAS, fold, gemm, gemm_float64, gemm_magnitude
 from .layout import swizzle, unswizzle
 from .philox import draws, philox4x32_10
 from .quantize import (
+    column_sum,
     dequantize,
     hadamard,
     quantize,
@@ -48,6 +49,7 @@ __all__ = [
     "FORMATS",
     "Element",
     "Format",
+    "column_sum",
     "decode",
     "decode_e8m0",
     "dequantize",

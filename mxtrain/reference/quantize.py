@@ -85,6 +85,21 @@ def hadamard(x: Tensor, group: int, signs: Tensor | None = None) -> Tensor:
     return _rotate(x.to(torch.float32), group, signs).to(x.dtype)
 
 
+@torch.no_grad()
+def column_sum(dy: Tensor) -> Tensor:
+    """Float32 `[C]`, the sum over the rows of dy `[N, C]`, in the order of docs/numerics.md."""
+    sums = dy.to(torch.float32)
+    for rows in (32, 8, max(1, -(-len(dy) // 256))):  # that become one, one after the other
+        groups = -(-len(sums) // rows)
+        padded = sums.new_zeros(groups * rows, dy.shape[1])
+        padded[: len(sums)] = sums
+        total = sums.new_zeros(groups, dy.shape[1])
+        for row in padded.view(groups, rows, -1).unbind(1):
+            total = total + row
+        sums = total
+    return sums.sum(0)  # of the one row, or of none
+
+
 def _prepare(x: Tensor, block: int, transpose: bool, group: int, signs: Tensor | None) -> Tensor:
     """Steps 1 and 2: float32 [R, Kp], zero padded, rotated."""
     v = (x.t() if transpose else x).to(torch.float32)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mxtrain
+from mxtrain import reference
 from mxtrain.recipe import RECIPES, Quantizer, Recipe, fixed_signs
 
 NAMES = list(RECIPES)
@@ -104,7 +105,7 @@ def compose(recipe: Recipe, x, w, b, dy, ema=None, seed=1):
     dx = product(g, quantized(w, "dgrad_w", "dgrad", rng[1], qw, True), "dgrad", x.dtype)
     g = quantized(dy2, "wgrad_dy", "wgrad", rng[2], transpose=True)
     dw = product(g, quantized(x2, "wgrad_x", "wgrad", rng[0], qx, True), "wgrad", w.dtype)
-    db = None if b is None else dy2.float().sum(0).to(b.dtype)
+    db = None if b is None else reference.column_sum(dy2).to(b.dtype)
     return y.view(dy.shape), dx.view(x.shape), dw, db
 
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from linear_common import ALL, NAMES, QUANTIZED, compose, relative, run, tensors
 
 import mxtrain
+from mxtrain import reference
 from mxtrain.linear import linear
 from mxtrain.recipe import Quantizer, Recipe, get_recipe
 
@@ -120,7 +121,7 @@ def test_token_padding_for_the_hadamard_is_exact(device, source, tokens):
 def test_bias_gradient_is_the_plain_sum(device, name):
     x, w, b, dy = tensors(50, device=device, dtype=torch.bfloat16)
     db = run(lambda x, w, b: linear(x, w, b, name), x, w, b, dy)[3]
-    assert torch.equal(db, dy.float().sum(0).to(torch.bfloat16))
+    assert torch.equal(db, reference.column_sum(dy).to(torch.bfloat16))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -144,8 +145,8 @@ def test_mixed_dtypes_keep_their_own(device, name):
 
 @pytest.mark.parametrize("amp", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", NAMES)
-def test_autocast_sets_the_output_and_quantizes_the_original(device, name, amp):
-    """Y has the autocast dtype, but no operand goes through it on the way to its codes."""
+def test_autocast_casts_the_input_and_sets_the_output(device, name, amp):
+    """As F.linear has it; the weight is quantized from its own dtype."""
     recipe = get_recipe(name)
     x, w, b, dy = tensors(50, device=device)
 
@@ -156,7 +157,8 @@ def test_autocast_sets_the_output_and_quantizes_the_original(device, name, amp):
     y, dx, dw, db = run(f, x, w, b, dy.to(amp))
     dtypes = [t.dtype for t in (y, dx, dw, db)]
     assert dtypes == [amp, torch.float32, torch.float32, torch.float32]
-    assert torch.equal(db, dy.to(amp).float().sum(0))
+    assert torch.equal(db, reference.column_sum(dy.to(amp)))
+    x = x.to(amp)
     if recipe.fprop_x.format is None:
         expected = F.linear(x.to(amp), w.to(amp), b.to(amp))
     else:
@@ -167,8 +169,8 @@ def test_autocast_sets_the_output_and_quantizes_the_original(device, name, amp):
     assert torch.equal(y, expected)
     if recipe.dgrad_dy.format:
         torch.manual_seed(1)
-        expected = compose(recipe, x, w, b, dy.to(amp).float())
-        assert torch.equal(dx, expected[1]) and torch.equal(dw, expected[2])
+        expected = compose(recipe, x.float(), w, b, dy.to(amp).float())
+        assert torch.equal(dx, expected[1].to(amp).float()) and torch.equal(dw, expected[2])
 
 
 def test_bf16_recipe_under_autocast_is_nn_linear(device):
@@ -212,7 +214,7 @@ def test_no_features(device, k, c):
     x, w, b, dy = tensors(5, k=k, c=c, device=device)
     y, dx, dw, db = run(lambda x, w, b: linear(x, w, b), x, w, b, dy)
     assert torch.equal(y, b.detach().expand(5, c)) and not dx.any() and not dw.any()
-    assert torch.equal(db, dy.sum(0))
+    assert torch.equal(db, reference.column_sum(dy))
 
 
 def same(got, expected, name):

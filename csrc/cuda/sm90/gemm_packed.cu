@@ -19,7 +19,7 @@ namespace mxtrain::cuda::sm90 {
 
 // As GemmTraits, and a ring of packed stages: those of A, those of B, their barriers.
 template <int kParts, int kChunk>
-using UnpackedTraits = GemmTraits<kParts, 1, kChunk, kParts == 2 ? 3 : 4, kChunk == 32 ? 80 : 64>;
+using UnpackedTraits = GemmTraits<kParts, 1, kChunk, kParts == 2 ? 2 : 3, kChunk == 32 ? 80 : 64>;
 
 template <int kParts, int kChunk>
 struct PackedTraits : UnpackedTraits<kParts, kChunk> {
@@ -30,7 +30,7 @@ struct PackedTraits : UnpackedTraits<kParts, kChunk> {
   static_assert(kRowBytes == 64, "the 64-byte swizzle; four 16-byte blocks with four shifts");
   static_assert(Base::kTileM == 128 && kRows % 128 == 0, "a thread's first row is of A");
 
-  static constexpr int kPacked = kParts == 2 ? 2 : 4;  // packed stages
+  static constexpr int kPacked = kParts == 2 ? 4 : 6;  // packed stages
   static constexpr int kPackedBytes = kRows * kRowBytes;
   static constexpr int kOffsetPacked = (Base::kSharedBytes + 1023) / 1024 * 1024;
   static constexpr int kOffsetPackedFull = kOffsetPacked + kPacked * kPackedBytes;
