@@ -10,6 +10,7 @@ byte means.
 
 from .version import __version__  # isort: skip
 from . import ops as ops  # registers the fake kernels and autograd
+from . import optim as optim
 from .convert import ConversionReport, convert
 from .formats import FORMATS, Format
 from .linear import MXLinear, linear
