@@ -96,7 +96,7 @@ class AdamW(Optimizer):
         check_bool(what, "stochastic_rounding", stochastic_rounding)
         if isinstance(lr, Tensor):
             if lr.numel() != 1:
-                condition, advice = "be a float or a tensor of one element", "Pass lr.mean()?"
+                condition, advice = "be a float or a tensor of one element", "Pass a float."
                 shape = f"shape {list(lr.shape)}"
                 raise ValueError(refusal(what, "lr", condition, show(lr), shape, advice))
         else:
@@ -121,11 +121,12 @@ class AdamW(Optimizer):
         self.__dict__.setdefault("tracker", None)
         for group in self.param_groups:  # a checkpoint of torch.optim.AdamW has fewer options
             for name, value in self.defaults.items():
-                group.setdefault(name, value)
+                if name != "differentiable":  # torch's own
+                    group.setdefault(name, value)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As every optimizer's; of torch.optim.AdamW too. torch casts states to the parameters'
-        dtype; here they keep their own."""
+        dtype; here they keep their own, and are copies of what is loaded."""
         super().load_state_dict(state_dict)
         saved = [key for group in state_dict["param_groups"] for key in group["params"]]
         held = [(group, p) for group in self.param_groups for p in group["params"]]
@@ -133,7 +134,7 @@ class AdamW(Optimizer):
             for name, value in state_dict["state"].get(key, {}).items():
                 if isinstance(value, Tensor):
                     dtype = self._state_dtype(group, name)
-                    self.state[p][name] = value.to(local(p).device, dtype or value.dtype)
+                    self.state[p][name] = value.to(local(p).device, dtype or value.dtype, copy=True)
 
     def _state_dtype(self, group: dict[str, Any], name: str) -> torch.dtype | None:
         return torch.float32 if name in ("step", "exp_avg", "exp_avg_sq") else None
