@@ -225,47 +225,55 @@ __device__ __forceinline__ void ramp8(const AdamwTensor& t, const AdamwRow& row,
   store_counts8<Count>(t.count, at.at, vector, at.valid, count);
 }
 
-template <class Source, Extra kExtra>
-__global__ void __launch_bounds__(OptimizerTraits::kThreads)
-    adamw_kernel(const __grid_constant__ AdamwLaunch p) {
-  const Place at = find_place(p);
+// One thread's elements. kVector: all 8, with 16-byte accesses.
+template <class Source, Extra kExtra, bool kVector>
+__device__ __forceinline__ void update8(const AdamwLaunch& p, const Place& at) {
   const AdamwTensor& t = p.tensors[at.tensor];
-  const bool vector = t.vector && at.valid == 8;
-  if (kExtra != Extra::kStatistics && at.valid == 0) return;
+  const int valid = kVector ? 8 : at.valid;
   float w[8], g[8], m[8], v[8], e[8] = {};
-  load8<Source>(t.param, at.at, vector, at.valid, w);
-  load8<Source>(t.grad, at.at, vector, at.valid, g);
-  load8<Float32Source>(t.exp_avg, at.at, vector, at.valid, m);
-  load8<Float32Source>(t.exp_avg_sq, at.at, vector, at.valid, v);
-  if (t.ema) load8<Float32Source>(t.ema, at.at, vector, at.valid, e);
+  load8<Source>(t.param, at.at, kVector, valid, w);
+  load8<Source>(t.grad, at.at, kVector, valid, g);
+  load8<Float32Source>(t.exp_avg, at.at, kVector, valid, m);
+  load8<Float32Source>(t.exp_avg_sq, at.at, kVector, valid, v);
+  if (t.ema) load8<Float32Source>(t.ema, at.at, kVector, valid, e);
   const AdamwRow row = p.rows[at.tensor];
 
   float after[8];
 #pragma unroll
   for (int i = 0; i < 8; ++i) after[i] = w[i];
-  if constexpr (kExtra == Extra::kRamp8) ramp8<uint8_t>(t, row, at, vector, g, after, m, v);
-  if constexpr (kExtra == Extra::kRamp16) ramp8<int16_t>(t, row, at, vector, g, after, m, v);
+  if constexpr (kExtra == Extra::kRamp8) ramp8<uint8_t>(t, row, at, kVector, g, after, m, v);
+  if constexpr (kExtra == Extra::kRamp16) ramp8<int16_t>(t, row, at, kVector, g, after, m, v);
   if constexpr (kExtra == Extra::kNone || kExtra == Extra::kStatistics)
 #pragma unroll
     for (int i = 0; i < 8; ++i) adamw_update(g[i], row.factors, after[i], m[i], v[i]);
 
   const int64_t* rng = p.rng ? p.rng + 2 * at.tensor : nullptr;
-  store_weights8<Source>(t, rng, at.at, vector, at.valid, after);
-  store_floats8<FloatType::kFloat32>(t.exp_avg, at.at, m, vector, at.valid);
-  store_floats8<FloatType::kFloat32>(t.exp_avg_sq, at.at, v, vector, at.valid);
+  store_weights8<Source>(t, rng, at.at, kVector, valid, after);
+  store_floats8<FloatType::kFloat32>(t.exp_avg, at.at, m, kVector, valid);
+  store_floats8<FloatType::kFloat32>(t.exp_avg_sq, at.at, v, kVector, valid);
   float e_after[8] = {};
   if (t.ema) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) e_after[i] = lerp(e[i], after[i], t.ema_weight);
-    store_floats8<FloatType::kFloat32>(t.ema, at.at, e_after, vector, at.valid);
+    store_floats8<FloatType::kFloat32>(t.ema, at.at, e_after, kVector, valid);
   }
   if constexpr (kExtra == Extra::kStatistics) {
-    if (at.valid < 8)
 #pragma unroll
-      for (int i = 0; i < 8; ++i)
-        if (i >= at.valid) after[i] = e_after[i] = 0.0f;
-    add_changes8(p, t, at, vector, w, e, after, e_after);
+    for (int i = 0; i < 8; ++i)
+      if (i >= valid) after[i] = e_after[i] = 0.0f;
+    add_changes8(p, t, at, kVector, w, e, after, e_after);
   }
+}
+
+template <class Source, Extra kExtra>
+__global__ void __launch_bounds__(OptimizerTraits::kThreads)
+    adamw_kernel(const __grid_constant__ AdamwLaunch p) {
+  const Place at = find_place(p);
+  // A warp takes one way, for the shuffles of the statistics.
+  if (__all_sync(kAllLanes, p.tensors[at.tensor].vector && at.valid == 8))
+    update8<Source, kExtra, true>(p, at);
+  else
+    update8<Source, kExtra, false>(p, at);
 }
 
 // ---- launchers ----
