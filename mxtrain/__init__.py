@@ -12,6 +12,7 @@ from .version import __version__  # isort: skip
 from . import ops as ops  # registers the fake kernels and autograd
 from . import optim as optim
 from .convert import ConversionReport, convert
+from .export import FrozenLinear, export_weights, load_exported
 from .formats import FORMATS, Format
 from .linear import MXLinear, linear
 from .operand import (
@@ -37,6 +38,7 @@ __all__ = [
     "RECIPES",
     "ConversionReport",
     "Format",
+    "FrozenLinear",
     "MXLinear",
     "Operand",
     "Quantizer",
@@ -46,11 +48,13 @@ __all__ = [
     "dequantize",
     "draw_rng",
     "draw_signs",
+    "export_weights",
     "gemm",
     "gemm_add_",
     "get_recipe",
     "hadamard",
     "linear",
+    "load_exported",
     "quantize",
     "quantize_dual",
     "requantize",
