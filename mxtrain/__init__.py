@@ -55,6 +55,7 @@ __all__ = [
     "hadamard",
     "linear",
     "load_exported",
+    "optim",
     "quantize",
     "quantize_dual",
     "requantize",
