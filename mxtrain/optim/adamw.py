@@ -42,7 +42,7 @@ def capturing(t: Tensor) -> bool:
 
 def dense(t: Tensor) -> Tensor:
     """This rank's elements as a contiguous view, in the order of memory."""
-    t = local(t.detach())
+    t = local(t)
     if t.is_contiguous():
         return t
     return t.as_strided((t.numel(),), (1,), t.storage_offset())
@@ -50,7 +50,7 @@ def dense(t: Tensor) -> Tensor:
 
 def dense_grad(p: Tensor) -> Tensor:
     """The gradient as `dense`, laid out as p."""
-    grad, like = local(p.grad.detach()), local(p.detach())
+    grad, like = local(p.grad), local(p)
     if grad.stride() != like.stride() or not grad.is_contiguous():
         grad = torch.empty_like(like).copy_(grad)
     return dense(grad)
@@ -201,7 +201,7 @@ class AdamW(Optimizer):
             condition = "be dense, of the dtype of their parameters"
             got, advice = f"{grad.layout} {grad.dtype}", "Set sparse=False, or cast the gradient."
             raise TypeError(refusal(what, "gradients", condition, got, shape, advice))
-        mine = local(p.detach())
+        mine = local(p)
         if not mine.is_contiguous() and torch.empty_like(mine).stride() != mine.stride():
             condition, advice = "be dense", "Clone it before the optimizer takes it."
             got = f"strides {mine.stride()}"

@@ -170,7 +170,7 @@ class QRamping(AdamW):
             transitions: steps over which changes are summed, T0 of the paper.
 
         Returns:
-            The share of elements with a period above 1, by the name of the layer.
+            The share of elements (of this rank's shard) with a period above 1, by layer name.
 
         Raises:
             RuntimeError: in a CUDA graph capture, or within a calibration.
