@@ -12,11 +12,18 @@ from torch import nn
 
 from mxtrain import reference
 from mxtrain.optim import AdamW, QRamping
+from mxtrain.weight_cache import _Steps
 
 pytestmark = [
     pytest.mark.ops(*OPS),
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def _forget_captures(monkeypatch):
+    """A captured step ends the keeping of packed weights in the process; not for other tests."""
+    monkeypatch.setattr(_Steps, "captured", False)
 
 
 def ready(recipe="tetrajet_ema", steps=12, ramping=False):
@@ -60,6 +67,16 @@ def test_replays_are_steps(ramping):
             assert torch.equal(value, other.state[q][name]), name
     for a, b in zip(net.buffers(), twin.buffers(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("ramping", [False, True], ids=["adamw", "qramping"])
+def test_a_step_does_not_wait_for_the_device(ramping):
+    _, optimizer, _ = ready("tetrajet" if ramping else "tetrajet_ema", ramping=ramping)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_a_capture_before_the_first_step_is_refused():
