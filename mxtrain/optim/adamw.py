@@ -104,10 +104,7 @@ class AdamW(Optimizer):
         if not isinstance(betas, (tuple, list)) or len(betas) != 2:
             condition, advice = "be two floats", "Try (0.9, 0.999)."
             raise ValueError(refusal(what, "betas", condition, show(betas), kind(betas), advice))
-        for i, beta in enumerate(betas):
-            _check_range(what, f"betas[{i}]", beta, below=1.0)
-        _check_range(what, "eps", eps)
-        _check_range(what, "weight_decay", weight_decay)
+        _check_options(what, betas, eps, weight_decay)
         defaults = {
             "lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay,
             "stochastic_rounding": stochastic_rounding, **more,
@@ -169,7 +166,9 @@ class AdamW(Optimizer):
 
     def _plan(self, averaging: dict[Tensor, list[EmaLinear]]) -> dict[Key, Batch]:
         batches: dict[Key, Batch] = {}
+        what = f"{type(self).__name__}.step"
         for index, group in enumerate(self.param_groups):
+            _check_options(what, group["betas"], group["eps"], group["weight_decay"])
             for p in group["params"]:
                 if p.grad is None:
                     continue
@@ -273,6 +272,13 @@ def _fusable(layer: EmaLinear) -> bool:
         and ema.dtype == torch.float32
         and ema.stride() == weight.stride()
     )
+
+
+def _check_options(what: str, betas: Any, eps: object, weight_decay: object) -> None:
+    for i, beta in enumerate(betas):
+        _check_range(what, f"betas[{i}]", beta, below=1.0)
+    _check_range(what, "eps", eps)
+    _check_range(what, "weight_decay", weight_decay)
 
 
 def _check_range(what: str, argument: str, value: object, below: float = float("inf")) -> None:

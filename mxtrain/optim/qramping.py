@@ -261,9 +261,12 @@ class QRamping(AdamW):
         for name, weight in changes.items():
             group = groups[weight]
             self._start_state(group, weight)
+            state, dtype = self.state[weight], self._count_dtype(group)
+            for counter in ("count", "period"):  # where max_period has changed
+                state[counter] = state[counter].to(dtype)
             steps = (changes.ratio(weight) / group["k1"]).floor() * group["k2"] + 1
             period = steps.clamp(max=group["max_period"]).nan_to_num(1.0)
-            local(self.state[weight]["period"]).copy_(period)
+            local(state["period"]).copy_(period)
             shares[name] = (period > 1).float().mean()
         return {name: float(share) for name, share in shares.items()}
 

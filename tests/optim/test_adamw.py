@@ -373,6 +373,16 @@ def test_what_cannot_be_updated_is_refused_before_anything_changes(p, prepare, e
     assert (good == 1).all() and not optimizer.state
 
 
+def test_a_group_out_of_range_is_refused_before_anything_changes():
+    a, b = (nn.Parameter(torch.ones(4)) for _ in range(2))
+    optimizer = AdamW([{"params": [a]}, {"params": [b]}], lr=0.1)
+    a.grad = b.grad = torch.ones(4)
+    optimizer.param_groups[1]["betas"] = (0.9, 1.0)
+    with refuses(ValueError, r"AdamW.step: betas\[1\] must lie in \[0, 1\), got 1"):
+        optimizer.step()
+    assert (a == 1).all() and not optimizer.state
+
+
 def test_tracking_needs_weights_to_track():
     net = model()
     optimizer = AdamW(net[4].parameters(), lr=0.1)

@@ -199,7 +199,11 @@ def test_an_oscillator_is_found_and_a_drift_is_not(device):
     optimizer.param_groups[0]["max_period"] = 100
     sign[0] = -1.0
     optimizer.calibrate(forward_backward)
-    assert optimizer.state[layer.weight]["period"][0, 1] == 100
+    period = optimizer.state[layer.weight]["period"]
+    assert period[0, 1] == 100 and period.dtype == torch.uint8
+    forward_backward()
+    optimizer.step()
+    assert (optimizer.state[layer.weight]["count"][0, 1] == 1).all()
 
 
 @pytest.mark.parametrize(
