@@ -1,9 +1,9 @@
 """What a row is: a `Case`, built from its name by the family that the name starts with.
 
 A name is `family/arguments/shape`, such as `quantize/mxfp4/stochastic+h64/16384x8192`. To add a
-family, write one function that returns a Case, register it with `@family("...")` (families.py holds
-this package's ops, products.py its GEMMs and layers, training.py whole steps, peers.py what they
-are compared with), and name its rows in suites.py.
+family, write one function that returns a Case, register it with `@family("...")` (families.py,
+products.py and optimizers.py hold this package's ops, GEMMs and layers, and optimizer steps;
+training.py whole steps, peers.py what they are compared with), and name its rows in suites.py.
 """
 
 from __future__ import annotations
@@ -92,7 +92,8 @@ def build(name: str) -> Case:
     """The case called `name`. Raises ValueError for a name that means nothing, Unfit for a shape
     that cannot be.
     """
-    from . import families, peers, products, training  # noqa: F401  (they register the families, and import this module)
+    # They register the families, and import this module.
+    from . import families, optimizers, peers, products, training  # noqa: F401
 
     head, *rest = name.split("/")
     if head not in FAMILIES:

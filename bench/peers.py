@@ -20,6 +20,7 @@ from mxtrain.formats import format_named
 
 from .cases import Case, family, parse_shape
 from .operands import byte_error, matrix_bytes, operand_bytes, random_matrix, windows
+from .optimizers import PEERS as OPTIMIZERS
 
 TO_MX_DTYPES = {
     "mxfp4": "float4_e2m1fn_x2",
@@ -218,4 +219,5 @@ PEERS: dict[str, Callable[..., Case]] = {
     "torchao_fp8_rowwise": fp8_rowwise,
     "torchao_to_mx_compiled": functools.partial(to_mx, True),
     "torchao_to_mx_eager": functools.partial(to_mx, False),
+    **OPTIMIZERS,
 }

@@ -55,6 +55,16 @@ VARIANTS: Rows = (
     "hadamard/256",
     "stochastic_round/e4m3",
 )
+OPTIMIZERS: Rows = ("optim/adamw", "optim/adamw+ema")
+MORE_OPTIMIZERS: Rows = (
+    "optim/adamw+ema+bf16",
+    "optim/adamw+changes",
+    "optim/adamw+ema+changes",
+    "optim/qramping",
+    "peer/torch_adamw",
+    "peer/torch_adamw+ema",
+    "peer/torch_adamw_foreach+ema",
+)
 COPIES: Rows = ("peer/copy", "peer/copy_kernel")
 COMPILED: Rows = ("peer/torchao_to_mx_compiled", "peer/torchao_to_mx_compiled/mxfp8_e4m3")
 BIG = "16384x8192"
@@ -104,6 +114,7 @@ SUITES: dict[str, tuple[tuple[Rows, Sequence[str]], ...]] = {
         ((*HEADLINE, *FORMATS), (BIG,)),
         (COMPILED[:1], (BIG,)),
         (("quantize/mxfp4/nearest",), (SMALL,)),
+        (OPTIMIZERS, ("8192x8192",)),
         (GEMMS, GEMM_SHAPES),
         (OTHER_GEMMS[:1], GEMM_SHAPES[:1]),
         (linears(("tetrajet",), LINEARS), ("fwd+bwd",)),
@@ -115,6 +126,8 @@ SUITES: dict[str, tuple[tuple[Rows, Sequence[str]], ...]] = {
         (COMPILED, (BIG,)),
         (HEADLINE, (SMALL, *MODELS)),
         (COMPILED[:1], MODELS[:2]),
+        ((*OPTIMIZERS, *MORE_OPTIMIZERS), ("8192x8192",)),
+        (OPTIMIZERS, ("4096x4096", "4099x1111")),
         (GEMMS, (*GEMM_SHAPES, *MODEL_GEMMS)),
         (OTHER_GEMMS, (*GEMM_SHAPES[:2], *MODEL_GEMMS[-1:])),
         (linears(("tetrajet",), (*LINEARS, *MODEL_LINEARS)), ("fwd+bwd",)),

@@ -11,6 +11,7 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "formats/block.h"
 
@@ -19,6 +20,7 @@ namespace mxtrain {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
+using TensorList = std::vector<Tensor>;
 
 template <class... Parts>
 [[noreturn]] void fail(const char* op, const Parts&... parts) {

@@ -6,8 +6,8 @@
 // scale, tensor_scale): uint8 codes [R, Kp * bits / 8], uint8 block scales [R, Kp / block], and
 // float32 [1] for nvfp4 ([0] elsewhere; inputs may pass None). format, scale_rule, rounding and
 // accumulate are codes, named in mxtrain.formats: the stable ABI leaks `str` arguments. rng is
-// int64 [2]. Every op is functional but gemm_add_. docs/numerics.md defines the arithmetic,
-// mxtrain/ops.py documents each op and has its fake kernel.
+// int64 [2]. Every op is functional but those that end in _. docs/numerics.md defines the
+// arithmetic, mxtrain/ops.py documents each op and has its fake kernel.
 #include <torch/csrc/stable/library.h>
 
 #include "ops/ops.h"
@@ -46,6 +46,17 @@ STABLE_TORCH_LIBRARY(mxtrain, m) {
   m.def(
       "gemm_add_(Tensor(a!) out, Tensor a, Tensor a_scale, Tensor? a_tensor_scale, Tensor b, "
       "Tensor b_scale, Tensor? b_tensor_scale, int format, float alpha, int accumulate=0) -> ()");
+  m.def(
+      "adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] "
+      "exp_avg_sqs, Tensor(d!)[] steps, float lr, float beta1, float beta2, float eps, float "
+      "weight_decay, Tensor? lr_tensor, Tensor? rng, Tensor(e!)[] emas, float[] ema_weights, "
+      "Tensor(f!)[] weight_changes, Tensor(g!)[] quantized_changes, int scale_rule=1, int "
+      "rounding=0) -> ()");
+  m.def(
+      "ramped_adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] "
+      "exp_avg_sqs, Tensor(d!)[] steps, float lr, float beta1, float beta2, float eps, float "
+      "weight_decay, Tensor? lr_tensor, Tensor? rng, Tensor(e!)[] grad_sums, Tensor(f!)[] counts, "
+      "Tensor[] periods) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mxtrain, CPU, m) {
@@ -61,6 +72,8 @@ STABLE_TORCH_LIBRARY_IMPL(mxtrain, CPU, m) {
   m.impl("unswizzle_scale", TORCH_BOX(&unswizzle_scale));
   m.impl("gemm", TORCH_BOX(&gemm));
   m.impl("gemm_add_", TORCH_BOX(&gemm_add_));
+  m.impl("adamw_", TORCH_BOX(&adamw_));
+  m.impl("ramped_adamw_", TORCH_BOX(&ramped_adamw_));
 }
 
 #ifdef MXT_WITH_CUDA
@@ -77,5 +90,7 @@ STABLE_TORCH_LIBRARY_IMPL(mxtrain, CUDA, m) {
   m.impl("unswizzle_scale", TORCH_BOX(&unswizzle_scale));
   m.impl("gemm", TORCH_BOX(&gemm));
   m.impl("gemm_add_", TORCH_BOX(&gemm_add_));
+  m.impl("adamw_", TORCH_BOX(&adamw_));
+  m.impl("ramped_adamw_", TORCH_BOX(&ramped_adamw_));
 }
 #endif

@@ -10,7 +10,9 @@ byte means.
 
 from .version import __version__  # isort: skip
 from . import ops as ops  # registers the fake kernels and autograd
+from . import optim as optim
 from .convert import ConversionReport, convert
+from .export import FrozenLinear, export_weights, load_exported
 from .formats import FORMATS, Format
 from .linear import MXLinear, linear
 from .operand import (
@@ -36,6 +38,7 @@ __all__ = [
     "RECIPES",
     "ConversionReport",
     "Format",
+    "FrozenLinear",
     "MXLinear",
     "Operand",
     "Quantizer",
@@ -45,11 +48,14 @@ __all__ = [
     "dequantize",
     "draw_rng",
     "draw_signs",
+    "export_weights",
     "gemm",
     "gemm_add_",
     "get_recipe",
     "hadamard",
     "linear",
+    "load_exported",
+    "optim",
     "quantize",
     "quantize_dual",
     "requantize",

@@ -4,7 +4,8 @@
   in float32 whatever the dtype of W. Rounding "toward" takes, of the two grid values around an
   element of W, the one nearer to that of A (docs/numerics.md).
 - When: one update after every `step()` of an optimizer that holds the weight and trains it, from a
-  hook on all optimizers that the first such layer installs. `update_weight_ema` does one by hand.
+  hook on all optimizers that the first such layer installs; mxtrain.optim.AdamW does it within its
+  step, to the same bits. `update_weight_ema` does one by hand.
   The forward uses A from max(ema_warmup, 1) updates on; until then W rounds to nearest.
 - Saved in the state_dict: A as `weight_ema` (float32) and the count as `ema_updates` (int64), only
   where the recipe has `ema_beta`. What is loaded with them goes on bitwise; loading a weight
@@ -71,6 +72,15 @@ class EmaLinear(nn.Linear):
         else:  # the weight has left the meta device by assignment
             self.weight_ema = weight.to(torch.float32, copy=True)
 
+    @property
+    def ema_step(self) -> float:
+        """How far the next update takes weight_ema toward the weight; the first, all the way."""
+        return 1.0 - self._recipe.ema_beta if self._ema_updates else 1.0
+
+    def count_ema_update(self) -> None:
+        """Say that weight_ema was updated, by whoever did it."""
+        self._count_ema(self._ema_updates + 1)
+
     def _restart_ema(self) -> None:
         if "weight_ema" in self._buffers:
             self._copy_to_ema(_whole(self.weight))
@@ -134,13 +144,23 @@ def _register(layer: EmaLinear) -> None:
 
 
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    if not getattr(optimizer, "updates_weight_ema", False):  # mxtrain.optim has done it
+        held = averaging_layers(optimizer)
+        update_weight_ema(layer for layers in held.values() for layer in layers)
+
+
+def averaging_layers(optimizer: torch.optim.Optimizer) -> dict[Tensor, list[EmaLinear]]:
+    """The layers that average a weight which the optimizer holds and trains, by that weight.
+
+    In the order of the optimizer, which every rank shares.
+    """
     layers: dict[int, list[EmaLinear]] = {}
     for layer in _EMA_LAYERS:
         layers.setdefault(id(layer.weight), []).append(layer)
-    if layers:  # in the order of the optimizer, which every rank shares
-        params = (p for group in optimizer.param_groups for p in group["params"])
-        held = (layer for p in params if p.requires_grad for layer in layers.get(id(p), ()))
-        update_weight_ema(held)
+    if not layers:
+        return {}
+    params = (p for group in optimizer.param_groups for p in group["params"])
+    return {p: layers[id(p)] for p in params if p.requires_grad and id(p) in layers}
 
 
 @torch.no_grad()
@@ -152,17 +172,16 @@ def update_weight_ema(layers: Iterable[EmaLinear]) -> None:
     """
     grouped: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
     for layer in _checked(layers):
-        beta = layer._recipe.ema_beta
-        if beta is None:
+        if layer._recipe.ema_beta is None:
             continue
         weight = _whole(layer.weight)
         if layer._ema_updates == 0:
             layer._copy_to_ema(weight)
         else:
-            emas, weights = grouped.setdefault(1.0 - beta, ([], []))
+            emas, weights = grouped.setdefault(layer.ema_step, ([], []))
             emas.append(layer.weight_ema)
             weights.append(weight.to(torch.float32))
-        layer._count_ema(layer._ema_updates + 1)
+        layer.count_ema_update()
     for amount, (emas, weights) in grouped.items():
         torch._foreach_lerp_(emas, weights, amount)
 

@@ -4,8 +4,8 @@ The schemas are in csrc/library.cpp; docs/numerics.md defines every byte. An *op
 `[R, K]` matrix as `data` uint8 `[R, Kp * bits / 8]`, `scale` uint8 `[R, Kp / block]` (E8M0, or E4M3
 for nvfp4) and `tensor_scale` float32 `[1]` for nvfp4, `[0]` for the others (inputs may pass None);
 Kp is K rounded up to a block. `format`, `scale_rule`, `rounding` and `accumulate` are the int codes
-of `mxtrain.formats`. All ops are functional; only hadamard is differentiable. On bad input they
-and their fake kernels raise RuntimeError with
+of `mxtrain.formats`. Ops whose name ends in _ change arguments; only hadamard is differentiable. On
+bad input they and their fake kernels raise RuntimeError with
 `mxtrain::<op>: <argument> must <condition>, got <value> (<context>). <what to do>`.
 
 quantize(x, format, scale_rule=1, rounding=0, transpose=False, rng=None, hadamard=0, signs=None,
@@ -47,6 +47,23 @@ gemm(a, a_scale, a_tensor_scale, b, b_scale, b_tensor_scale, format, bias, alpha
 gemm_add_(out, a, a_scale, a_tensor_scale, b, b_scale, b_tensor_scale, format, alpha, accumulate=0)
     out += alpha * A B^T in float32, for the accumulation of gradients: out `[M, N]` is contiguous
     float32. The product is rounded to float32, then added. Raises as gemm, and for another out.
+
+adamw_(params, grads, exp_avgs, exp_avg_sqs, steps, lr, beta1, beta2, eps, weight_decay, lr_tensor,
+       rng, emas, ema_weights, weight_changes, quantized_changes, scale_rule=1, rounding=0)
+    One step of AdamW on a list of parameters, each array read and written once. params: contiguous
+    float32, or bfloat16, which rounds by stochastic_round with a row of rng int64 `[T, 2]` each
+    (None: to nearest). grads: like params. exp_avgs, exp_avg_sqs: float32; steps: one float32
+    each, counted up here. lr_tensor: one float64 on the device that stands for lr, or None. emas
+    (float32, or an empty list) go by ema_weights `[T]` toward the new parameter, as torch.lerp
+    does. weight_changes, quantized_changes (float32, or empty lists): to these are added |w - w'|
+    and |Q(w) - Q(w')| of matrices, Q being quantize to mxfp4 with scale_rule and rounding ("toward"
+    takes the average before and after). docs/optimizers.md has the arithmetic. Source: arXiv
+    1711.05101 algorithm 2; arXiv 2502.20853 (Q-EMA, oscillation ratio).
+ramped_adamw_(params, ..., rng, grad_sums, counts, periods)
+    The same with Q-Ramping: an element is updated in every period-th step, by the mean of the
+    gradients since its last update and a learning rate as many times as large. grad_sums: float32;
+    counts, periods: uint8 or int16, like params. A gradient tensor that is not finite is counted
+    and not added. Source: arXiv 2502.20853, its section on Q-Ramping.
 """
 
 from __future__ import annotations
@@ -55,6 +72,7 @@ import torch
 from torch import Tensor
 
 from . import op_checks as check
+from . import optimizer_checks
 from ._library import CATALOGUE
 from .checks import refusal
 
@@ -70,6 +88,8 @@ OP_NAMES = (
     "unswizzle_scale",
     "gemm",
     "gemm_add_",
+    "adamw_",
+    "ramped_adamw_",
 )
 
 
@@ -239,6 +259,28 @@ def _(
     a_parts, b_parts = (a, a_scale, a_tensor_scale), (b, b_scale, b_tensor_scale)
     _check_product("gemm_add_", a_parts, b_parts, format, None, alpha, torch.float32, accumulate)
     check.check_accumulator(out, a, b)
+
+
+@torch.library.register_fake("mxtrain::adamw_")
+def _(
+    params, grads, exp_avgs, exp_avg_sqs, steps, lr, beta1, beta2, eps, weight_decay, lr_tensor,
+    rng, emas, ema_weights, weight_changes, quantized_changes, scale_rule=1, rounding=0,
+):  # fmt: skip
+    optimizer_checks.check_adamw(optimizer_checks.AdamwCall(
+        "adamw_", params, grads, exp_avgs, exp_avg_sqs, steps, beta1, beta2, eps, lr_tensor, rng,
+        emas, ema_weights, weight_changes, quantized_changes, scale_rule, rounding,
+    ))  # fmt: skip
+
+
+@torch.library.register_fake("mxtrain::ramped_adamw_")
+def _(
+    params, grads, exp_avgs, exp_avg_sqs, steps, lr, beta1, beta2, eps, weight_decay, lr_tensor,
+    rng, grad_sums, counts, periods,
+):  # fmt: skip
+    optimizer_checks.check_adamw(optimizer_checks.AdamwCall(
+        "ramped_adamw_", params, grads, exp_avgs, exp_avg_sqs, steps, beta1, beta2, eps, lr_tensor,
+        rng, grad_sums=grad_sums, counts=counts, periods=periods, ramped=True,
+    ))  # fmt: skip
 
 
 # ---- CUDA tensors in a CPU-only build ----

@@ -99,6 +99,8 @@ def test_bytes_are_counted_in_and_out():
     assert cases.build(REQUIRED[0]).bytes == elements * (2 + 0.5 + 1 / 32)
     assert cases.build(REQUIRED[4]).bytes == elements * (2 + 2 * (0.5 + 1 / 32))
     assert cases.build("quantize/mxfp4/toward/64x64").bytes == 64 * 64 * (4 + 0.5 + 1 / 32)
+    assert cases.build("optim/adamw+ema/64x64").bytes == 64 * 64 * 36
+    assert cases.build("optim/qramping+bf16/64x64").bytes == 64 * 64 * (3 * 2 + 16 + 8 + 3)
     assert cases.build("peer/copy/64x32").bytes == 2 * 2 * 64 * 32
     assert cases.build("peer/cublas_bf16/8x16x32").flops == 2 * 8 * 16 * 32
 
@@ -122,6 +124,8 @@ def test_rows_that_do_not_fit_are_left_out():
         "quantize/mxfp4/nearest/8x0",
         "quantize/mxfp4/nearest/8x8x8",
         "dequantize/mxfp4/int8/8x8",
+        "optim/sgd/8x8",
+        "optim/qramping+ema/8x8",
         "peer/nobody/8x8",
         "linear/tetrajet/8x8x8/fwd",
         "train/gpt/tetra/1x64/1x8/step",

@@ -41,7 +41,78 @@ def gemm_add_(out=None, a=A, b=A, format=0, alpha=1.0, accumulate=0):
     return (out, *parts, format, alpha, accumulate)
 
 
+P, P16 = torch.ones(4, 40), torch.ones(4, 40, dtype=BF16)
+C8, C16 = torch.ones(4, 40, dtype=torch.uint8), torch.ones(4, 40, dtype=torch.int16)
+STEP = torch.zeros(())
+ADAMW = ("params", "grads", "exp_avgs", "exp_avg_sqs")
+
+
+def adamw(
+    steps=(STEP,), beta1=0.9, beta2=0.999, eps=0.0, lr_tensor=None, rng=None, extra=None, **lists
+):
+    lists = [list(lists.get(name, [P])) for name in ADAMW]
+    numbers = (0.1, beta1, beta2, eps, 0.0)
+    return (*lists, list(steps), *numbers, lr_tensor, rng, *(extra or ([], [], [], [])))
+
+
+def ramped(grad_sums=(P,), counts=(C8,), periods=(C8,), **rest):
+    return adamw(extra=(list(grad_sums), list(counts), list(periods)), **rest)
+
+
 BAD = {
+    "adamw_": [
+        adamw(params=[P.half()]),
+        adamw(params=[P.double()]),
+        adamw(params=[P, P16]),
+        adamw(params=[P.t()]),
+        adamw(grads=[P, P]),
+        adamw(grads=[P16]),
+        adamw(grads=[P[:2]]),
+        adamw(grads=[torch.ones(40, 4).t()]),
+        adamw(exp_avgs=[P16]),
+        adamw(exp_avgs=[]),
+        adamw(exp_avg_sqs=[P[:1]]),
+        adamw(steps=[]),
+        adamw(steps=[STEP.double()]),
+        adamw(steps=[torch.zeros(2)]),
+        adamw(beta1=1.0),
+        adamw(beta2=-0.5),
+        adamw(beta2=NAN),
+        adamw(eps=-1e-8),
+        adamw(eps=INF),
+        adamw(lr_tensor=STEP),
+        adamw(lr_tensor=torch.zeros(2, dtype=F64)),
+        adamw(rng=RNG),
+        adamw(rng=RNG[None].int()),
+        adamw(rng=RNG.repeat(2, 1)),
+        adamw(extra=([P16], [0.1], [], [])),
+        adamw(extra=([P, P], [0.1], [], [])),
+        adamw(extra=([P], [], [], [])),
+        adamw(extra=([], [0.5], [], [])),
+        adamw(extra=([P], [1.5], [], [])),
+        adamw(extra=([P], [NAN], [], [])),
+        adamw(extra=([], [], [P], [])),
+        adamw(extra=([], [], [], [P])),
+        adamw(extra=([], [], [P], [P16])),
+        adamw(**{name: [P[0]] for name in ADAMW}, extra=([], [], [P[0]], [P[0]])),
+        adamw(extra=([], [], [P], [P], 3)),
+        adamw(extra=([], [], [P], [P], 1, 3)),
+        adamw(extra=([], [], [P], [P], 1, 1)),
+        adamw(extra=([], [], [P], [P], 1, 2)),
+    ],
+    "ramped_adamw_": [
+        ramped(params=[P.half()]),
+        ramped(grads=[]),
+        ramped(beta1=-1.0),
+        ramped(grad_sums=[]),
+        ramped(grad_sums=[P16]),
+        ramped(counts=[]),
+        ramped(counts=[P]),
+        ramped(counts=[C8[:2]]),
+        ramped(periods=[C16]),
+        ramped(counts=[C16]),
+        ramped(counts=[C16], periods=[C16, C16]),
+    ],
     "quantize": [
         (X.double(), 0),
         (X.to(torch.complex64), 0),
@@ -197,6 +268,17 @@ def to_meta(t: torch.Tensor) -> torch.Tensor:
     return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
 
 
+def convert(args, change):
+    """The arguments, with change made to every tensor, in lists too."""
+
+    def one(a):
+        if isinstance(a, list):
+            return [one(v) for v in a]
+        return change(a) if isinstance(a, torch.Tensor) else a
+
+    return [one(a) for a in args]
+
+
 def test_every_op_has_bad_calls():
     assert set(BAD) == set(ops.OP_NAMES)
 
@@ -207,9 +289,9 @@ def test_same_words(name, i):
     real = message(name, args)
     assert STYLE.fullmatch(real) and real.startswith(f"mxtrain::{name}: "), real
     with FakeTensorMode() as mode:
-        fake = [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in args]
+        fake = convert(args, mode.from_tensor)
         assert message(name, fake) == real
-    meta = [to_meta(a) if isinstance(a, torch.Tensor) else a for a in args]
+    meta = convert(args, to_meta)
     assert message(name, meta) == real
 
 

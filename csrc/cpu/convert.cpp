@@ -91,17 +91,6 @@ void hadamard(const HadamardParams& p, int64_t row_begin, int64_t row_end) {
 
 // ---- stochastic_round ----
 
-MXT_HD uint16_t round_bf16(float v, uint32_t draw) {
-  const uint32_t b = float_bits(v), magnitude = b & ~kSignBit;
-  if (magnitude > kInfBits) return 0x7FC0u;
-  if (magnitude == kInfBits) return static_cast<uint16_t>(b >> 16);
-  const uint32_t up = (b & 0xFFFFu) > draw
-                          ? 1u
-                          : 0u;  // the fraction's 16 bits against the draw: the same rule, exactly
-  const uint32_t rounded = (magnitude >> 16) + up;
-  return static_cast<uint16_t>((rounded > 0x7F7Fu ? 0x7F7Fu : rounded) | ((b >> 16) & 0x8000u));
-}
-
 template <class E>
 MXT_HD uint8_t round_fp8(float v, uint32_t draw) {
   const uint32_t b = float_bits(v), magnitude = b & ~kSignBit, sign = (b >> 24) & 0x80u;
@@ -118,7 +107,7 @@ void stochastic_round(const StochasticRoundParams& p, int64_t group_begin, int64
       const int64_t i = g * kDrawGroup + j;
       const uint32_t draw = draw16(words, j);
       if (p.target == RoundTarget::kBfloat16)
-        static_cast<uint16_t*>(p.out)[i] = round_bf16(p.x[i], draw);
+        static_cast<uint16_t*>(p.out)[i] = float_to_bf16_stochastic(p.x[i], draw);
       if (p.target == RoundTarget::kE4M3)
         static_cast<uint8_t*>(p.out)[i] = round_fp8<E4M3>(p.x[i], draw);
       if (p.target == RoundTarget::kE5M2)

@@ -1,14 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 // The CPU kernels' interface: argument structs and one table of functions per instruction set. The
-// files that implement it (tiles.h, quantize.cpp, convert.cpp) are compiled once per instruction
-// set, in the namespace MXT_ISA, contain no torch headers and start no threads; ops/*.cpp split the
-// work with torch's thread pool. Every function writes only the part it is given, so results do not
-// depend on the number of threads.
+// files that implement it (tiles.h, quantize.cpp, convert.cpp, optimizer.cpp) are compiled once per
+// instruction set, in the namespace MXT_ISA, contain no torch headers and start no threads;
+// ops/*.cpp split the work with torch's thread pool. Every function writes only the part it is
+// given, so results do not depend on the number of threads.
 #pragma once
 
 #include <cstdint>
 
 #include "formats/block.h"
+#include "optim/adamw.h"
 #include "random/philox.h"
 
 namespace mxtrain::cpu {
@@ -102,6 +103,15 @@ struct ColumnSumParams {
   float* strips;  // [ceil(rows / 256), cols]
 };
 
+struct AdamwParams {
+  AdamwTensor t;
+  AdamwFactors factors;
+  bool finite;      // whether the gradient is; read by Q-Ramping only
+  bool stochastic;  // bfloat16 weights round so, with key
+  PhiloxKey key;
+  WeightQuantizer quantizer;
+};
+
 struct Kernels {
   const char* isa;
   void (*quantize)(const QuantizeParams&, int64_t r0, int64_t k0);  // one tile
@@ -112,6 +122,7 @@ struct Kernels {
   void (*stochastic_round)(const StochasticRoundParams&, int64_t group_begin, int64_t group_end);
   void (*epilogue)(const EpilogueParams&, int64_t row_begin, int64_t row_end);
   void (*column_strips)(const ColumnSumParams&, int64_t strip_begin, int64_t strip_end);
+  void (*adamw)(const AdamwParams&, int64_t block_begin, int64_t block_end);
 };
 
 // The widest instruction set that this build has and this processor runs.

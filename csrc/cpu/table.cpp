@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The function table of one instruction set; compiled once for each, after quantize.cpp and
-// convert.cpp.
+// The function table of one instruction set; compiled once for each, after quantize.cpp,
+// convert.cpp and optimizer.cpp.
 #include "cpu/kernels.h"
 
 #define MXT_STRING_(x) #x
@@ -15,9 +15,10 @@ void hadamard(const HadamardParams&, int64_t, int64_t);
 void stochastic_round(const StochasticRoundParams&, int64_t, int64_t);
 void epilogue(const EpilogueParams&, int64_t, int64_t);
 void column_strips(const ColumnSumParams&, int64_t, int64_t);
+void adamw(const AdamwParams&, int64_t, int64_t);
 
 extern const Kernels kTable;
-const Kernels kTable = {MXT_STRING(MXT_ISA), quantize, finite_amax,  dequantize, hadamard,
-                        stochastic_round,    epilogue, column_strips};
+const Kernels kTable = {MXT_STRING(MXT_ISA), quantize, finite_amax,   dequantize, hadamard,
+                        stochastic_round,    epilogue, column_strips, adamw};
 
 }  // namespace mxtrain::cpu::MXT_ISA

@@ -78,13 +78,8 @@ cudaError_t launch_hadamard(const HadamardParams& p, cudaStream_t stream) {
 // ---- stochastic_round ----
 
 __device__ __forceinline__ uint32_t round_element(float v, uint32_t draw, RoundTarget target) {
+  if (target == RoundTarget::kBfloat16) return float_to_bf16_stochastic(v, draw);
   const uint32_t b = float_bits(v), magnitude = b & ~kSignBit;
-  if (target == RoundTarget::kBfloat16) {
-    const uint32_t sign = (b >> 16) & 0x8000u;
-    if (magnitude > kInfBits) return 0x7FC0u;
-    if (magnitude == kInfBits) return sign | 0x7F80u;
-    return sign | min((magnitude >> 16) + ((b & 0xFFFFu) > draw ? 1u : 0u), 0x7F7Fu);
-  }
   if (magnitude > kInfBits) return 0x7Fu;
   const bool e4m3 = target == RoundTarget::kE4M3;
   if (magnitude == kInfBits)

@@ -16,6 +16,14 @@ MXT_HD uint16_t float_to_bf16(float v) {
   return static_cast<uint16_t>((b & ~kSignBit) > kInfBits ? 0x7FC0u : rounded);
 }
 
+// Stochastically: up where the 16 bits that are cut off exceed the draw. Finite stays finite.
+MXT_HD uint16_t float_to_bf16_stochastic(float v, uint32_t draw) {
+  const uint32_t b = float_bits(v), magnitude = b & ~kSignBit, sign = (b >> 16) & 0x8000u;
+  const uint32_t up = (magnitude >> 16) + ((b & 0xFFFFu) > draw ? 1u : 0u);
+  const uint32_t rounded = magnitude == kInfBits ? 0x7F80u : up > 0x7F7Fu ? 0x7F7Fu : up;
+  return static_cast<uint16_t>(magnitude > kInfBits ? 0x7FC0u : rounded | sign);
+}
+
 MXT_HD float half_to_float(uint16_t h) {
   const uint32_t magnitude = static_cast<uint32_t>(h & 0x7FFFu) << 13;
   uint32_t b = float_bits(bits_float(magnitude) * power_of_two(112));

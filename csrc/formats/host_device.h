@@ -4,6 +4,7 @@
 // one build may serve another.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 

@@ -50,7 +50,17 @@ GemmBackend requested_gemm_backend();
               ScalarType out_dtype, int64_t accumulate);                                           \
   void gemm_add_(Tensor out, Tensor a, Tensor a_scale, OptionalTensor a_tensor_scale, Tensor b,    \
                  Tensor b_scale, OptionalTensor b_tensor_scale, int64_t format, double alpha,      \
-                 int64_t accumulate);
+                 int64_t accumulate);                                                              \
+  void adamw_(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_sqs,    \
+              TensorList steps, double lr, double beta1, double beta2, double eps,                 \
+              double weight_decay, OptionalTensor lr_tensor, OptionalTensor rng, TensorList emas,  \
+              std::vector<double> ema_weights, TensorList weight_changes,                          \
+              TensorList quantized_changes, int64_t scale_rule, int64_t rounding);                 \
+  void ramped_adamw_(TensorList params, TensorList grads, TensorList exp_avgs,                     \
+                     TensorList exp_avg_sqs, TensorList steps, double lr, double beta1,            \
+                     double beta2, double eps, double weight_decay, OptionalTensor lr_tensor,      \
+                     OptionalTensor rng, TensorList grad_sums, TensorList counts,                  \
+                     TensorList periods);
 
 namespace cpu {
 MXT_DECLARE_OPS

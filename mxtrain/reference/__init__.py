@@ -27,6 +27,7 @@ from .elements import (
 )
 from .gemm import FOLD_BIAS, fold, gemm, gemm_float64, gemm_magnitude
 from .layout import swizzle, unswizzle
+from .optimizer import adamw, factors, fma, lerp, ramped_adamw
 from .philox import draws, philox4x32_10
 from .quantize import (
     column_sum,
@@ -49,22 +50,27 @@ __all__ = [
     "FORMATS",
     "Element",
     "Format",
+    "adamw",
     "column_sum",
     "decode",
     "decode_e8m0",
     "dequantize",
     "draws",
     "encode",
+    "factors",
+    "fma",
     "fold",
     "format_named",
     "gemm",
     "gemm_float64",
     "gemm_magnitude",
     "hadamard",
+    "lerp",
     "pack",
     "philox4x32_10",
     "quantize",
     "quantize_dual",
+    "ramped_adamw",
     "requantize",
     "stochastic_round",
     "swizzle",

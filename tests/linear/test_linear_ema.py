@@ -169,6 +169,21 @@ def test_a_skipped_step_is_no_update():
         assert layer._ema_updates == updates
 
 
+def test_accumulated_gradients_are_one_update():
+    """Micro-steps see the average of the last step; the step moves it once."""
+    layer = ema_layer(warmup=1)
+    for optimizer in (SGD(layer.parameters(), lr=0.1), mxtrain.optim.AdamW(layer.parameters())):
+        step(layer, optimizer)
+        updates, average = layer._ema_updates, layer.weight_ema.clone()
+        for i in range(3):
+            layer(torch.randn(4, 64)).square().sum().backward()
+            assert layer._ema_updates == updates and torch.equal(layer.weight_ema, average)
+            assert i == 0 or layer.weight.grad.any()
+        optimizer.step()
+        assert layer._ema_updates == updates + 1
+        assert torch.equal(layer.weight_ema, average.lerp(layer.weight.detach(), 1 - 0.9))
+
+
 def test_dead_layers_leave():
     layer = ema_layer()
     before = len(_EMA_LAYERS)

@@ -1,0 +1,361 @@
+"""export_weights and load_exported: a trained model with its weights frozen to packed codes.
+
+    mxtrain.export_weights(model, "model.safetensors")                 # after training
+    model = mxtrain.load_exported(build_model(), "model.safetensors")  # where it is deployed
+
+What an MXLinear saves of its weight is the operand that its forward pass multiplies, so no average
+(Q-EMA) and no master weight is needed any more, and outputs in evaluation are bitwise those of the
+trained model. An exported state is a flat dict of tensors; of a layer `name` it has, in place of
+`name.weight`, `name.weight_ema` and `name.ema_updates`:
+
+    name.weight_packed          uint8 [out_features, Kp * bits / 8], the codes (docs/numerics.md)
+    name.weight_scale           uint8 [out_features, Kp / block]
+    name.weight_tensor_scale    float32 [1], nvfp4 only
+    name.weight_recipe          uint8, JSON: the recipe and in_features
+
+Everything else, the bias of the layer too, is as in the model's state_dict.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .checks import FLOATS, check_int, kind, refusal, show
+from .ema import _whole
+from .formats import FORMATS
+from .linear import MXLinear, _draw, _product, _quantize, _quantize_both, _signs
+from .operand import Operand
+from .recipe import Recipe
+
+_PARTS = ("weight_packed", "weight_scale", "weight_tensor_scale")
+_RECIPE = "weight_recipe"
+
+
+class FrozenLinear(nn.Module):
+    """The forward pass of an MXLinear whose weight is an operand. For inference only.
+
+    Made by `load_exported`, or from a layer by `freeze`. Buffers: `weight_packed`, `weight_scale`,
+    `weight_tensor_scale` (nvfp4) and `weight_recipe`, as in the exported state; parameter: `bias`
+    or None. forward takes and returns what MXLinear does in evaluation, bitwise.
+    """
+
+    def __init__(self, weight: Operand, bias: Tensor | None, recipe: Recipe) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.recipe = recipe
+        self.register_buffer("weight_packed", weight.data)
+        self.register_buffer("weight_scale", weight.scale)
+        if weight.tensor_scale is not None:
+            self.register_buffer("weight_tensor_scale", weight.tensor_scale)
+        self.register_buffer(_RECIPE, _encode(recipe, self.in_features).to(weight.data.device))
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+
+    @property
+    def weight(self) -> Operand:
+        """The operand that forward multiplies."""
+        parts = (getattr(self, name, None) for name in _PARTS)
+        data, scale, tensor_scale = parts
+        shape = (self.out_features, self.in_features)
+        return Operand(data, scale, self.recipe.fprop_w.format, shape, tensor_scale)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> FrozenLinear:
+        before = self._buffers.get("weight_tensor_scale")
+        super()._apply(fn, recurse)
+        after = self._buffers.get("weight_tensor_scale")
+        if after is not None and after.dtype != torch.float32:  # to(bfloat16) is for parameters
+            self._buffers["weight_tensor_scale"] = before.to(after.device)
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        what = "FrozenLinear"
+        if not isinstance(x, Tensor) or x.dtype not in FLOATS:
+            condition, advice = "be a tensor of bfloat16, float16 or float32", "Convert it first."
+            raise TypeError(refusal(what, "x", condition, show(x), kind(x), advice))
+        if x.dim() == 0 or x.shape[-1] != self.in_features:
+            condition = f"have in_features = {self.in_features} as its last size"
+            context, advice = f"weight {[self.out_features, self.in_features]}", "Reshape it."
+            raise ValueError(refusal(what, "x", condition, list(x.shape), context, advice))
+        if x.requires_grad and torch.is_grad_enabled():
+            condition, context = "not require a gradient", "the weight is frozen for inference"
+            advice = "Use torch.no_grad(), or train the model that was exported."
+            raise RuntimeError(refusal(what, "x", condition, True, context, advice))
+        device, recipe = x.device.type, self.recipe
+        autocast = device != "meta" and torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
+        if x.numel() == 0:
+            return x.new_zeros((*x.shape[:-1], self.out_features), dtype=dtype)
+        rng, _ = _draw(recipe, False, x.device)
+        signs = _signs(recipe, "fprop", None, x.device)
+        rows = x.reshape(-1, self.in_features)
+        row = recipe.fprop_x if recipe.fprop_x.format else None
+        x_row, _ = _quantize_both(rows, row, None, None if rng is None else rng[0], signs, None)
+        y = _product(
+            rows if x_row is None else x_row, self.weight, self.bias, recipe.alpha("fprop"),
+            dtype, dtype, recipe.accumulate,
+        )  # fmt: skip
+        return y.reshape(*x.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        bias = f"bias={self.bias is not None}, recipe={self.recipe.name!r}"
+        return f"in_features={self.in_features}, out_features={self.out_features}, {bias}"
+
+
+@torch.no_grad()
+def freeze(layer: MXLinear) -> FrozenLinear:
+    """The FrozenLinear of a layer, with a weight of its own and the layer's bias.
+
+    Raises ValueError where the recipe rounds or rotates the weight at random in the forward pass,
+    or leaves it unquantized there.
+    """
+    recipe = layer.recipe
+    problem = _unfreezable(recipe)
+    if problem is not None:
+        context, advice = f"recipe {recipe.name!r}", "Save model.state_dict() instead."
+        condition = "quantize the weight the same way in every forward pass"
+        raise ValueError(refusal("export_weights", "recipe", condition, problem, context, advice))
+    weight = _whole(layer.weight)
+    ema = layer.weight_ema if layer.ema_active else None
+    signs = _signs(recipe, "fprop", None, weight.device)
+    operand = _quantize(weight, recipe.fprop_w, None, signs, toward=ema)
+    bias = None if layer.bias is None else _whole(layer.bias)
+    return FrozenLinear(operand, bias, recipe)
+
+
+def export_weights(
+    model: nn.Module, path: str | os.PathLike[str] | None = None
+) -> dict[str, Tensor]:
+    """The state of a model whose MXLinear weights are frozen as the forward pass uses them.
+
+    A layer whose recipe leaves weight and activations unquantized in the forward pass keeps its
+    `weight`. The model is unchanged.
+
+    Args:
+        model: a model with MXLinear layers, or one.
+        path: where to write it: by safetensors where the name ends in .safetensors, else by
+            torch.save. None: nowhere.
+
+    Returns:
+        The exported state: tensors of their own for the packed weights, the model's for the rest.
+
+    Raises:
+        TypeError: for a model that is none.
+        ValueError: where there is no MXLinear, or a weight that is not quantized the same way in
+            every forward pass; for .safetensors without that package.
+    """
+    what = "export_weights"
+    layers = _layers(what, model)
+    save = None if path is None else _writer(what, path)
+    state = model.state_dict()
+    for name, layer in layers.items():
+        prefix = f"{name}." if name else ""
+        unquantized = layer.recipe.fprop_w.format is None and layer.recipe.fprop_x.format is None
+        if unquantized or layer.weight.numel() == 0:
+            continue
+        frozen = freeze(layer)
+        for key in ("weight", "weight_ema", "ema_updates"):
+            state.pop(prefix + key, None)
+        state.update((prefix + key, value) for key, value in frozen.named_buffers())
+    state = {key: value.detach() for key, value in state.items() if isinstance(value, Tensor)}
+    if save is not None:
+        save(state, path)
+    return state
+
+
+def load_exported(model: nn.Module, state: dict[str, Tensor] | str | os.PathLike[str]) -> nn.Module:
+    """Load what export_weights made into a model of the same architecture, for inference.
+
+    Every `nn.Linear` (or MXLinear) that was exported packed becomes a FrozenLinear, in place; all
+    else is loaded by load_state_dict. Layers keep their device (on meta they take that of the
+    state). Hooks of the layers are lost. The model is put in evaluation.
+
+    Args:
+        model: the architecture, converted or not; its weights do not matter.
+        state: what export_weights returned, or the file that it wrote.
+
+    Returns:
+        The model; where it is itself such a layer, its FrozenLinear.
+
+    Raises:
+        TypeError: for a model or state of another kind.
+        ValueError: where names, shapes or bytes do not fit. The model is then unchanged.
+    """
+    what = "load_exported"
+    if not isinstance(model, nn.Module):
+        got, advice = type(model).__name__, "Build the architecture first."
+        condition = "be a torch.nn.Module"
+        raise TypeError(refusal(what, "model", condition, got, show(model), advice))
+    if isinstance(state, (str, os.PathLike)):
+        state = _read(what, state)
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        condition, advice = "be a dict of tensors or a path", "Pass what export_weights returned."
+        raise TypeError(refusal(what, "state", condition, show(state), kind(state), advice))
+    modules = dict(model.named_modules(remove_duplicate=False))
+    frozen = {}
+    for key in state:
+        if key == _RECIPE or key.endswith("." + _RECIPE):
+            name = key.removesuffix(_RECIPE).removesuffix(".")
+            frozen[name] = _thaw(what, name, modules.get(name), state)
+    if not frozen:
+        condition, advice = "hold a packed weight", "Pass what export_weights returned."
+        raise ValueError(refusal(what, "state", condition, "none", f"{len(state)} tensors", advice))
+    rest = _check_rest(what, model, state, set(frozen))
+    for name, layer in frozen.items():
+        if name == "":
+            return layer.eval()
+        parent, _, attribute = name.rpartition(".")
+        setattr(modules[parent], attribute, layer)
+    on_meta = any(t.is_meta for t in model.state_dict().values() if isinstance(t, Tensor))
+    model.load_state_dict(rest, strict=False, assign=on_meta)
+    return model.eval()
+
+
+# ---- parts ----
+
+
+def _unfreezable(recipe: Recipe) -> str | None:
+    q = recipe.fprop_w
+    if q.format is None:
+        return "unquantized"
+    if q.rounding == "stochastic":
+        return "stochastic rounding"
+    return "drawn signs" if q.signs == "drawn" else None
+
+
+def _layers(what: str, model: nn.Module) -> dict[str, MXLinear]:
+    if not isinstance(model, nn.Module):
+        got, advice = type(model).__name__, "Pass the trained model."
+        condition = "be a torch.nn.Module"
+        raise TypeError(refusal(what, "model", condition, got, show(model), advice))
+    modules = model.named_modules(remove_duplicate=False)
+    layers = {name: m for name, m in modules if isinstance(m, MXLinear)}
+    if not layers:
+        condition, got = "have an MXLinear", "none"
+        advice = "Convert the model first: mxtrain.convert(model, recipe)."
+        raise ValueError(refusal(what, "model", condition, got, type(model).__name__, advice))
+    return layers
+
+
+def _encode(recipe: Recipe, in_features: int) -> Tensor:
+    text = json.dumps({"recipe": recipe.to_dict(), "in_features": in_features})
+    return torch.tensor(list(text.encode()), dtype=torch.uint8)
+
+
+def _thaw(what: str, name: str, module: nn.Module | None, state: dict[str, Tensor]) -> FrozenLinear:
+    """The FrozenLinear of the exported layer `name`, on the device of the module it replaces."""
+    prefix = f"{name}." if name else ""
+    shown = f"layer {name!r}"
+    if not isinstance(module, nn.Linear):
+        condition, got = "have the linear layers that were exported", type(module).__name__
+        advice = "Build the architecture that was trained."
+        raise ValueError(refusal(what, "model", condition, got, shown, advice))
+    try:
+        meta = json.loads(bytes(state[prefix + _RECIPE].cpu().flatten().tolist()))
+        recipe = Recipe.from_dict(meta["recipe"])
+        check_int(what, "in_features", meta["in_features"], low=1)
+        fmt, k = FORMATS[recipe.fprop_w.format], meta["in_features"]
+    except (ValueError, KeyError, TypeError) as error:
+        condition, advice = "describe a recipe", "Export the model again."
+        context = f"{shown}: {show(str(error))}"
+        raise ValueError(
+            refusal(what, prefix + _RECIPE, condition, "other bytes", context, advice)
+        ) from None
+    rows, device = module.out_features, module.weight.device
+    shapes = {
+        "weight_packed": (torch.uint8, (rows, fmt.row_bytes(k))),
+        "weight_scale": (torch.uint8, (rows, fmt.padded(k) // fmt.block)),
+        "weight_tensor_scale": (torch.float32, (1,)),
+    }
+    parts = []
+    for part, (dtype, shape) in shapes.items():
+        value = state.get(prefix + part)
+        if part == "weight_tensor_scale" and not fmt.two_level:
+            fits = value is None
+        else:
+            fits = value is not None and value.dtype == dtype and tuple(value.shape) == shape
+        if not fits or k != module.in_features:
+            condition = f"be {str(dtype).removeprefix('torch.')} of shape {list(shape)}"
+            context = f"{shown} is {[rows, module.in_features]}, format {fmt.name}"
+            advice = "Build the architecture that was trained."
+            raise ValueError(refusal(what, prefix + part, condition, show(value), context, advice))
+        parts.append(None if value is None else _copied(value, device))
+    bias = state.get(prefix + "bias")
+    if (bias is None) != (module.bias is None) or (bias is not None and bias.shape != (rows,)):
+        condition = "be absent" if module.bias is None else f"have shape [{rows}]"
+        advice = "Build the architecture that was trained."
+        raise ValueError(refusal(what, prefix + "bias", condition, show(bias), shown, advice))
+    bias = None if bias is None else _copied(bias, device)
+    return FrozenLinear(Operand(parts[0], parts[1], fmt.name, (rows, k), parts[2]), bias, recipe)
+
+
+def _copied(value: Tensor, device: torch.device) -> Tensor:
+    """value on the device, where it is not only the promise of one."""
+    return value.to(value.device if device.type == "meta" else device, copy=True)
+
+
+def _check_rest(
+    what: str, model: nn.Module, state: dict[str, Tensor], frozen: set[str]
+) -> dict[str, Tensor]:
+    """What load_state_dict takes of the state, which is all that the model needs."""
+
+    def of_frozen(key: str) -> bool:
+        return key.rpartition(".")[0] in frozen
+
+    needed = {key: v for key, v in model.state_dict().items() if not of_frozen(key)}
+    rest = {key: v for key, v in state.items() if not of_frozen(key)}
+    for title, keys in (("missing", needed.keys() - rest.keys()),
+                        ("unexpected", rest.keys() - needed.keys())):  # fmt: skip
+        if keys:
+            condition, context = "have the names of the model", f"{title}: {len(keys)}"
+            got, advice = show(sorted(keys)), "Build the architecture that was trained."
+            raise ValueError(refusal(what, "state", condition, got, context, advice))
+    for key, value in rest.items():
+        if isinstance(needed[key], Tensor) and needed[key].shape != value.shape:
+            condition, got = f"have shape {list(needed[key].shape)}", list(value.shape)
+            advice = "Build the architecture that was trained."
+            raise ValueError(refusal(what, key, condition, got, "as in the model", advice))
+    return rest
+
+
+def _is_safetensors(what: str, path: str | os.PathLike[str]) -> bool:
+    if not os.fspath(path).endswith(".safetensors"):
+        return False
+    if importlib.util.find_spec("safetensors") is None:
+        condition, advice = "be importable", "pip install safetensors, or use another file name."
+        advice = advice[0].upper() + advice[1:]
+        raise ValueError(refusal(what, "safetensors", condition, "nothing", f"{path}", advice))
+    return True
+
+
+def _writer(what: str, path: object) -> Any:
+    if not isinstance(path, (str, os.PathLike)):
+        condition, advice = "be a path or None", "Pass a file name."
+        raise TypeError(refusal(what, "path", condition, show(path), kind(path), advice))
+    if not _is_safetensors(what, path):
+        return torch.save
+    from safetensors.torch import save_file
+
+    def save(state: dict[str, Tensor], path: str | os.PathLike[str]) -> None:
+        # safetensors refuses tensors that share memory, as tied ones do.
+        own, seen = {}, set()
+        for key, value in state.items():
+            value = value.contiguous()
+            storage = value.untyped_storage().data_ptr()
+            own[key] = value.clone() if storage in seen else value
+            seen.add(storage)
+        save_file(own, path, metadata={"format": "pt"})
+
+    return save
+
+
+def _read(what: str, path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    if not _is_safetensors(what, path):
+        return torch.load(path, map_location="cpu", weights_only=True)
+    from safetensors.torch import load_file
+
+    return load_file(path)

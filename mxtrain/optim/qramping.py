@@ -1,0 +1,280 @@
+"""Q-Ramping: AdamW in which weights that oscillate between two codes are updated less often.
+
+- Detection (`calibrate`): over some ordinary AdamW steps, per element of a quantized weight,
+  R = sum |Q(w) - Q(w')| / (sum |w - w'| + 1e-8), and from it the period
+  n = min(k2 floor(R / k1) + 1, max_period). Then everything but the periods is put back.
+- Step: an element of period n is updated in every n-th step, by the mean of the gradients since its
+  last update, with as many times the learning rate; weight decay acts in every step.
+
+Source: arXiv 2502.20853, its section on Q-Ramping.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..checks import check_int, check_number, kind, refusal, show
+from ..linear import MXLinear
+from .adamw import AdamW, Batch, Key, capturing, dense
+from .oscillation import Changes, local, quantized_layers
+
+_ops = torch.ops.mxtrain
+
+LARGEST_PERIOD = 2**14  # a count stays below twice the period, within int16
+
+
+class QRamping(AdamW):
+    """AdamW with adaptive periods for the oscillating elements of weights quantized to mxfp4.
+
+        optimizer = mxtrain.optim.QRamping(model.parameters(), model, max_period=len(loader))
+        for epoch in range(epochs):
+            optimizer.calibrate(forward_backward)  # a function of no arguments
+            for batch in loader:
+                ...
+
+    Until the first calibration, for the elements of period 1, and for parameters that no MXLinear
+    of the model quantizes to mxfp4 in its forward pass, it is mxtrain.optim.AdamW. The state of a
+    quantized weight has three more tensors: `grad_sum` (float32), `count` and `period` (uint8 where
+    max_period is at most 128, else int16).
+
+    A gradient tensor that is not finite is not added; its elements count the step. Do not clip
+    gradients: their mean over a period is what is used.
+
+    Args:
+        params, lr, betas, eps, weight_decay, stochastic_rounding: as in mxtrain.optim.AdamW.
+        model: the converted model; its MXLinear layers say how the weights are quantized.
+        max_period: the longest period, 1 to 16384; the paper takes the steps of an epoch.
+        k1, k2: an element gets k2 more steps for every k1 of its oscillation ratio.
+
+    Raises:
+        ValueError: where params holds no weight to ramp, or one that is averaged too (Q-EMA: the
+            paper does not combine the two), and for arguments out of range.
+        TypeError: for arguments of another kind.
+    """
+
+    def __init__(
+        self, params: Any, model: nn.Module, lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 1e-2,
+        *, max_period: int, k1: float = 16.0, k2: int = 5, stochastic_rounding: bool = True,
+    ) -> None:  # fmt: skip
+        what = "QRamping"
+        self._quantized = quantized_layers(what, model)
+        self._model = model
+        self._calibrating = False
+        for name, value, high in (("max_period", max_period, LARGEST_PERIOD), ("k2", k2, 2**31)):
+            check_int(what, name, value)
+            if not 1 <= value <= high:
+                condition, advice = f"lie in [1, {high}]", "Pass the steps of an epoch, or fewer."
+                raise ValueError(refusal(what, name, condition, value, kind(value), advice))
+        check_number(what, "k1", k1)
+        if not 0.0 < k1 < float("inf"):
+            condition, advice = "be positive and finite", "The paper takes 16."
+            raise ValueError(refusal(what, "k1", condition, k1, kind(k1), advice))
+        super().__init__(
+            params, lr, betas, eps, weight_decay, stochastic_rounding=stochastic_rounding,
+            max_period=max_period, k1=k1, k2=k2,
+        )  # fmt: skip
+        self._check_weights()
+
+    def _check_weights(self) -> None:
+        what = "QRamping"
+        held = [p for group in self.param_groups for p in group["params"]]
+        averaged = {m.weight: name for name, m in self._model.named_modules()
+                    if isinstance(m, MXLinear) and m.recipe.ema_beta is not None}  # fmt: skip
+        for p in held:
+            if p in averaged:
+                condition, got = "not be averaged too", f"the weight of {averaged[p]!r}"
+                context, advice = "its recipe has ema_beta", "Use AdamW, or another recipe."
+                raise ValueError(refusal(what, "params", condition, got, context, advice))
+        if not any(p in self._quantized for p in held):
+            condition, got = "hold a weight that an MXLinear quantizes to mxfp4", "none"
+            context = f"the model has {len(self._quantized)} such weights"
+            advice = "Convert the model first, and pass its parameters."
+            raise ValueError(refusal(what, "params", condition, got, context, advice))
+
+    def __getstate__(self) -> dict[str, Any]:
+        mine = ("_quantized", "_model", "_calibrating", "tracker")
+        return {**super().__getstate__(), **{name: self.__dict__[name] for name in mine}}
+
+    # ---- state ----
+
+    @staticmethod
+    def _count_dtype(group: dict[str, Any]) -> torch.dtype:
+        # count < 2 * max_period: it may pass a period that calibration has shortened.
+        return torch.uint8 if group["max_period"] <= 128 else torch.int16
+
+    def _state_dtype(self, group: dict[str, Any], name: str) -> torch.dtype | None:
+        if name in ("count", "period"):
+            return self._count_dtype(group)
+        return torch.float32 if name == "grad_sum" else super()._state_dtype(group, name)
+
+    def _start_state(self, group: dict[str, Any], p: Tensor) -> None:
+        super()._start_state(group, p)
+        state = self.state[p]
+        if p in self._quantized and "period" not in state and not self._calibrating:
+            dtype = self._count_dtype(group)
+            state["period"] = torch.ones_like(p, dtype=dtype, requires_grad=False)
+            state["count"] = torch.zeros_like(p, dtype=dtype, requires_grad=False)
+            state["grad_sum"] = torch.zeros_like(p, dtype=torch.float32, requires_grad=False)
+
+    def _check_param(self, group: dict[str, Any], p: Tensor) -> None:
+        super()._check_param(group, p)
+        ramped = p in self._quantized and not self._calibrating
+        if ramped and capturing(local(p)) and "period" not in self.state.get(p, {}):
+            self._refuse_capture("the state", "exist")
+
+    # ---- the step ----
+
+    def _kind(self, p: Tensor) -> Key:
+        if p in self._quantized and not self._calibrating:
+            if self.tracker is not None and p in self.tracker:
+                what, condition = "QRamping.step", "not be tracked"
+                got, advice = f"a weight of shape {list(p.shape)}", "Use calibrate."
+                context = "the ramped step sums no changes"
+                raise RuntimeError(refusal(what, "parameters", condition, got, context, advice))
+            return ("ramped",)
+        return super()._kind(p)
+
+    def _run(self, key: Key, batch: Batch) -> None:
+        if key[4] != "ramped":
+            return super()._run(key, batch)
+        names = ("grad_sum", "count", "period")
+        extra = [[dense(self.state[p][name]) for p in batch.params] for name in names]
+        _ops.ramped_adamw_(*self._arguments(batch), *extra)
+        torch.autograd.graph.increment_version(batch.params)
+
+    # ---- detection ----
+
+    def calibrate(
+        self, forward_backward: Callable[[], Any], *, scaler: Any = None, transitions: int = 30
+    ) -> dict[str, float]:
+        """Find the period of every element of the quantized weights.
+
+        Makes transitions + 1 steps of ordinary AdamW, then puts back, bitwise and in place, the
+        parameters and buffers of the model, all gradients, the state of the optimizer and of the
+        scaler, and torch's generators; only the periods are new. What forward_backward itself
+        advances, such as an iterator over data, stays advanced. Needs memory for a copy of the
+        model and of this optimizer's state, and for two float32 sums an element, meanwhile.
+
+        Args:
+            forward_backward: leaves fresh gradients in the parameters (scaled by the scaler where
+                there is one); it does not step. Gradients are None when it is called.
+            scaler: the `torch.amp.GradScaler` of the training loop, if it has one.
+            transitions: steps over which changes are summed, T0 of the paper.
+
+        Returns:
+            The share of elements (of this rank's shard) with a period above 1, by layer name.
+
+        Raises:
+            RuntimeError: in a CUDA graph capture, or within a calibration.
+            TypeError, ValueError: for other arguments. Whatever forward_backward raises is passed
+                on. Everything is put back then, the periods too.
+        """
+        what = "QRamping.calibrate"
+        if not callable(forward_backward):
+            condition, advice = "be callable", "Pass a function of no arguments."
+            got = type(forward_backward).__name__
+            raise TypeError(
+                refusal(what, "forward_backward", condition, got, show(forward_backward), advice)
+            )
+        check_int(what, "transitions", transitions)
+        if transitions < 1:
+            condition, advice = "be at least 1", "The paper takes 30."
+            context = "steps that are compared with the one before"
+            raise ValueError(refusal(what, "transitions", condition, transitions, context, advice))
+        self._refuse_nested(what)
+        with self._put_back(scaler):
+            changes = self.track_changes(self._model)
+            for i in range(transitions + 1):
+                self.zero_grad(set_to_none=True)
+                with torch.enable_grad():
+                    forward_backward()
+                with changes if i > 0 else contextlib.nullcontext():
+                    self._scaled_step(scaler)
+        return self._set_periods(changes)
+
+    def _refuse_nested(self, what: str) -> None:
+        condition, advice = "be called outside", "Call it between two training steps."
+        if self._calibrating or self.tracker is not None:
+            context = "the steps in it are its own"
+            got = "a call within another" if self._calibrating else "a call within track_changes"
+            raise RuntimeError(refusal(what, "calibration", condition, got, context, advice))
+        if any(capturing(local(p)) for group in self.param_groups for p in group["params"]):
+            got, context = "a call in a CUDA graph capture", "it reads its results back"
+            raise RuntimeError(refusal(what, "calibration", condition, got, context, advice))
+
+    def _scaled_step(self, scaler: Any) -> None:
+        if scaler is None:
+            self.step()
+        else:
+            scaler.step(self)
+            scaler.update()
+
+    @contextlib.contextmanager
+    def _put_back(self, scaler: Any) -> Iterator[None]:
+        """Whatever the block does to model, gradients, optimizer, scaler and generators is undone.
+
+        The block works on a copy of the state, so the tensors of the state stay the same objects.
+        """
+        params = [p for group in self.param_groups for p in group["params"]]
+        params = list(dict.fromkeys([*params, *self._model.parameters()]))
+        buffers = [(m, name, b) for m in self._model.modules() for name, b in m._buffers.items()]
+        tensors = [t for t in (*params, *(b for _, _, b in buffers)) if t is not None]
+        saved = [(t, t.detach().clone()) for t in dict.fromkeys(tensors)]
+        grads = [(p, p.grad) for p in params]
+        scaler_state = None if scaler is None else copy.deepcopy(scaler.state_dict())
+        state = self.state
+        devices = sorted({local(p).device.index for p in params if local(p).is_cuda})
+        try:
+            with torch.random.fork_rng(devices):
+                for p in params:
+                    p.grad = None
+                self.state = defaultdict(dict)
+                self.state.update((p, _copied(s)) for p, s in state.items())
+                self._calibrating = True
+                yield
+        finally:
+            self._calibrating = False
+            self.state = state
+            for module, name, buffer in buffers:
+                module._buffers[name] = buffer
+            with torch.no_grad():
+                for t, value in saved:
+                    t.copy_(value)
+            for p, grad in grads:
+                p.grad = grad
+            if scaler is not None:
+                scaler.load_state_dict(scaler_state)
+                scaler._per_optimizer_states.clear()
+
+    @torch.no_grad()
+    def _set_periods(self, changes: Changes) -> dict[str, float]:
+        groups = {p: group for group in self.param_groups for p in group["params"]}
+        shares = {}
+        for name, weight in changes.items():
+            group = groups[weight]
+            self._start_state(group, weight)
+            state, dtype = self.state[weight], self._count_dtype(group)
+            for counter in ("count", "period"):  # where max_period has changed
+                state[counter] = state[counter].to(dtype)
+            steps = (changes.ratio(weight) / group["k1"]).floor() * group["k2"] + 1
+            period = steps.clamp(max=group["max_period"]).nan_to_num(1.0)
+            local(state["period"]).copy_(period)
+            shares[name] = (period > 1).float().mean()
+        return {name: float(share) for name, share in shares.items()}
+
+
+def _copied(state: dict[str, Any]) -> dict[str, Any]:
+    """A copy for calibration, which leaves the accumulated gradients alone."""
+    kept = ("grad_sum", "count", "period")
+    return {
+        name: value.clone() if isinstance(value, Tensor) and name not in kept else value
+        for name, value in state.items()
+    }
