@@ -13,6 +13,7 @@ from . import ops as ops  # registers the fake kernels and autograd
 from .convert import ConversionReport, convert
 from .formats import FORMATS, Format
 from .linear import MXLinear, linear
+from .mix import MIXES, Mix, ModuleClass, get_mix
 from .operand import (
     Operand,
     dequantize,
@@ -33,10 +34,13 @@ from .recipe import RECIPES, Quantizer, Recipe, get_recipe
 
 __all__ = [
     "FORMATS",
+    "MIXES",
     "RECIPES",
     "ConversionReport",
     "Format",
     "MXLinear",
+    "Mix",
+    "ModuleClass",
     "Operand",
     "Quantizer",
     "Recipe",
@@ -47,6 +51,7 @@ __all__ = [
     "draw_signs",
     "gemm",
     "gemm_add_",
+    "get_mix",
     "get_recipe",
     "hadamard",
     "linear",
