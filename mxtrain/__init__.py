@@ -31,6 +31,7 @@ from .operand import (
     unswizzle_scale,
 )
 from .recipe import RECIPES, Quantizer, Recipe, get_recipe
+from .schedule import TargetPrecision
 
 __all__ = [
     "FORMATS",
@@ -44,6 +45,7 @@ __all__ = [
     "Operand",
     "Quantizer",
     "Recipe",
+    "TargetPrecision",
     "__version__",
     "convert",
     "dequantize",
