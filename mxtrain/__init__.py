@@ -11,6 +11,7 @@ byte means.
 from .version import __version__  # isort: skip
 from . import ops as ops  # registers the fake kernels and autograd
 from .convert import ConversionReport, convert
+from .cost import model_cost, relative_cost
 from .formats import FORMATS, Format
 from .linear import MXLinear, linear
 from .mix import MIXES, Mix, ModuleClass, get_mix
@@ -57,8 +58,10 @@ __all__ = [
     "get_recipe",
     "hadamard",
     "linear",
+    "model_cost",
     "quantize",
     "quantize_dual",
+    "relative_cost",
     "requantize",
     "set_gemm_backend",
     "stochastic_round",
