@@ -1,0 +1,269 @@
+"""Diagnostics: confidence, oscillation ratio, rates of change, and what a quantizer loses."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from common import FORMATS, RULES, refuses
+
+import mxtrain
+from mxtrain import Quantizer, get_recipe
+from mxtrain import oscillation as osc
+
+MXFP4 = Quantizer("mxfp4", "ceil")
+pytestmark = pytest.mark.ops("quantize", "dequantize", "hadamard")
+
+
+# ---- confidence ----
+
+# |w| over the scale, and distance to the nearest threshold over the largest of its cell, by hand.
+BY_HAND = {
+    0.0: 1, 0.125: 0.5, 0.25: 0, 0.375: 0.5, 0.5: 1, 0.7: 0.2, 0.75: 0, 1: 1, 1.5: 1, 1.75: 0,
+    2: 0.25 / 0.375, 2.125: 1, 2.5: 0, 2.75: 0.5, 3: 1, 3.5: 0, 4: 0.5 / 0.75, 4.25: 1, 5: 0,
+    5.5: 0.5, 6: 1,
+}  # fmt: skip
+
+
+def test_confidence_by_hand(device):
+    w = torch.zeros(2, 32)
+    w[0, : len(BY_HAND)] = torch.tensor(list(BY_HAND))
+    w[0, 31] = 6.0
+    w[1] = -w[0] * 2**-10
+    got = osc.confidence(w.to(device), MXFP4).cpu()
+    expected = torch.ones(32)
+    expected[: len(BY_HAND)] = torch.tensor(list(BY_HAND.values()))
+    assert torch.allclose(got[0], expected, atol=1e-6) and torch.equal(got[0], got[1])
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_confidence_is_that_of_the_nearest_threshold(format):
+    """By search: the value changes within the distance that it claims, and not before."""
+    q = Quantizer(format, "ceil")
+    w = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
+    w[:, :: 32 if format != "nvfp4" else 16] = 4.0  # keeps the scales under small changes
+    sure = osc.confidence(w, q)
+    assert (sure >= 0).all() and (sure <= 1).all()
+    values = mxtrain.quantize(w, format).dequantize()
+    # a change of the element alone, which leaves the block's maximum
+    grid = values.unique()
+    for i in (1, 7, 13):
+        at, v = w[3, i].item(), values[3, i].item()
+        ends = [(a + b) / 2 for a, b in zip(grid[:-1].tolist(), grid[1:].tolist(), strict=True)]
+        if format == "mxfp4":
+            nearest = min(abs(at - e) for e in ends)
+            below = max((e for e in ends if e <= v), default=None)
+            above = min((e for e in ends if e >= v), default=None)
+            if below is not None and above is not None:
+                assert sure[3, i].item() == pytest.approx(nearest / ((above - below) / 2), abs=1e-5)
+
+
+def test_confidence_of_zero_and_of_nonfinite_blocks():
+    for q in (MXFP4, Quantizer("nvfp4", "even")):
+        w = torch.zeros(1, 64)
+        w[0, 40] = math.inf
+        got = osc.confidence(w, q)
+        assert (got[0, :32] == 1).all() and got[0, 40].isnan()
+
+
+# ---- what a quantizer loses ----
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("format", FORMATS)
+def test_statistics_by_definition(device, format, rule):
+    x = torch.randn(40, 70, generator=torch.Generator().manual_seed(1))
+    x = (x * torch.exp2(3 * torch.randn(40, 70, generator=torch.Generator().manual_seed(2)))).to(
+        device
+    )
+    got = osc.quantizer_statistics(x, Quantizer(format, rule))
+    op = mxtrain.quantize(x, format, scale_rule=rule)
+    q = op.dequantize()
+    x64, q64 = x.double(), q.double()
+    snr = 10 * math.log10((x64**2).sum() / ((x64 - q64) ** 2).sum())
+    assert got["snr"] == pytest.approx(snr, rel=1e-9)
+    assert got["underflow"] == ((x != 0) & (q == 0)).double().mean().item()
+    assert got["confidence"] == pytest.approx(
+        osc.confidence(x, Quantizer(format, rule)).double().mean().item(), rel=1e-6
+    )
+    # beyond the largest element at the scale: only such values err by more than half the top step
+    fmt = mxtrain.FORMATS[format]
+    if fmt.two_level:
+        scale = op.scale.view(torch.float8_e4m3fn).float() * op.tensor_scale
+    else:
+        scale = torch.exp2(op.scale.float() - 127)
+    clipped = x.abs() / scale.repeat_interleave(fmt.block, 1)[:, :70] > fmt.max
+    assert got["clip"] == clipped.double().mean().item() and got["nonfinite"] == 0
+    if rule == "ceil" and not fmt.two_level:
+        assert got["clip"] == 0
+
+
+def test_published_shares_on_normal_values(device):
+    """specs/tetrajet.md: floor clips 2.34% of the elements of Gaussian blocks, relative MSE 1.322e-2;
+    ceil none, 1.332e-2; stochastic 2.711e-2."""
+    x = torch.randn(2048, 512, generator=torch.Generator().manual_seed(0)).to(device)
+    for q, clip, mse in (
+        (Quantizer("mxfp4", "floor"), 0.0234, 1.322e-2),
+        (MXFP4, 0, 1.332e-2),
+        (Quantizer("mxfp4", "ceil", "stochastic"), 0, 2.711e-2),
+    ):
+        got = osc.quantizer_statistics(x, q)
+        assert got["clip"] == pytest.approx(clip, abs=4e-4)
+        assert 10 ** (-got["snr"] / 10) == pytest.approx(mse, rel=0.01)
+
+
+def test_rotation_prescale_transpose_and_draws(device):
+    """A rotated quantizer is measured on its own grid, and torch's generator is left alone."""
+    q = get_recipe("mxfp4_backward").dgrad_dy
+    x = torch.randn(96, 70, generator=torch.Generator().manual_seed(0)).to(device)
+    before = torch.get_rng_state()
+    a = osc.quantizer_statistics(x.t(), q)
+    b = osc.quantizer_statistics(x, q, transpose=True)
+    assert a == b and torch.equal(before, torch.get_rng_state())
+    assert a["clip"] == 0  # x 3/4
+    # one outlier a row costs a rotated quantizer less
+    x = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
+    x[:, 5] *= 50
+    plain = Quantizer("mxfp4", "ceil")
+    rotated = Quantizer("mxfp4", "ceil", hadamard=64, signs="drawn")
+    assert (
+        osc.quantizer_statistics(x, plain)["underflow"]
+        > osc.quantizer_statistics(x, rotated)["underflow"]
+    )
+
+
+def test_nonfinite_blocks_count_as_such_only(device):
+    x = torch.randn(2, 64, device=device)
+    clean = osc.quantizer_statistics(torch.cat([x[:1, :32], x[1:, 32:]]), MXFP4)
+    x[0, 40], x[1, 3] = math.nan, math.inf
+    got = osc.quantizer_statistics(x, MXFP4)
+    assert got.pop("nonfinite") == 0.5 and clean.pop("nonfinite") == 0
+    assert got == pytest.approx(clean)
+
+
+def test_of_nothing():
+    got = osc.quantizer_statistics(torch.zeros(2, 32), MXFP4)
+    assert math.isnan(got["snr"]) and math.isnan(got["underflow"]) and got["clip"] == 0
+    exact = osc.quantizer_statistics(torch.ones(2, 32), MXFP4)
+    assert exact["snr"] == math.inf and exact["underflow"] == 0
+
+
+# ---- oscillation ----
+
+
+def test_t21_ratios(device):
+    """A drifting weight has R near 1; one that steps 1e-3 S around a threshold of .5 S has 500."""
+    watch = osc.Oscillation(MXFP4)
+    w = torch.zeros(2, 32, device=device)
+    w[:, 0] = 6.0  # scale 1
+    steps = 4000
+    for t in range(steps + 1):
+        w[0, 1] = 1.0 * t / steps  # from 0 to 1
+        w[1, 1] = 0.2495 + 1e-3 * (t % 2)  # 0 and 0.5
+        sums = watch.update(w)
+        assert (sums is None) == (t == 0)
+        if t == 100:
+            early = watch.ratio()[1, 1].item()
+    r = watch.ratio()
+    assert early == pytest.approx(500, rel=1e-3) and r[1, 1] == pytest.approx(500, rel=1e-2)
+    assert r[0, 1] == pytest.approx(1, rel=1e-3) and r[0, 0] == 0
+    assert watch.transitions == steps
+    flips = watch.flips()
+    assert flips[1, 1] == steps and flips[0, 1] == 2 and flips[0, 0] == 0
+    assert watch.summary()[0] == 1 / 64
+    watch.reset()
+    with refuses(RuntimeError, "updates must have seen two matrices, got 0"):
+        watch.ratio()
+    w[1, 1] = 0.2495
+    watch.update(w)
+    assert watch.transitions == 1 and watch.flips().sum() <= 1
+
+
+def test_sums_of_a_transition_by_definition(device):
+    g = torch.Generator().manual_seed(3)
+    a = torch.randn(8, 96, generator=g)
+    b = a + 0.1 * torch.randn(8, 96, generator=g)
+    watch = osc.Oscillation(Quantizer("mxfp4", "floor"))
+    watch.update(a.to(device))
+    got = watch.update(b.to(device)).cpu()
+    qa, qb = (mxtrain.quantize(t, "mxfp4", scale_rule="floor").dequantize() for t in (a, b))
+    expected = [((b - a).double() ** 2).sum(), (a.double() ** 2).sum(),
+                ((qb - qa).double() ** 2).sum(), (qa.double() ** 2).sum(), (qa != qb).sum()]  # fmt: skip
+    assert torch.allclose(got, torch.stack([e.double() for e in expected]), rtol=1e-6)
+    rate_w, rate_q = osc.rate_of_change(got[None])
+    assert rate_w.item() == pytest.approx(((b - a).norm() / a.norm()).item(), rel=1e-5)
+    assert rate_q.item() == pytest.approx(((qb - qa).norm() / qa.norm()).item(), rel=1e-5)
+
+
+def test_a_nonfinite_weight_adds_nothing_and_recovers():
+    watch = osc.Oscillation(MXFP4)
+    w = torch.randn(1, 64)
+    for value in (1.0, math.nan, 1.0, 1.0):
+        w[0, 3] = value
+        sums = watch.update(w)
+    assert (sums[[0, 2, 4]] == 0).all() and watch.ratio().isfinite().all()
+    assert (watch.ratio() == 0).all()
+
+
+def test_toward_is_what_q_ema_rounds_to():
+    """T18's damping as the ratio: the average stays, so Q does, though W crosses the threshold."""
+    q = get_recipe("tetrajet_ema").fprop_w
+    plain, ema = osc.Oscillation(q), osc.Oscillation(q)
+    w = torch.zeros(1, 32)
+    w[0, 0] = 6.0
+    average = w.clone()
+    average[0, 1] = 0.26
+    for t in range(31):
+        w[0, 1] = 0.2495 + 1e-3 * (t % 2)
+        plain.update(w)
+        ema.update(w, toward=average)
+    assert plain.flips()[0, 1] == 30 and ema.flips()[0, 1] == 0
+
+
+def test_rotated_weights_are_watched_on_their_grid():
+    q = get_recipe("quartet").fprop_w
+    watch = osc.Oscillation(q)
+    w = torch.randn(4, 40)
+    watch.update(w)
+    watch.update(w + 0.01)
+    assert watch.ratio().shape == (4, 64)
+
+
+# ---- the rest ----
+
+
+def test_output_change():
+    a = torch.randn(3, 5)
+    assert osc.output_change(a, a * 1.5).item() == pytest.approx(0.5)
+    with refuses(ValueError, "after must have the shape of before"):
+        osc.output_change(a, a[:2])
+
+
+@pytest.mark.parametrize(
+    "rows, cols, elements", [(100, 64, 640), (7, 64, 10**9), (5, 64, 1), (3, 0, 5)]
+)
+def test_row_sample(rows, cols, elements):
+    sample = torch.zeros(rows, cols)[osc.row_sample(rows, cols, elements)]
+    assert 1 <= len(sample) <= rows
+    assert sample.numel() <= max(2 * elements, cols)
+    if rows * cols <= elements:
+        assert len(sample) == rows
+
+
+def test_errors():
+    x = torch.randn(4, 32)
+    with refuses(ValueError, "x must have 2 dimensions, got 3"):
+        osc.quantizer_statistics(x[None], MXFP4)
+    with refuses(TypeError, "x must be a torch.Tensor"):
+        osc.confidence([1.0], MXFP4)
+    with refuses(ValueError, "quantizer must be a Quantizer with a format"):
+        osc.quantizer_statistics(x, Quantizer())
+    with refuses(ValueError, "quantizer must be a Quantizer with a format"):
+        osc.Oscillation(Quantizer())
+    watch = osc.Oscillation(MXFP4)
+    with refuses(RuntimeError, "updates must have seen two matrices"):
+        watch.flips()
+    watch.update(x)
+    with refuses(ValueError, r"w must have the shape of the first, \[4, 32\], got \[2, 32\]"):
+        watch.update(x[:2])
