@@ -15,6 +15,7 @@ from .cost import model_cost, relative_cost
 from .formats import FORMATS, Format
 from .linear import MXLinear, linear
 from .mix import MIXES, Mix, ModuleClass, get_mix
+from .monitor import Monitor, monitor
 from .operand import (
     Operand,
     dequantize,
@@ -43,6 +44,7 @@ __all__ = [
     "MXLinear",
     "Mix",
     "ModuleClass",
+    "Monitor",
     "Operand",
     "Quantizer",
     "Recipe",
@@ -59,6 +61,7 @@ __all__ = [
     "hadamard",
     "linear",
     "model_cost",
+    "monitor",
     "quantize",
     "quantize_dual",
     "relative_cost",

@@ -8,7 +8,7 @@ a window (arXiv 2502.20853):
     rate of change       r(X) = mean over steps of |X - X'| / |X'|, Frobenius norms; of W, Q(W) and
                          layer outputs on fixed inputs
     confidence           how far W lies from the nearest rounding threshold, 0 to 1 (numerics.md)
-    flips                elements whose Q(W) differs from that of the step before
+    flips                elements whose Q(W) moved a step on its grid: by more than 1/32 of it
     SNR                  10 log10(sum x^2 / sum (x - Q(x))^2), in dB
     underflow            nonzero elements that round to 0, as a share of the nonzero ones
     clip                 elements beyond the format's largest at their scale, as a share of all
@@ -43,10 +43,14 @@ OSCILLATING = 16.0
 """The oscillation ratio above which the paper calls a weight oscillating."""
 
 
+RATIO_EDGES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
+"""Where the bins of `Oscillation.histogram` end; the last one has no end."""
+
+
 # ---- one quantizer ----
 
 
-def _seen(
+def as_seen(
     x: Tensor, q: Quantizer, toward: Tensor | None = None, stochastic: bool = False
 ) -> tuple[Tensor, Operand]:  # fmt: skip
     """x as q's grid sees it, filled up and rotated along its rows, and its operand.
@@ -102,7 +106,7 @@ def quantizer_sums(
     check_bool("quantizer_sums", "transpose", transpose)
     if transpose:
         x, toward = x.t(), None if toward is None else toward.t()
-    x, op = _seen(x, quantizer, toward, stochastic=True)
+    x, op = as_seen(x, quantizer, toward, stochastic=True)
     prescale = quantizer.prescale
     return quantization_statistics(x, op.data, op.scale, op.tensor_scale, op.format, prescale)
 
@@ -150,7 +154,7 @@ def confidence(w: Tensor, quantizer: Quantizer) -> Tensor:
     filled up to whole groups.
     """
     _check_quantizer("confidence", w, quantizer)
-    seen, op = _seen(w, quantizer)
+    seen, op = as_seen(w, quantizer)
     scale = element_scales(op.scale, op.tensor_scale, op.format, seen.shape[1])
     # A block of zeros has no scale in nvfp4: its elements are on the grid.
     v = torch.where(seen == 0, 0.0, seen.float() * quantizer.prescale / scale)
@@ -195,7 +199,7 @@ class Oscillation:
         """
         q = self.quantizer
         _check_quantizer("Oscillation.update", w, q)
-        w, op = _seen(w, q, toward)
+        w, op = as_seen(w, q, toward)
         if self._state is None:
             self._state = self._begin(w, op)
             return None
@@ -237,13 +241,21 @@ class Oscillation:
         return travel_q / (travel_w + 1e-8)
 
     def flips(self) -> Tensor:
-        """How often Q of every element changed in the window, int32."""
+        """How often Q of every element flipped in the window, int32."""
         return self._watched("Oscillation.flips")[4].clone()
 
     def summary(self) -> Tensor:
         """Share of elements with R > 16, and R's mean: float32 [2] on the device."""
         r = self.ratio()
         return torch.stack([(r > OSCILLATING).float().mean(), r.mean()])
+
+    def histogram(self) -> Tensor:
+        """Share of elements with R in [0, edge 0), [edge 0, edge 1), ..., edges of RATIO_EDGES."""
+        r = self.ratio().flatten()
+        edges = torch.tensor(RATIO_EDGES, device=r.device)
+        below = (r[None] < edges[:, None]).float().mean(1)
+        zero, one = below.new_zeros(1), below.new_ones(1)
+        return torch.cat([zero, below, one]).diff()
 
 
 def rate_of_change(sums: Tensor) -> tuple[Tensor, Tensor]:
@@ -285,8 +297,10 @@ def weight_quantizer(layer: MXLinear) -> Quantizer | None:
 __all__ = [
     "MOVEMENTS",
     "OSCILLATING",
+    "RATIO_EDGES",
     "STATISTICS",
     "Oscillation",
+    "as_seen",
     "confidence",
     "output_change",
     "quantizer_rates",

@@ -27,7 +27,7 @@ STATISTICS = (
 """What `quantization_statistics` sums: counts, then x^2, (x - q)^2 and the confidence."""
 
 MOVEMENTS = ("w_moved", "w_size", "q_moved", "q_size", "flips")
-"""What `oscillation_step_` sums: squares of w - w', w', q - q' and q', and changes of q."""
+"""What `oscillation_step_` sums: squares of w - w', w', q - q' and q', and flips of q."""
 
 
 def element_scales(
@@ -88,9 +88,11 @@ def oscillation_step_(
 ) -> Tensor:  # fmt: skip
     """One transition of w [R, cols] and its quantized q: the sums of MOVEMENTS, float64 [5].
 
-    Adds |w - previous_w| to travel_w, |q - previous_q| to travel_q and 1 to flips where q differs
-    (all float32 [R, cols], flips int32), then sets previous_w and previous_q. An element of a block
-    that was or is not finite adds nothing, and its previous values are set.
+    Adds |w - previous_w| to travel_w, |q - previous_q| to travel_q and 1 to flips where q flips
+    (all float32 [R, cols], flips int32), then sets previous_w and previous_q. q flips where it
+    moves by more than 1/32 of the larger one: by a step of any grid, but not as nvfp4's values all
+    do where the tensor scale drifts. An element of a block that was or is not finite adds nothing,
+    and its previous values are set.
     """
     cols = w.shape[1]
     w = w.float()
@@ -102,7 +104,8 @@ def oscillation_step_(
     sums = [dw.double() ** 2, sizes[0].double() ** 2, dq.double() ** 2, sizes[1].double() ** 2]
     travel_w += dw
     travel_q += dq
-    flips += (dq != 0).to(flips.dtype)
+    flipped = dq > torch.maximum(q.abs(), previous_q.abs()) / 32
+    flips += flipped.to(flips.dtype)
     previous_w.copy_(w)
     previous_q.copy_(q)
-    return torch.stack([t.sum(dtype=torch.float64) for t in [*sums, dq != 0]])
+    return torch.stack([t.sum(dtype=torch.float64) for t in [*sums, flipped]])
