@@ -6,8 +6,8 @@
 // scale, tensor_scale): uint8 codes [R, Kp * bits / 8], uint8 block scales [R, Kp / block], and
 // float32 [1] for nvfp4 ([0] elsewhere; inputs may pass None). format, scale_rule, rounding and
 // accumulate are codes, named in mxtrain.formats: the stable ABI leaks `str` arguments. rng is
-// int64 [2]. Every op is functional but gemm_add_. docs/numerics.md defines the arithmetic,
-// mxtrain/ops.py documents each op and has its fake kernel.
+// int64 [2]. Every op is functional but those that end in _. docs/numerics.md defines the
+// arithmetic, mxtrain/ops.py documents each op and has its fake kernel.
 #include <torch/csrc/stable/library.h>
 
 #include "ops/ops.h"
@@ -45,6 +45,12 @@ STABLE_TORCH_LIBRARY(mxtrain, m) {
   m.def(
       "gemm_add_(Tensor(a!) out, Tensor a, Tensor a_scale, Tensor? a_tensor_scale, Tensor b, "
       "Tensor b_scale, Tensor? b_tensor_scale, int format, float alpha, int accumulate=0) -> ()");
+  m.def(
+      "quantization_statistics(Tensor x, Tensor data, Tensor scale, Tensor? tensor_scale, int "
+      "format, float prescale=1.0) -> Tensor");
+  m.def(
+      "oscillation_step_(Tensor(a!) state, Tensor(b!) sums, Tensor w, Tensor data, Tensor scale, "
+      "Tensor? tensor_scale, int format) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mxtrain, CPU, m) {
@@ -59,6 +65,8 @@ STABLE_TORCH_LIBRARY_IMPL(mxtrain, CPU, m) {
   m.impl("unswizzle_scale", TORCH_BOX(&unswizzle_scale));
   m.impl("gemm", TORCH_BOX(&gemm));
   m.impl("gemm_add_", TORCH_BOX(&gemm_add_));
+  m.impl("quantization_statistics", TORCH_BOX(&quantization_statistics));
+  m.impl("oscillation_step_", TORCH_BOX(&oscillation_step_));
 }
 
 #ifdef MXT_WITH_CUDA
@@ -74,5 +82,7 @@ STABLE_TORCH_LIBRARY_IMPL(mxtrain, CUDA, m) {
   m.impl("unswizzle_scale", TORCH_BOX(&unswizzle_scale));
   m.impl("gemm", TORCH_BOX(&gemm));
   m.impl("gemm_add_", TORCH_BOX(&gemm_add_));
+  m.impl("quantization_statistics", TORCH_BOX(&quantization_statistics));
+  m.impl("oscillation_step_", TORCH_BOX(&oscillation_step_));
 }
 #endif

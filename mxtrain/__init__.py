@@ -32,6 +32,7 @@ from .operand import (
     swizzle_scale,
     unswizzle_scale,
 )
+from .oscillation import oscillation_step_, quantization_statistics
 from .recipe import RECIPES, Quantizer, Recipe, get_recipe
 from .schedule import TargetPrecision
 
@@ -62,6 +63,8 @@ __all__ = [
     "linear",
     "model_cost",
     "monitor",
+    "oscillation_step_",
+    "quantization_statistics",
     "quantize",
     "quantize_dual",
     "relative_cost",

@@ -4,8 +4,8 @@ The schemas are in csrc/library.cpp; docs/numerics.md defines every byte. An *op
 `[R, K]` matrix as `data` uint8 `[R, Kp * bits / 8]`, `scale` uint8 `[R, Kp / block]` (E8M0, or E4M3
 for nvfp4) and `tensor_scale` float32 `[1]` for nvfp4, `[0]` for the others (inputs may pass None);
 Kp is K rounded up to a block. `format`, `scale_rule`, `rounding` and `accumulate` are the int codes
-of `mxtrain.formats`. All ops are functional; only hadamard is differentiable. On bad input they
-and their fake kernels raise RuntimeError with
+of `mxtrain.formats`. All ops are functional but those that end in _; only hadamard is
+differentiable. On bad input they and their fake kernels raise RuntimeError with
 `mxtrain::<op>: <argument> must <condition>, got <value> (<context>). <what to do>`.
 
 quantize(x, format, scale_rule=1, rounding=0, transpose=False, rng=None, hadamard=0, signs=None,
@@ -45,6 +45,18 @@ gemm_add_(out, a, a_scale, a_tensor_scale, b, b_scale, b_tensor_scale, format, a
     out += alpha * A B^T in float32, for the accumulation of gradients: out `[M, N]` is contiguous
     float32. The product is rounded to float32, then added. Raises as gemm, and for another out.
 
+quantization_statistics(x, data, scale, tensor_scale, format, prescale=1.0) -> float64 `[128, 8]`
+    What rounding did to x `[R, K]` (bfloat16, float16 or float32, any strides; rotated where that
+    was rotated before quantizing), against the operand that was made of it: the columns are counts
+    of elements, of those in NaN blocks, nonzero, underflowing and clipped ones, then the sums of
+    x^2, (x - q)^2 and the confidence. The rows are parts of x, to be added. Raises where x and the
+    operand disagree. Source: arXiv 2502.20853 (quantization confidence).
+oscillation_step_(state, sums, w, data, scale, tensor_scale, format)
+    One transition of w `[R, K]` and its operand: state is float32 `[5, R, K]`, w' and q' of the
+    step before, then the sums of |w - w'|, |q - q'| and flips, which it adds to; sums float64
+    `[128, 5]` gets the squares of w - w', w', q - q' and q' and the flips, in parts to be added.
+    Raises where shapes or dtypes disagree. Source: arXiv 2502.20853 (oscillation ratio).
+
 One op is Python, for every device:
 
 column_sum(dy) -> float32 `[C]`
@@ -73,6 +85,8 @@ OP_NAMES = (
     "unswizzle_scale",
     "gemm",
     "gemm_add_",
+    "quantization_statistics",
+    "oscillation_step_",
 )
 PYTHON_OPS = ("column_sum",)
 
@@ -237,6 +251,20 @@ def _(
     a_parts, b_parts = (a, a_scale, a_tensor_scale), (b, b_scale, b_tensor_scale)
     _check_product("gemm_add_", a_parts, b_parts, format, None, alpha, torch.float32, accumulate)
     check.check_accumulator(out, a, b)
+
+
+@torch.library.register_fake("mxtrain::quantization_statistics")
+def _(x, data, scale, tensor_scale, format, prescale=1.0):
+    op = "quantization_statistics"
+    check.check_statistics(op, "x", x, data, scale, tensor_scale, format)
+    check.check_prescale(op, x, prescale)
+    return x.new_empty((check.STATISTICS_PARTS, 8), dtype=torch.float64)
+
+
+@torch.library.register_fake("mxtrain::oscillation_step_")
+def _(state, sums, w, data, scale, tensor_scale, format):
+    check.check_statistics("oscillation_step_", "w", w, data, scale, tensor_scale, format)
+    check.check_movement(state, sums, w)
 
 
 # ---- the Python op ----

@@ -26,16 +26,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checks import check_bool, check_int, check_tensor, kind, refusal, show
+from .checks import check_bool, check_int, check_number, check_tensor, kind, refusal, show
+from .formats import FORMATS
 from .linear import MXLinear
+from .op_checks import STATISTICS_PARTS
 from .operand import Operand, hadamard, quantize
 from .recipe import Quantizer, fixed_signs
 from .reference.statistics import (
     MOVEMENTS,
     STATISTICS,
     element_scales,
-    oscillation_step_,
-    quantization_statistics,
 )
 from .reference.statistics import confidence as _confidence
 
@@ -45,6 +45,59 @@ OSCILLATING = 16.0
 
 RATIO_EDGES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 """Where the bins of `Oscillation.histogram` end; the last one has no end."""
+
+
+# ---- the ops ----
+
+
+@torch.no_grad()
+def quantization_statistics(x: Tensor, operand: Operand, prescale: float = 1.0) -> Tensor:
+    """What rounding did to x: sums by STATISTICS, float64 [8] on x's device.
+
+    Args:
+        x: `[R, K]`, bfloat16, float16 or float32; rotated, where that was rotated.
+        operand: what quantize made of x.
+        prescale: as quantize had it.
+
+    Raises:
+        RuntimeError: where x and the operand disagree.
+    """
+    check_tensor("quantization_statistics", "x", x)
+    _check_operand("quantization_statistics", operand)
+    check_number("quantization_statistics", "prescale", prescale)
+    parts = (operand.data, operand.plain_scale(), operand.tensor_scale)
+    code = FORMATS[operand.format].code
+    return torch.ops.mxtrain.quantization_statistics(x, *parts, code, prescale).sum(0)
+
+
+@torch.no_grad()
+def oscillation_step_(state: Tensor, w: Tensor, operand: Operand) -> Tensor:
+    """One transition of w and its quantized q: sums by MOVEMENTS, float64 [5] on w's device.
+
+    Args:
+        state: float32 `[5, R, K]`, changed in place: w and q of the step before, and sums over the
+            transitions of |w - w'|, of |q - q'| and of the flips.
+        w: `[R, K]`, bfloat16, float16 or float32; rotated, where that was rotated.
+        operand: what quantize made of w.
+
+    Raises:
+        RuntimeError: where shapes or dtypes disagree.
+    """
+    check_tensor("oscillation_step_", "state", state)
+    check_tensor("oscillation_step_", "w", w)
+    _check_operand("oscillation_step_", operand)
+    sums = w.new_empty((STATISTICS_PARTS, len(MOVEMENTS)), dtype=torch.float64)
+    parts = (operand.data, operand.plain_scale(), operand.tensor_scale)
+    code = FORMATS[operand.format].code
+    torch.ops.mxtrain.oscillation_step_(state, sums, w, *parts, code)
+    return sums.sum(0)
+
+
+def _check_operand(what: str, operand: object) -> None:
+    if not isinstance(operand, Operand):
+        condition, advice = "be an Operand", "Pass what mxtrain.quantize returned."
+        got = type(operand).__name__
+        raise TypeError(refusal(what, "operand", condition, got, show(operand), advice))
 
 
 # ---- one quantizer ----
@@ -107,8 +160,7 @@ def quantizer_sums(
     if transpose:
         x, toward = x.t(), None if toward is None else toward.t()
     x, op = as_seen(x, quantizer, toward, stochastic=True)
-    prescale = quantizer.prescale
-    return quantization_statistics(x, op.data, op.scale, op.tensor_scale, op.format, prescale)
+    return quantization_statistics(x, op, quantizer.prescale)
 
 
 def quantizer_rates(sums: Mapping[str, float]) -> dict[str, float]:
@@ -188,7 +240,7 @@ class Oscillation:
                 refusal("Oscillation", "quantizer", condition, got, kind(quantizer), advice)
             )
         self.quantizer, self.transitions = quantizer, 0
-        self._state: tuple[Tensor, ...] | None = None
+        self._state: Tensor | None = None
 
     @torch.no_grad()
     def update(self, w: Tensor, toward: Tensor | None = None) -> Tensor | None:
@@ -203,32 +255,30 @@ class Oscillation:
         if self._state is None:
             self._state = self._begin(w, op)
             return None
-        if self._state[0].shape != w.shape:
-            condition = f"have the shape of the first, {list(self._state[0].shape)}"
+        if self._state.shape[1:] != w.shape:
+            condition = f"have the shape of the first, {list(self._state.shape[1:])}"
             got, context = list(w.shape), "one Oscillation watches one matrix"
             message = refusal(
                 "Oscillation.update", "w", condition, got, context, "Make another Oscillation."
             )
             raise ValueError(message)
         self.transitions += 1
-        return oscillation_step_(w, op.data, op.scale, op.tensor_scale, q.format, *self._state)
+        return oscillation_step_(self._state, w, op)
 
     @staticmethod
-    def _begin(w: Tensor, op: Operand) -> tuple[Tensor, ...]:
-        """previous_w, previous_q, travel_w, travel_q and flips."""
-        first = w.to(torch.float32, copy=True).contiguous()
-        flips = torch.zeros(w.shape, dtype=torch.int32, device=w.device)
-        travel = (torch.zeros_like(first) for _ in range(2))
-        return first, op.dequantize(torch.float32), *travel, flips
+    def _begin(w: Tensor, op: Operand) -> Tensor:
+        state = torch.zeros((5, *w.shape), dtype=torch.float32, device=w.device)
+        state[0].copy_(w)
+        state[1].copy_(op.dequantize(torch.float32))
+        return state
 
     def reset(self) -> None:
         """Begin a new window from the last update: R and flips are those since then."""
         self.transitions = 0
         if self._state is not None:
-            for t in self._state[2:]:
-                t.zero_()
+            self._state[2:].zero_()
 
-    def _watched(self, what: str) -> tuple[Tensor, ...]:
+    def _watched(self, what: str) -> Tensor:
         if self._state is None or self.transitions == 0:
             condition, advice = "have seen two matrices", "Call update after each step."
             got, context = self.transitions, "transitions"
@@ -242,7 +292,7 @@ class Oscillation:
 
     def flips(self) -> Tensor:
         """How often Q of every element flipped in the window, int32."""
-        return self._watched("Oscillation.flips")[4].clone()
+        return self._watched("Oscillation.flips")[4].to(torch.int32)
 
     def summary(self) -> Tensor:
         """Share of elements with R > 16, and R's mean: float32 [2] on the device."""
@@ -302,7 +352,9 @@ __all__ = [
     "Oscillation",
     "as_seen",
     "confidence",
+    "oscillation_step_",
     "output_change",
+    "quantization_statistics",
     "quantizer_rates",
     "quantizer_statistics",
     "quantizer_sums",

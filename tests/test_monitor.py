@@ -87,9 +87,7 @@ def test_values_are_those_of_the_definitions(tmp_path):
             sums.append(watch.update(layer.weight))
     (row,) = rows_of(tmp_path / "run.csv")
     recipe, w = layer.recipe, layer.weight
-    forward = {
-        k: mxtrain.quantize(t.detach(), "mxfp4").dequantize() for k, t in (("x", x), ("w", w))
-    }
+    qx, qw = (mxtrain.quantize(t.detach(), "mxfp4").dequantize() for t in (x, w))
     expected = {
         "fprop_x": quantizer_statistics(x, recipe.fprop_x),
         "fprop_w": quantizer_statistics(w, recipe.fprop_w),

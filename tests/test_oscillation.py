@@ -13,7 +13,9 @@ from mxtrain import Quantizer, get_recipe
 from mxtrain import oscillation as osc
 
 MXFP4 = Quantizer("mxfp4", "ceil")
-pytestmark = pytest.mark.ops("quantize", "dequantize", "hadamard")
+pytestmark = pytest.mark.ops(
+    "quantize", "dequantize", "hadamard", "quantization_statistics", "oscillation_step_"
+)
 
 
 # ---- confidence ----
@@ -229,6 +231,60 @@ def test_rotated_weights_are_watched_on_their_grid():
     assert watch.ratio().shape == (4, 64)
 
 
+# ---- the ops against the reference ----
+
+
+def hard(shape, dtype=torch.float32, seed=0):
+    """Values over many binades, with zeros, ties of E2M1 and blocks that are not finite."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(shape, generator=g) * torch.exp2(6 * torch.randn(shape, generator=g))
+    x[1::7] = torch.randint(-24, 25, x[1::7].shape, generator=g) / 4
+    x[:, 3] = 0
+    x[2, 40], x[3, 1] = math.nan, -math.inf
+    return x.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("prescale", [1.0, 0.75])
+@pytest.mark.parametrize("format", FORMATS)
+def test_statistics_equal_the_reference(device, format, prescale, dtype):
+    """Counts exactly; sums of doubles to their rounding, in any layout of x."""
+    x = hard((45, 100), dtype)
+    op = mxtrain.quantize(x, format, scale_rule="floor", prescale=prescale)
+    parts = (op.data, op.scale, op.tensor_scale)
+    expected = mxtrain.reference.quantization_statistics(x, *parts, format, prescale)
+    scale = None if op.tensor_scale is None else op.tensor_scale.to(device)
+    on = mxtrain.Operand(op.data.to(device), op.scale.to(device), format, op.shape, scale)
+    layouts = [x.to(device), x.to(device).t().contiguous().t()]
+    sums = [mxtrain.quantization_statistics(t, on, prescale).cpu() for t in layouts]
+    assert torch.equal(*sums)
+    assert torch.equal(sums[0][:5], expected[:5]) and expected[1] > 0
+    assert torch.allclose(sums[0][5:], expected[5:], rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_an_oscillation_step_equals_the_reference(device, format):
+    """The state bitwise, after three steps, of which one is not finite in places."""
+    state, ours = torch.zeros(5, 45, 100), torch.zeros(5, 45, 100, device=device)
+    for step in range(4):
+        w = hard((45, 100), seed=0) * (1 + 0.05 * step)
+        w[5 + step, 7] = math.nan
+        op = mxtrain.quantize(w, format)
+        parts = (op.data, op.scale, op.tensor_scale)
+        expected = mxtrain.reference.oscillation_step_(state, w, *parts, format)
+        got = mxtrain.oscillation_step_(ours, w.to(device), mxtrain.quantize(w.to(device), format))
+        assert torch.equal(ours.cpu().view(torch.int32), state.view(torch.int32))
+        assert torch.allclose(got.cpu(), expected, rtol=1e-12, atol=0)
+    assert state[4].sum() > 0
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 33), (1000, 31)])
+def test_every_element_is_in_one_part(device, shape):
+    x = torch.ones(shape, device=device)
+    sums = mxtrain.quantization_statistics(x, mxtrain.quantize(x, "mxfp4"))
+    assert sums[0] == sums[2] == sums[5] == x.numel()
+
+
 # ---- the rest ----
 
 
@@ -252,6 +308,12 @@ def test_row_sample(rows, cols, elements):
 
 def test_errors():
     x = torch.randn(4, 32)
+    with refuses(TypeError, "operand must be an Operand, got Tensor"):
+        mxtrain.quantization_statistics(x, x)
+    with refuses(TypeError, "state must be a torch.Tensor"):
+        mxtrain.oscillation_step_(None, x, mxtrain.quantize(x, "mxfp4"))
+    with refuses(RuntimeError, "state must be contiguous, of dtype Float and shape"):
+        mxtrain.oscillation_step_(x, x, mxtrain.quantize(x, "mxfp4"))
     with refuses(ValueError, "x must have 2 dimensions, got 3"):
         osc.quantizer_statistics(x[None], MXFP4)
     with refuses(TypeError, "x must be a torch.Tensor"):

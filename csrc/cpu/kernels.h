@@ -95,6 +95,20 @@ struct EpilogueParams {
   bool add;   // to what out holds, float32
 };
 
+// quantization_statistics, and with a state oscillation_step_; see formats/statistics.h.
+struct StatisticsParams {
+  Source x;              // [rows, cols] floats
+  const uint8_t* data;   // [rows, data_cols], the operand that was made of x
+  const uint8_t* scale;  // [rows, scale_cols]
+  int64_t data_cols, scale_cols;
+  float tensor_scale;
+  int64_t rows, cols;
+  int format;
+  float prescale;
+  float* state;  // [5, rows, cols], changed; null: statistics are asked for
+  double* sums;  // [parts, kStatistics], or [parts, kMovements] with a state
+};
+
 struct Kernels {
   const char* isa;
   void (*quantize)(const QuantizeParams&, int64_t r0, int64_t k0);  // one tile
@@ -104,6 +118,7 @@ struct Kernels {
   void (*hadamard)(const HadamardParams&, int64_t row_begin, int64_t row_end);
   void (*stochastic_round)(const StochasticRoundParams&, int64_t group_begin, int64_t group_end);
   void (*epilogue)(const EpilogueParams&, int64_t row_begin, int64_t row_end);
+  void (*statistics)(const StatisticsParams&, int64_t part);
 };
 
 // The widest instruction set that this build has and this processor runs.

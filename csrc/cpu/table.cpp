@@ -14,9 +14,10 @@ void dequantize(const DequantizeParams&, int64_t, int64_t);
 void hadamard(const HadamardParams&, int64_t, int64_t);
 void stochastic_round(const StochasticRoundParams&, int64_t, int64_t);
 void epilogue(const EpilogueParams&, int64_t, int64_t);
+void statistics(const StatisticsParams&, int64_t);
 
 extern const Kernels kTable;
 const Kernels kTable = {MXT_STRING(MXT_ISA), quantize, finite_amax, dequantize, hadamard,
-                        stochastic_round,    epilogue};
+                        stochastic_round,    epilogue, statistics};
 
 }  // namespace mxtrain::cpu::MXT_ISA

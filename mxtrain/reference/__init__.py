@@ -36,6 +36,7 @@ from .quantize import (
     requantize,
     stochastic_round,
 )
+from .statistics import confidence, oscillation_step_, quantization_statistics
 
 __all__ = [
     "BFLOAT16",
@@ -48,6 +49,7 @@ __all__ = [
     "FORMATS",
     "Element",
     "Format",
+    "confidence",
     "decode",
     "decode_e8m0",
     "dequantize",
@@ -59,8 +61,10 @@ __all__ = [
     "gemm_float64",
     "gemm_magnitude",
     "hadamard",
+    "oscillation_step_",
     "pack",
     "philox4x32_10",
+    "quantization_statistics",
     "quantize",
     "quantize_dual",
     "requantize",

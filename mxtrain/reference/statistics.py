@@ -83,29 +83,28 @@ def quantization_statistics(
 
 
 def oscillation_step_(
-    w: Tensor, data: Tensor, scale: Tensor, tensor_scale: Tensor | None, format: str,
-    previous_w: Tensor, previous_q: Tensor, travel_w: Tensor, travel_q: Tensor, flips: Tensor,
+    state: Tensor, w: Tensor, data: Tensor, scale: Tensor, tensor_scale: Tensor | None, format: str
 ) -> Tensor:  # fmt: skip
     """One transition of w [R, cols] and its quantized q: the sums of MOVEMENTS, float64 [5].
 
-    Adds |w - previous_w| to travel_w, |q - previous_q| to travel_q and 1 to flips where q flips
-    (all float32 [R, cols], flips int32), then sets previous_w and previous_q. q flips where it
-    moves by more than 1/32 of the larger one: by a step of any grid, but not as nvfp4's values all
-    do where the tensor scale drifts. An element of a block that was or is not finite adds nothing,
-    and its previous values are set.
+    state is float32 [5, R, cols]: w' and q' of the step before, and sums to which this adds
+    |w - w'|, |q - q'| and 1 where q flips; then w' and q' are set. q flips where it moves by more
+    than 1/32 of the larger of q and q': by a step of any grid, but not as nvfp4's values all do
+    where the tensor scale drifts. An element that is or was not finite adds nothing.
     """
     cols = w.shape[1]
+    previous_w, previous_q, travel_w, travel_q, flips = state
     w = w.float()
     q = _elements(data, format, cols) * element_scales(scale, tensor_scale, format, cols)
     ok = w.isfinite() & q.isfinite() & previous_w.isfinite() & previous_q.isfinite()
-    dw, dq = (torch.where(ok, (a - b).abs(), 0.0)
-              for a, b in ((w, previous_w), (q, previous_q)))  # fmt: skip
-    sizes = [torch.where(ok, t, 0.0) for t in (previous_w, previous_q)]
-    sums = [dw.double() ** 2, sizes[0].double() ** 2, dq.double() ** 2, sizes[1].double() ** 2]
+    dw = torch.where(ok, (w - previous_w).abs(), 0.0)
+    dq = torch.where(ok, (q - previous_q).abs(), 0.0)
+    flipped = dq > torch.maximum(q.abs(), previous_q.abs()) / 32
+    sizes = (torch.where(ok, t, 0.0) for t in (previous_w, previous_q))
+    squares = [t.double() ** 2 for t in (dw, next(sizes), dq, next(sizes))]
     travel_w += dw
     travel_q += dq
-    flipped = dq > torch.maximum(q.abs(), previous_q.abs()) / 32
-    flips += flipped.to(flips.dtype)
+    flips += flipped
     previous_w.copy_(w)
     previous_q.copy_(q)
-    return torch.stack([t.sum(dtype=torch.float64) for t in [*sums, flipped]])
+    return torch.stack([t.sum(dtype=torch.float64) for t in [*squares, flipped]])
