@@ -6,9 +6,9 @@ quantized, a tensor that was not seen.
 
 - Weights are watched at every step of the optimizer that holds them, on rows that are evenly spread
   over the weight; the window of a row is the steps since the row before.
-- X and dY are seen at the last forward and backward before a row, on tokens from the start, middle
-  and end of the batch. Under torch.compile they are not: the traced code would have to leave the
-  graph. `torch.compiler.set_stance("force_eager")` around a step that makes a row shows them.
+- X and dY are seen at the last forward and backward before a row, on a sample of the tokens. Under
+  torch.compile they are not: the traced code would have to leave the graph.
+  `torch.compiler.set_stance("force_eager")` around a step that makes a row shows them.
 - Nothing waits for the device: a row is copied when it is complete, and written with the next one.
 - What is watched does not change what is computed: torch's generator is left alone.
 """
@@ -159,14 +159,16 @@ class _Watched:
 
 
 def _tokens(x: Tensor, elements: int) -> Tensor:
-    """[N, K] of about that many elements: three runs of whole groups of 256 tokens."""
+    """[N, K] of about that many elements, in whole groups of 256 tokens: all where they are few,
+    else from the start, the middle and the end, or from the middle alone where K is large."""
     x = x.detach().reshape(-1, x.shape[-1])
-    n = len(x)
-    run = max(256, elements // 3 // max(x.shape[1], 1) // 256 * 256)
-    if n <= 3 * run:
+    n, groups = len(x), elements // max(x.shape[1], 1) // 256
+    runs = 3 if groups >= 3 else 1
+    length = 256 * max(1, groups // runs)
+    if n <= runs * length:
         return x
-    starts = (0, (n - run) // 2 // 256 * 256, (n - run) // 256 * 256)
-    return torch.cat([x[start : start + run] for start in starts])
+    starts = ((n - length) // 2, 0, n - length)[:runs]
+    return torch.cat([x[start : start + length] for start in starts])
 
 
 def _forward(x: Tensor, q: Quantizer, toward: Tensor | None = None) -> Tensor:
@@ -312,8 +314,8 @@ def monitor(
         model: has at least one MXLinear. One that is converted later is not watched.
         path: of the CSV, which is overwritten.
         every: optimizer steps a row.
-        elements: watched of each weight, of X and of dY; more sees rarer things, and costs more.
-            20 bytes each of a weight.
+        elements: watched of each weight, of X and of dY, at least 256 rows of W^T, X^T and dY^T;
+            more sees rarer things, and costs more. 20 bytes each of a weight.
         probe: inputs of the model, on its device; before each row the model runs on them in eval
             mode, and y_change is how far each layer's output has moved.
 
