@@ -84,7 +84,7 @@ def build(name: str) -> Case:
     """The case called `name`. Raises ValueError for a name that means nothing, Unfit for a shape
     that cannot be.
     """
-    from . import families, peers, products  # noqa: F401  (they register the families, and import this module)
+    from . import diagnostics, families, peers, products  # noqa: F401  (they register the families)
 
     head, *rest = name.split("/")
     if head not in FAMILIES:
