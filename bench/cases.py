@@ -93,7 +93,7 @@ def build(name: str) -> Case:
     that cannot be.
     """
     # They register the families, and import this module.
-    from . import families, optimizers, peers, products, training  # noqa: F401
+    from . import diagnostics, families, optimizers, peers, products, training  # noqa: F401
 
     head, *rest = name.split("/")
     if head not in FAMILIES:

@@ -65,6 +65,8 @@ MORE_OPTIMIZERS: Rows = (
     "peer/torch_adamw+ema",
     "peer/torch_adamw_foreach+ema",
 )
+WATCHED: Rows = ("quantization_statistics/mxfp4", "oscillation_step/mxfp4")
+SAMPLE = "16x4096"  # what mxtrain.monitor takes of a weight
 COPIES: Rows = ("peer/copy", "peer/copy_kernel")
 COMPILED: Rows = ("peer/torchao_to_mx_compiled", "peer/torchao_to_mx_compiled/mxfp8_e4m3")
 BIG = "16384x8192"
@@ -124,6 +126,7 @@ SUITES: dict[str, tuple[tuple[Rows, Sequence[str]], ...]] = {
         (("peer/empty_kernel",), ("1",)),
         ((*HEADLINE, *FORMATS, *VARIANTS), (BIG,)),
         (COMPILED, (BIG,)),
+        (WATCHED, (SAMPLE, SMALL)),
         (HEADLINE, (SMALL, *MODELS)),
         (COMPILED[:1], MODELS[:2]),
         ((*OPTIMIZERS, *MORE_OPTIMIZERS), ("8192x8192",)),

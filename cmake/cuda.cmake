@@ -21,14 +21,14 @@ set(MXT_CUDA_SOURCES
   csrc/cuda/quantize_rows.cu csrc/cuda/quantize_columns.cu csrc/cuda/quantize_dual.cu
   csrc/cuda/quantize_strips.cu csrc/cuda/quantize_pairs.cu
   csrc/cuda/requantize.cu csrc/cuda/dequantize.cu csrc/cuda/elementwise.cu csrc/cuda/column_sum.cu
-  csrc/cuda/fold.cu csrc/cuda/optimizer.cu)
+  csrc/cuda/fold.cu csrc/cuda/optimizer.cu csrc/cuda/statistics.cu)
 add_library(mxt_cuda_portable OBJECT ${MXT_CUDA_SOURCES})
 target_include_directories(mxt_cuda_portable PRIVATE csrc)
 target_compile_options(mxt_cuda_portable PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:${MXT_CUDA_FLAGS}>)
 set_target_properties(mxt_cuda_portable PROPERTIES CUDA_VISIBILITY_PRESET hidden)
 
 target_sources(mxtrain PRIVATE csrc/dispatch.cpp
-  csrc/ops/cuda_quantize.cpp csrc/ops/cuda_convert.cpp csrc/ops/cuda_gemm.cpp csrc/ops/cuda_optimizer.cpp
+  csrc/ops/cuda_quantize.cpp csrc/ops/cuda_convert.cpp csrc/ops/cuda_gemm.cpp csrc/ops/cuda_optimizer.cpp csrc/ops/cuda_statistics.cpp
   $<TARGET_OBJECTS:mxt_cuda_portable>)
 
 # What needs one architecture's instructions: its folder, for that architecture only; dispatch.cpp knows by MXT_HAVE_*.

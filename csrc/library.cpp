@@ -57,6 +57,12 @@ STABLE_TORCH_LIBRARY(mxtrain, m) {
       "exp_avg_sqs, Tensor(d!)[] steps, float lr, float beta1, float beta2, float eps, float "
       "weight_decay, Tensor? lr_tensor, Tensor? rng, Tensor(e!)[] grad_sums, Tensor(f!)[] counts, "
       "Tensor[] periods) -> ()");
+  m.def(
+      "quantization_statistics(Tensor x, Tensor data, Tensor scale, Tensor? tensor_scale, int "
+      "format, float prescale=1.0) -> Tensor");
+  m.def(
+      "oscillation_step_(Tensor(a!) state, Tensor(b!) sums, Tensor w, Tensor data, Tensor scale, "
+      "Tensor? tensor_scale, int format) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mxtrain, CPU, m) {
@@ -74,6 +80,8 @@ STABLE_TORCH_LIBRARY_IMPL(mxtrain, CPU, m) {
   m.impl("gemm_add_", TORCH_BOX(&gemm_add_));
   m.impl("adamw_", TORCH_BOX(&adamw_));
   m.impl("ramped_adamw_", TORCH_BOX(&ramped_adamw_));
+  m.impl("quantization_statistics", TORCH_BOX(&quantization_statistics));
+  m.impl("oscillation_step_", TORCH_BOX(&oscillation_step_));
 }
 
 #ifdef MXT_WITH_CUDA
@@ -92,5 +100,7 @@ STABLE_TORCH_LIBRARY_IMPL(mxtrain, CUDA, m) {
   m.impl("gemm_add_", TORCH_BOX(&gemm_add_));
   m.impl("adamw_", TORCH_BOX(&adamw_));
   m.impl("ramped_adamw_", TORCH_BOX(&ramped_adamw_));
+  m.impl("quantization_statistics", TORCH_BOX(&quantization_statistics));
+  m.impl("oscillation_step_", TORCH_BOX(&oscillation_step_));
 }
 #endif

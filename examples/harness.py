@@ -394,7 +394,7 @@ def main(task: Task, argv: list[str] | None = None) -> int:
     try:
         args, checkpoint = read_options(task, argv)
         if args.list:
-            for recipe in mxtrain.RECIPES.values():
+            for recipe in [*mxtrain.RECIPES.values(), *mxtrain.MIXES.values()]:
                 print(f"{recipe.name:22} {recipe.reference}")
             return 0
         return train(task, args, checkpoint)

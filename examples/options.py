@@ -63,7 +63,7 @@ def check_options(task: Task, args: argparse.Namespace) -> None:
             raise BadInput(f"--seed must lie in [-2^63, 2^63), got {seed}. See --help.")
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     devices = ["cpu", "cuda", *gpus] if gpus else ["cpu"]
-    known = [("--recipe", name, list(mxtrain.RECIPES)) for name in args.recipe]
+    known = [("--recipe", name, [*mxtrain.RECIPES, *mxtrain.MIXES]) for name in args.recipe]
     for option, name, names in [*known, ("--device", args.device, devices)]:
         if name not in names:
             raise BadInput(f"{option} must be among {', '.join(names)}, got {name}. See --help.")

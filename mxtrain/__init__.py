@@ -12,9 +12,12 @@ from .version import __version__  # isort: skip
 from . import ops as ops  # registers the fake kernels and autograd
 from . import optim as optim
 from .convert import ConversionReport, convert
+from .cost import model_cost, relative_cost
 from .export import FrozenLinear, export_weights, load_exported
 from .formats import FORMATS, Format
 from .linear import MXLinear, linear
+from .mix import MIXES, Mix, ModuleClass, get_mix
+from .monitor import Monitor, monitor
 from .operand import (
     Operand,
     dequantize,
@@ -31,18 +34,25 @@ from .operand import (
     swizzle_scale,
     unswizzle_scale,
 )
+from .oscillation import oscillation_step_, quantization_statistics
 from .recipe import RECIPES, Quantizer, Recipe, get_recipe
+from .schedule import TargetPrecision
 
 __all__ = [
     "FORMATS",
+    "MIXES",
     "RECIPES",
     "ConversionReport",
     "Format",
     "FrozenLinear",
     "MXLinear",
+    "Mix",
+    "ModuleClass",
+    "Monitor",
     "Operand",
     "Quantizer",
     "Recipe",
+    "TargetPrecision",
     "__version__",
     "convert",
     "dequantize",
@@ -51,13 +61,19 @@ __all__ = [
     "export_weights",
     "gemm",
     "gemm_add_",
+    "get_mix",
     "get_recipe",
     "hadamard",
     "linear",
     "load_exported",
+    "model_cost",
+    "monitor",
     "optim",
+    "oscillation_step_",
+    "quantization_statistics",
     "quantize",
     "quantize_dual",
+    "relative_cost",
     "requantize",
     "set_gemm_backend",
     "stochastic_round",

@@ -5,8 +5,9 @@ from __future__ import annotations
 import fnmatch
 import logging
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
@@ -14,12 +15,11 @@ from torch.nn.utils import parametrize
 
 from .checks import check_bool, kind, refusal, show
 from .linear import DTYPES, MXLinear
-from .recipe import RECIPES, Recipe, get_recipe
+from .mix import MIXES, Mix, Pattern, Patterns, as_patterns, get_mix
+from .mix import names as recipe_names
+from .recipe import Recipe, get_recipe
 
 log = logging.getLogger("mxtrain")
-
-Pattern = str | Callable[[str, nn.Module], bool]
-Patterns = Pattern | Sequence[Pattern]
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class ConversionReport:
 
 def convert(
     model: nn.Module,
-    recipe: str | Recipe | Sequence[tuple[Pattern, str | Recipe]],
+    recipe: str | Recipe | Mix | Sequence[tuple[Pattern, str | Recipe]],
     *,
     include: Patterns | None = None,
     exclude: Patterns | None = None,
@@ -97,6 +97,7 @@ def convert(
 
         print(mxtrain.convert(model, "tetrajet"))
         mxtrain.convert(model, [("blocks.*.mlp.*", "tetrajet"), ("*", "mxfp8")], exclude="*.gate")
+        mxtrain.convert(model, "fp4_mixed")  # FP4 in the feed-forward layers, FP8 near attention
 
     Modules, parameters and hooks stay the objects that they are, so an optimizer that was built
     before works on. An MXLinear gets its new recipe.
@@ -105,6 +106,10 @@ def convert(
     module, in the order of definition, that own a parameter of two or more dimensions, where that
     is a linear layer. Naming such a layer converts it: by include, or by a pattern of the recipe
     list other than "*". A model that is itself a linear layer is converted.
+
+    A mix (`mxtrain.MIXES`) gives each class of modules its recipe, by patterns that know how models
+    call them; `get_mix("fp4_mixed").where(ffn=...)` names the layers otherwise. A class that
+    matches no layer is an error, so that layers with other names are not left unseen.
 
     Never converted are subclasses of `nn.Linear`, which may use their weight without calling
     forward (the output projection of `nn.MultiheadAttention` does), parametrized and weight-normed
@@ -115,7 +120,8 @@ def convert(
 
     Args:
         model: any module; layers on the meta device are fine.
-        recipe: a name, a Recipe, or (pattern, recipe) pairs of which the first that matches wins.
+        recipe: a name of a recipe or of a mix, a Recipe, a Mix, or (pattern, recipe) pairs of which
+            the first that matches wins.
         include: convert only layers that match this pattern, or one of these.
         exclude: leave layers that match this pattern, or one of these. It wins over include.
         strict: raise, instead of leaving the layer, where a recipe does not fit its shape.
@@ -154,26 +160,37 @@ def convert(
     return report
 
 
+class _Rule(NamedTuple):
+    """Layers that the pattern matches get the recipe; named: even the first and the last one."""
+
+    pattern: Pattern
+    recipe: Recipe | None
+    named: bool
+
+
+_NO_RULE = _Rule("*", None, False)
+
+
 def _plan(
-    model: nn.Module, linears: dict[str, nn.Linear], rules: list[tuple[Pattern, Recipe]],
+    model: nn.Module, linears: dict[str, nn.Linear], rules: list[_Rule],
     included: list[Pattern] | None, excluded: list[Pattern], strict: bool,
 ) -> list[tuple[str, nn.Linear, Recipe | None, str | None]]:  # fmt: skip
     """(name, layer, its recipe or None, why it is left or None), without changing anything."""
     ends = _ends(model)
     plan: list[tuple[str, nn.Linear, Recipe | None, str | None]] = []
     for name, module in linears.items():
-        pattern, chosen = next(
-            ((p, r) for p, r in rules if _matches([p], name, module)), ("*", None)
+        _, chosen, named = next(
+            (rule for rule in rules if _matches([rule.pattern], name, module)), _NO_RULE
         )
         if _matches(excluded, name, module):
             reason = "excluded"
         elif included is not None and not _matches(included, name, module):
             reason = "not included"
         elif chosen is None:
-            reason = "no pattern of the recipe list matches"
+            reason = "no pattern of the recipe matches"
         else:
             reason = _unsupported(module)
-            if reason is None and name in ends and included is None and pattern == "*":
+            if reason is None and name in ends and included is None and not named:
                 reason = f"{ends[name]} layer of the model; name it to convert it"
             if reason is None:
                 reason = chosen.misfit(module.in_features, module.out_features)
@@ -247,36 +264,55 @@ def _disable_fast_paths(model: nn.Module) -> list[str]:
 
 def _read_patterns(
     linears: dict[str, nn.Linear],
-    recipe: str | Recipe | Sequence[tuple[Pattern, str | Recipe]],
+    recipe: str | Recipe | Mix | Sequence[tuple[Pattern, str | Recipe]],
     include: Patterns | None,
     exclude: Patterns | None,
-) -> tuple[list[tuple[Pattern, Recipe]], list[Pattern] | None, list[Pattern]]:
-    """(pattern, recipe) rules, include and exclude as lists; each pattern matches some layer."""
-    if isinstance(recipe, (str, Recipe)):
-        recipe = [("*", recipe)]
-    pairs = isinstance(recipe, (list, tuple)) and len(recipe) > 0
-    if not pairs or not all(isinstance(rule, (list, tuple)) and len(rule) == 2 for rule in recipe):
-        condition = "be a name, a Recipe, or a list of (pattern, recipe)"
-        advice = f"The names: {', '.join(RECIPES)}."
-        raise TypeError(refusal("convert", "recipe", condition, show(recipe), kind(recipe), advice))
-    rules = [(pattern, get_recipe(r)) for pattern, r in recipe]
-    included = None if include is None else _as_list(include)
+) -> tuple[list[_Rule], list[Pattern] | None, list[Pattern]]:
+    """The rules, include and exclude as lists; each pattern matches some layer."""
+    rules = _read_mix(linears, recipe) or _read_rules(linears, recipe)
+    included = None if include is None else as_patterns(include)
     if included == []:
         condition = "name at least one pattern, or be left out"
         advice = "Without include, every linear layer but the first and the last is converted."
         raise ValueError(
             refusal("convert", "include", condition, show(include), kind(include), advice)
         )
-    excluded = [] if exclude is None else _as_list(exclude)
-    _check_match("recipe", (pattern for pattern, _ in rules if pattern != "*"), linears)
+    excluded = [] if exclude is None else as_patterns(exclude)
     _check_match("include", included or [], linears)
     _check_match("exclude", excluded, linears)
     return rules, included, excluded
 
 
-def _as_list(patterns: Patterns) -> list[Pattern]:
-    many = isinstance(patterns, Iterable) and not isinstance(patterns, str)
-    return list(patterns) if many else [patterns]
+def _read_rules(linears: dict[str, nn.Linear], recipe: object) -> list[_Rule]:
+    if isinstance(recipe, (str, Recipe)):
+        recipe = [("*", recipe)]
+    pairs = isinstance(recipe, (list, tuple)) and len(recipe) > 0
+    if not pairs or not all(isinstance(rule, (list, tuple)) and len(rule) == 2 for rule in recipe):
+        condition = "be a name, a Recipe, a Mix, or a list of (pattern, recipe)"
+        advice = f"The names: {', '.join(recipe_names())}."
+        raise TypeError(refusal("convert", "recipe", condition, show(recipe), kind(recipe), advice))
+    rules = [_Rule(pattern, get_recipe(r), pattern != "*") for pattern, r in recipe]
+    _check_match("recipe", (rule.pattern for rule in rules if rule.named), linears)
+    return rules
+
+
+def _read_mix(linears: dict[str, nn.Linear], recipe: object) -> list[_Rule]:
+    """The rules of a mix, of which every class that has patterns matches a layer; [] for others."""
+    if not isinstance(recipe, Mix) and not (isinstance(recipe, str) and recipe in MIXES):
+        return []
+    mix = get_mix(recipe)
+    rules = [_Rule(p, c.recipe, False) for c in mix.classes for p in c.patterns]
+    for rule in rules:
+        _check_pattern("recipe", rule.pattern)
+    for c in mix.classes:
+        hit = any(_matches(c.patterns, name, module) for name, module in linears.items())
+        if c.patterns and not hit:
+            condition = f"match some layer as {c.name} of {mix.name}"
+            context = f"the linear layers: {', '.join(linears) or 'none'}"
+            advice = f"Name them: get_mix({mix.name!r}).where({c.name}=...), [] for none."
+            got = ", ".join(map(show, c.patterns))
+            raise ValueError(refusal("convert", "recipe", condition, got, context, advice))
+    return rules
 
 
 def _matches(patterns: Iterable[Pattern], name: str, module: nn.Module) -> bool:

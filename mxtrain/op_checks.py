@@ -19,6 +19,7 @@ from .formats import ACCUMULATE, FORMATS, HADAMARD_GROUPS, ROUNDINGS, SCALE_RULE
 BY_CODE: list[Format] = list(FORMATS.values())
 MAX_SIZE = 2**56  # as check_sizes in csrc/check.cpp
 BYTE = torch.uint8
+STATISTICS_PARTS = 128  # as kStatisticsParts in csrc/formats/statistics.h
 ROUND_TARGETS = (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 
 # What C++ calls the dtypes whose torch name, capitalised, is not its name.
@@ -348,6 +349,43 @@ def check_accumulator(out: Tensor, a: Tensor, b: Tensor) -> None:
         got, advice = f"{_dtype(out.dtype)} {_shape(out)}{strided}", "Allocate it with torch.zeros."
         _fail("gemm_add_", "out", condition, got, f"a {_shape(a)}, b {_shape(b)}", advice)
     check_same_device("gemm_add_", "out", out, a)
+
+
+def check_statistics(
+    op: str, name: str, x: Tensor, data: Tensor, scale: Tensor, tensor_scale: Tensor | None,
+    format: int,
+) -> None:  # fmt: skip
+    check_matrix(op, name, x)
+    rows, kp = check_operand(op, "operand", data, scale, tensor_scale, format)
+    check_cols(op, x.shape[1], kp, format)
+    if _differ(rows, x.shape[0]):
+        context = f"data {_shape(data)}, {name} {_shape(x)}"
+        advice = "Pass the operand that was made of it."
+        _fail(op, "data", f"have the rows of {name}", rows, context, advice)
+    check_same_device(op, "data", data, x)
+
+
+def check_prescale(op: str, x: Tensor, prescale: float) -> None:
+    p = as_float32(prescale)
+    if not (p > 0 and math.isfinite(p)):
+        context, got = f"x has shape {_shape(x)}", f"{prescale:g}"
+        _fail(op, "prescale", "be finite and positive", got, context, "Use 1 for none.")
+
+
+def check_movement(state: Tensor, sums: Tensor, w: Tensor) -> None:
+    op, advice = "oscillation_step_", "Allocate it with torch.zeros."
+    planes = (5, *w.shape)
+    for name, t, dtype, shape, sizes in (
+        ("state", state, torch.float32, "[5, rows, cols]", planes),
+        ("sums", sums, torch.float64, "[128, 5]", (STATISTICS_PARTS, 5)),
+    ):
+        fits = t.dtype == dtype and t.dim() == len(sizes) and t.is_contiguous()
+        if not fits or any(_differ(a, b) for a, b in zip(t.shape, sizes, strict=True)):
+            condition = f"be contiguous, of dtype {_dtype(dtype)} and shape {shape}"
+            strided = "" if t.is_contiguous() else " strided"
+            got, context = f"{_dtype(t.dtype)} {_shape(t)}{strided}", f"w {_shape(w)}"
+            _fail(op, name, condition, got, context, advice)
+        check_same_device(op, name, t, w)
 
 
 def check_column_sum(dy: Tensor) -> None:

@@ -64,6 +64,17 @@ ramped_adamw_(params, ..., rng, grad_sums, counts, periods)
     gradients since its last update and a learning rate as many times as large. grad_sums: float32;
     counts, periods: uint8 or int16, like params. A gradient tensor that is not finite is counted
     and not added. Source: arXiv 2502.20853, its section on Q-Ramping.
+quantization_statistics(x, data, scale, tensor_scale, format, prescale=1.0) -> float64 `[128, 8]`
+    What rounding did to x `[R, K]` (bfloat16, float16 or float32, any strides; rotated where that
+    was rotated before quantizing), against the operand that was made of it: the columns are counts
+    of elements, of those in NaN blocks, nonzero, underflowing and clipped ones, then the sums of
+    x^2, (x - q)^2 and the confidence. The rows are parts of x, to be added. Raises where x and the
+    operand disagree. Source: arXiv 2502.20853 (quantization confidence).
+oscillation_step_(state, sums, w, data, scale, tensor_scale, format)
+    One transition of w `[R, K]` and its operand: state is float32 `[5, R, K]`, w' and q' of the
+    step before, then the sums of |w - w'|, |q - q'| and flips, which it adds to; sums float64
+    `[128, 5]` gets the squares of w - w', w', q - q' and q' and the flips, in parts to be added.
+    Raises where shapes or dtypes disagree. Source: arXiv 2502.20853 (oscillation ratio).
 """
 
 from __future__ import annotations
@@ -90,6 +101,8 @@ OP_NAMES = (
     "gemm_add_",
     "adamw_",
     "ramped_adamw_",
+    "quantization_statistics",
+    "oscillation_step_",
 )
 
 
@@ -259,6 +272,20 @@ def _(
     a_parts, b_parts = (a, a_scale, a_tensor_scale), (b, b_scale, b_tensor_scale)
     _check_product("gemm_add_", a_parts, b_parts, format, None, alpha, torch.float32, accumulate)
     check.check_accumulator(out, a, b)
+
+
+@torch.library.register_fake("mxtrain::quantization_statistics")
+def _(x, data, scale, tensor_scale, format, prescale=1.0):
+    op = "quantization_statistics"
+    check.check_statistics(op, "x", x, data, scale, tensor_scale, format)
+    check.check_prescale(op, x, prescale)
+    return x.new_empty((check.STATISTICS_PARTS, 8), dtype=torch.float64)
+
+
+@torch.library.register_fake("mxtrain::oscillation_step_")
+def _(state, sums, w, data, scale, tensor_scale, format):
+    check.check_statistics("oscillation_step_", "w", w, data, scale, tensor_scale, format)
+    check.check_movement(state, sums, w)
 
 
 @torch.library.register_fake("mxtrain::adamw_")

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -279,6 +280,30 @@ class Recipe:
         """A copy with some fields changed, validated again (`dataclasses.replace`)."""
         return dataclasses.replace(self, **changes)
 
+    def with_quantizers(self, name: str, gemms: str | Sequence[str], **changes: Any) -> Recipe:
+        """A copy called name in which both quantizers of these GEMMs have the changed fields.
+
+            mxfp4_backward = get_recipe("mxfp4_backward")
+            wide = mxfp4_backward.with_quantizers("g = 128", ("dgrad", "wgrad"), hadamard=128)
+            both = wide.with_quantizers("g = 128, FP8 forward", "fprop", format="mxfp8_e4m3")
+
+        Raises ValueError for another GEMM, or where the recipe would not be valid; TypeError for a
+        field that a Quantizer does not have.
+        """
+        known = [field.name for field in dataclasses.fields(Quantizer)]
+        unknown = [key for key in changes if key not in known]
+        what, condition = "Recipe.with_quantizers", "be fields of Quantizer: " + ", ".join(known)
+        if unknown:
+            advice = "Use Recipe.replace for a field of the recipe."
+            message = refusal(what, "changes", condition, unknown, self.name, advice)
+            raise TypeError(message)
+        fields: dict[str, Quantizer] = {}
+        for gemm in [gemms] if isinstance(gemms, str) else gemms:
+            check_name(what, "gemms", gemm, GEMMS)
+            for field in GEMMS[gemm]:
+                fields[field] = dataclasses.replace(getattr(self, field), **changes)
+        return self.replace(name=name, **fields)
+
     def describe(self) -> str:
         """One line a GEMM: both quantizers, and what applies to the GEMM as a whole."""
         return "\n".join(f"{gemm}  {self._describe(gemm, ' | ')}" for gemm in GEMMS)
@@ -344,6 +369,8 @@ _CEIL_SR = Quantizer("mxfp4", "ceil", "stochastic")
 _CEIL_SR_AGAIN = Quantizer("mxfp4", "ceil", "stochastic", source="forward")
 _CEIL_EMA = Quantizer("mxfp4", "ceil", "toward")
 _RHT_SR = Quantizer("mxfp4", "floor", "stochastic", hadamard=64, signs="drawn", prescale=0.75)
+_RHT = Quantizer("mxfp4", "floor", hadamard=64, signs="drawn")
+_SR = Quantizer("mxfp4", "floor", "stochastic", prescale=0.75)
 _RHT32_SR = Quantizer("mxfp4", "floor", "stochastic", hadamard=32, signs="drawn", prescale=0.75)
 _H32 = Quantizer("mxfp4", "ceil", hadamard=32)
 _MXFP8 = Quantizer("mxfp8_e4m3", "ceil")
@@ -378,6 +405,22 @@ _TABLE: dict[str, tuple[tuple[Quantizer, ...], dict[str, Any], str]] = {
         (_MXFP8, _MXFP8, _RHT_SR, _RHT_SR, _RHT_SR, _RHT_SR), {},
         "Tseng et al., with an FP8 forward, arXiv 2502.20586",
     ),
+    "mxfp4_backward_rht": (
+        (_NONE, _NONE, _RHT, _RHT, _RHT, _RHT), {},
+        "Tseng et al., the ablation without SR (their mode 1), arXiv 2502.20586",
+    ),
+    "mxfp4_backward_sr": (
+        (_NONE, _NONE, _SR, _SR, _SR, _SR), {},
+        "Tseng et al., the ablation without RHT (their mode 4), arXiv 2502.20586",
+    ),
+    "mxfp4_backward_plain": (
+        (_NONE, _NONE, _FLOOR, _FLOOR, _FLOOR, _FLOOR), {},
+        "Tseng et al., the ablation without either (their mode 2), arXiv 2502.20586",
+    ),
+    "fp4_mixed_ffn": (
+        (_CEIL, _CEIL, _MXFP8, _MXFP8, _MXFP8, _MXFP8), {},
+        "Zhou et al., the feed-forward layers of `fp4_mixed`, arXiv 2502.11458",
+    ),
     "mxfp4_hadamard": (
         (_CEIL, _CEIL, _CEIL, _CEIL, _H32, _H32), {},
         "AMD's MXFP4 recipe (fixed rotation of wgrad, nearest), arXiv 2605.09825",
@@ -410,7 +453,8 @@ def get_recipe(recipe: str | Recipe) -> Recipe:
     """
     if isinstance(recipe, Recipe):
         return recipe
-    what, advice = "get_recipe", "Pass a mxtrain.Recipe for one of your own."
+    what = "get_recipe"
+    advice = "Pass a mxtrain.Recipe for one of your own; a name of mxtrain.MIXES goes to convert."
     if not isinstance(recipe, str):
         got = type(recipe).__name__
         condition = "be a name or a Recipe"

@@ -13,7 +13,7 @@ import re
 import sys
 from pathlib import Path
 
-from . import recipe
+from . import mix, recipe
 from .formats import FORMATS
 
 
@@ -81,6 +81,7 @@ def measured_table(title: str, column: str, rows: dict[str, str]) -> str:
 TABLES = {
     "formats": formats_table,
     "recipes": recipe.table,
+    "mixes": mix.table,
     "of_copy": lambda: measured_table("of copy", "of_copy", OF_COPY),
     "vs_bf16": lambda: measured_table("times BF16", "vs_bf16", VS_BF16),
 }

@@ -154,10 +154,10 @@ class _Entry:
 class WeightCache:
     """The operands of one layer's weight. Empty in copies and pickles."""
 
-    __slots__ = ("_captured", "_dgrad", "_fprop")
+    __slots__ = ("_dgrad", "_fprop", "captured")
 
     def __init__(self) -> None:
-        self._captured = False
+        self.captured = False
         self.drop()
         _install_hooks()
 
@@ -173,9 +173,9 @@ class WeightCache:
         if _transformed() or not _plain(weight) or x.device != weight.device or _gathered():
             return False
         if _capturing(weight):
-            self._captured = True
+            self.captured = True
             self.drop()
-        return not (self._captured or _Steps.within or _Steps.captured)
+        return not (self.captured or _Steps.within or _Steps.captured)
 
     def fprop(
         self, weight: Tensor, ema: Tensor | None, recipe: Recipe, make: Callable[[], Operand]
@@ -203,7 +203,7 @@ class WeightCache:
         """
         if not _keeps_dgrad(recipe) or _transformed() or _capturing(weight):
             return make()
-        if self._captured or _Steps.within or _Steps.captured:
+        if self.captured or _Steps.within or _Steps.captured:
             return make()
         source, fprop = weight, self._fprop
         if recipe.dgrad_w.source == "forward":
@@ -246,6 +246,11 @@ class CachedLinear(EmaLinear):
         """
         self._cache.drop()
 
+    @property
+    def was_captured(self) -> bool:
+        """Whether a CUDA graph holds a forward of this layer as it was: eager, not compiled."""
+        return self._cache.captured
+
     def _start_without_cache(self) -> None:
         self._cache = WeightCache()
 
@@ -253,10 +258,11 @@ class CachedLinear(EmaLinear):
         """The cache where this forward may use it. A trace reads nothing of it."""
         if torch.compiler.is_compiling():
             return None
+        usable = self._cache.usable(x, self.weight)
         if not self.keep_packed:
             self.drop_cache()
             return None
-        return self._cache if self._cache.usable(x, self.weight) else None
+        return self._cache if usable else None
 
     def train(self, mode: bool = True) -> CachedLinear:
         # A weight is swapped for an evaluation through weight.data more often than anywhere else.

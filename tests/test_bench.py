@@ -417,3 +417,13 @@ def test_an_error_while_sampling_costs_the_row():
     outcome = run(chosen)
     assert outcome.failed == [("mine/1", "RuntimeError: late")]
     assert [row["name"] for row in outcome.rows] == ["b/1"]
+
+
+@pytest.mark.parametrize("format", ["mxfp4", "nvfp4"])
+@pytest.mark.parametrize("row", ["quantization_statistics", "oscillation_step"])
+def test_rows_of_the_diagnostics_compute_what_they_check(row, format):
+    case = cases.build(f"{row}/{format}/16x96")
+    inputs = case.make(torch.device("cpu"))
+    assert case.check(inputs, case.call(*inputs), 10**6) <= case.tolerance
+    assert case.bytes > 16 * 96 * (2 if row == "quantization_statistics" else 42)
+    assert row in case.op

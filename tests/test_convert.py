@@ -132,7 +132,7 @@ def test_a_recipe_list_names_the_ends_unless_by_the_catch_all():
     model = Model()
     report = convert(model, [("blocks.*", "tetrajet")])
     assert recipes(model) == dict.fromkeys(BLOCKS, "tetrajet")
-    assert {layer.reason for layer in report.left} == {"no pattern of the recipe list matches"}
+    assert {layer.reason for layer in report.left} == {"no pattern of the recipe matches"}
 
 
 def test_patterns_are_globs_regular_expressions_or_callables():

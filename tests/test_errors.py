@@ -296,7 +296,7 @@ def test_not_even_tensors():
 def test_convert_wants_a_recipe(recipe):
     refused(
         TypeError,
-        "recipe must be a name, a Recipe, or a list",
+        "recipe must be a name, a Recipe, a Mix, or a list",
         lambda: mxtrain.convert(torch.nn.Linear(64, 64), recipe),
     )
 

@@ -59,6 +59,16 @@ def ramped(grad_sums=(P,), counts=(C8,), periods=(C8,), **rest):
     return adamw(extra=(list(grad_sums), list(counts), list(periods)), **rest)
 
 
+def statistics(x=X, a=A, format=0, prescale=1.0):
+    return (x[:, :40], a.data, a.scale, a.tensor_scale, format, prescale)
+
+
+def oscillation_step_(state=None, sums=None, w=X, a=A, format=0):
+    state = torch.zeros(5, 64, 40) if state is None else state
+    sums = torch.zeros(128, 5, dtype=F64) if sums is None else sums
+    return (state, sums, w[:, :40], a.data, a.scale, a.tensor_scale, format)
+
+
 BAD = {
     "adamw_": [
         adamw(params=[P.half()]),
@@ -252,6 +262,28 @@ BAD = {
         gemm_add_(torch.zeros(1, 64, 64)),
         gemm_add_(torch.zeros(64, 128)[:, ::2]),
         gemm_add_(torch.zeros(64, 64).t().expand(64, 64)[:, :0]),
+    ],
+    "quantization_statistics": [
+        statistics(X.double()),
+        statistics(X[:60]),
+        statistics(a=C),
+        statistics(a=N),
+        statistics(format=9),
+        statistics(prescale=0.0),
+        statistics(prescale=INF),
+        statistics(prescale=NAN),
+    ],
+    "oscillation_step_": [
+        oscillation_step_(w=X.double()),
+        oscillation_step_(w=X[:60]),
+        oscillation_step_(a=C),
+        oscillation_step_(format=5),
+        oscillation_step_(torch.zeros(5, 64, 64)),
+        oscillation_step_(torch.zeros(4, 64, 40)),
+        oscillation_step_(torch.zeros(5, 64, 40, dtype=F64)),
+        oscillation_step_(torch.zeros(5, 64, 80)[:, :, ::2]),
+        oscillation_step_(sums=torch.zeros(128, 5)),
+        oscillation_step_(sums=torch.zeros(5, dtype=F64)),
     ],
     "column_sum": [(X[0],), (X.double(),), (X[None],)],
 }

@@ -28,7 +28,8 @@ def fields(recipe: Recipe) -> list[Quantizer]:
 def test_names():
     assert list(RECIPES) == [
         "bf16", "mxfp4_baseline", "tetrajet", "tetrajet_ema", "mxfp4_backward",
-        "mxfp4_backward_mxfp8", "mxfp4_hadamard", "quartet", "mxfp8", "nvfp4",
+        "mxfp4_backward_mxfp8", "mxfp4_backward_rht", "mxfp4_backward_sr", "mxfp4_backward_plain",
+        "fp4_mixed_ffn", "mxfp4_hadamard", "quartet", "mxfp8", "nvfp4",
     ]  # fmt: skip
     assert all(name == recipe.name and recipe.reference for name, recipe in RECIPES.items())
 
@@ -74,6 +75,58 @@ def test_mxfp4_backward(name, forward):
         16 / 9,
         16 / 9,
     )
+
+
+@pytest.mark.parametrize(
+    "name, fields_of_backward",
+    [
+        ("mxfp4_backward_rht", {"rounding": "nearest", "prescale": 1.0}),
+        ("mxfp4_backward_sr", {"hadamard": 0, "signs": "none"}),
+        (
+            "mxfp4_backward_plain",
+            {"rounding": "nearest", "prescale": 1.0, "hadamard": 0, "signs": "none"},
+        ),
+    ],
+)
+def test_the_ablations_of_mxfp4_backward_differ_in_these_fields(name, fields_of_backward):
+    whole, recipe = RECIPES["mxfp4_backward"], RECIPES[name]
+    ablated = whole.with_quantizers(name, ("dgrad", "wgrad"), **fields_of_backward)
+    assert ablated.replace(reference=recipe.reference) == recipe
+    alpha = 1 if "prescale" in fields_of_backward else 16 / 9
+    assert [recipe.alpha(gemm) for gemm in GEMMS] == [1, alpha, alpha]
+
+
+@pytest.mark.parametrize("forward", [None, "mxfp8_e4m3"])
+@pytest.mark.parametrize("g", [32, 64, 128, 256])
+def test_mxfp4_backward_in_groups_of_g_with_either_forward(g, forward):
+    name = f"g = {g}, {forward}"
+    recipe = RECIPES["mxfp4_backward"].with_quantizers(name, ("dgrad", "wgrad"), hadamard=g)
+    recipe = recipe.with_quantizers(name, "fprop", format=forward)
+    assert recipe.name == name and {q.format for q in fields(recipe)[:2]} == {forward}
+    assert {(q.hadamard, q.prescale, q.rounding, q.signs) for q in fields(recipe)[2:]} == {
+        (g, 0.75, "stochastic", "drawn")
+    }
+    assert recipe.misfit(64, g) is None
+    if g > 32:
+        assert f"must be a multiple of {g}" in recipe.misfit(64, g // 2)
+
+
+def test_with_quantizers_refuses_what_a_quantizer_or_recipe_does():
+    recipe = RECIPES["mxfp4_backward"]
+    with refuses(TypeError, "changes must be fields of Quantizer"):
+        recipe.with_quantizers("x", "dgrad", ema_beta=0.5)
+    with refuses(ValueError, "gemms must be one of fprop, dgrad, wgrad"):
+        recipe.with_quantizers("x", ("dgrad", "forward"), hadamard=32)
+    with refuses(ValueError, "hadamard must be one of"):
+        recipe.with_quantizers("x", "dgrad", hadamard=48)
+    with refuses(ValueError, "signs must be 'none' without a Hadamard"):
+        recipe.with_quantizers("x", "dgrad", hadamard=0)
+
+
+def test_fp4_mixed_ffn_is_fp4_forward_and_fp8_backward_from_the_originals():
+    recipe = RECIPES["fp4_mixed_ffn"]
+    assert set(fields(recipe)[:2]) == {Quantizer("mxfp4", "ceil")}
+    assert set(fields(recipe)[2:]) == {Quantizer("mxfp8_e4m3", "ceil")}
 
 
 def test_nvfp4_rotates_wgrad_and_rounds_gradients_stochastically():

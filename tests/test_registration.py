@@ -77,6 +77,15 @@ def op_samples(device: str) -> list[tuple[str, tuple, dict]]:
                 {},
             ),
         ]
+        made = mxtrain.quantize(x.bfloat16(), name)
+        made = (made.data, made.scale, made.tensor_scale, code)
+        state = torch.zeros(5, 64, 96, device=device)
+        sums = torch.zeros(128, 5, dtype=torch.float64, device=device)
+        samples += [
+            ("quantization_statistics", (x, *made), {}),
+            ("quantization_statistics", (x.T.half().T, *made, 0.75), {}),
+            ("oscillation_step_", (state, sums, x.bfloat16(), *made), {}),
+        ]
     scale = torch.randint(0, 255, (130, 5), dtype=torch.uint8, device=device)
     samples += optimizer_samples(device)
     samples += [

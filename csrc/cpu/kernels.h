@@ -112,6 +112,20 @@ struct AdamwParams {
   WeightQuantizer quantizer;
 };
 
+// quantization_statistics, and with a state oscillation_step_; see formats/statistics.h.
+struct StatisticsParams {
+  Source x;              // [rows, cols] floats
+  const uint8_t* data;   // [rows, data_cols], the operand that was made of x
+  const uint8_t* scale;  // [rows, scale_cols]
+  int64_t data_cols, scale_cols;
+  float tensor_scale;
+  int64_t rows, cols;
+  int format;
+  float prescale;
+  float* state;  // [5, rows, cols], changed; null: statistics are asked for
+  double* sums;  // [parts, kStatistics], or [parts, kMovements] with a state
+};
+
 struct Kernels {
   const char* isa;
   void (*quantize)(const QuantizeParams&, int64_t r0, int64_t k0);  // one tile
@@ -123,6 +137,7 @@ struct Kernels {
   void (*epilogue)(const EpilogueParams&, int64_t row_begin, int64_t row_end);
   void (*column_strips)(const ColumnSumParams&, int64_t strip_begin, int64_t strip_end);
   void (*adamw)(const AdamwParams&, int64_t block_begin, int64_t block_end);
+  void (*statistics)(const StatisticsParams&, int64_t part);
 };
 
 // The widest instruction set that this build has and this processor runs.

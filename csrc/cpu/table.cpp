@@ -15,10 +15,11 @@ void hadamard(const HadamardParams&, int64_t, int64_t);
 void stochastic_round(const StochasticRoundParams&, int64_t, int64_t);
 void epilogue(const EpilogueParams&, int64_t, int64_t);
 void column_strips(const ColumnSumParams&, int64_t, int64_t);
+void statistics(const StatisticsParams&, int64_t);
 void adamw(const AdamwParams&, int64_t, int64_t);
 
 extern const Kernels kTable;
 const Kernels kTable = {MXT_STRING(MXT_ISA), quantize, finite_amax,   dequantize, hadamard,
-                        stochastic_round,    epilogue, column_strips, adamw};
+                        stochastic_round,    epilogue, column_strips, adamw,      statistics};
 
 }  // namespace mxtrain::cpu::MXT_ISA

@@ -20,6 +20,12 @@ void check_gemm(const char* op, const Tensor& a, const Tensor& a_scale,
 
 // out of gemm_add_, for operands a and b that are checked.
 void check_accumulator(const Tensor& out, const Tensor& a, const Tensor& b);
+// x (called name) and the operand that was made of it; the factor of quantize; the buffers of
+// oscillation_step_ for a w that is checked.
+void check_statistics(const char* op, const char* name, const Tensor& x, const Tensor& data,
+                      const Tensor& scale, const OptionalTensor& tensor_scale, int64_t format);
+void check_prescale(const char* op, const Tensor& x, double prescale);
+void check_movement(const Tensor& state, const Tensor& sums, const Tensor& w);
 // What mxtrain_set_gemm_backend was told last, in this process.
 GemmBackend requested_gemm_backend();
 
@@ -60,7 +66,11 @@ GemmBackend requested_gemm_backend();
                      TensorList exp_avg_sqs, TensorList steps, double lr, double beta1,            \
                      double beta2, double eps, double weight_decay, OptionalTensor lr_tensor,      \
                      OptionalTensor rng, TensorList grad_sums, TensorList counts,                  \
-                     TensorList periods);
+                     TensorList periods);                                                          \
+  Tensor quantization_statistics(Tensor x, Tensor data, Tensor scale, OptionalTensor tensor_scale, \
+                                 int64_t format, double prescale);                                 \
+  void oscillation_step_(Tensor state, Tensor sums, Tensor w, Tensor data, Tensor scale,           \
+                         OptionalTensor tensor_scale, int64_t format);
 
 namespace cpu {
 MXT_DECLARE_OPS

@@ -38,6 +38,7 @@ from .quantize import (
     requantize,
     stochastic_round,
 )
+from .statistics import confidence, oscillation_step_, quantization_statistics
 
 __all__ = [
     "BFLOAT16",
@@ -52,6 +53,7 @@ __all__ = [
     "Format",
     "adamw",
     "column_sum",
+    "confidence",
     "decode",
     "decode_e8m0",
     "dequantize",
@@ -66,8 +68,10 @@ __all__ = [
     "gemm_magnitude",
     "hadamard",
     "lerp",
+    "oscillation_step_",
     "pack",
     "philox4x32_10",
+    "quantization_statistics",
     "quantize",
     "quantize_dual",
     "ramped_adamw",

@@ -1,0 +1,364 @@
+"""Diagnostics of quantized training: how weights oscillate, and what each quantizer loses.
+
+The definitions, with W' the weight of the step before, Q(W) its quantized values and T the steps of
+a window (arXiv 2502.20853):
+
+    oscillation ratio    R = sum |Q(W) - Q(W')| / (sum |W - W'| + 1e-8), an element over a window;
+                         a weight that drifts has about 1; above 16 the paper calls it oscillating
+    rate of change       r(X) = mean over steps of |X - X'| / |X'|, Frobenius norms; of W, Q(W) and
+                         layer outputs on fixed inputs
+    confidence           how far W lies from the nearest rounding threshold, 0 to 1 (numerics.md)
+    flips                elements whose Q(W) moved a step on its grid: by more than 1/32 of it
+    SNR                  10 log10(sum x^2 / sum (x - Q(x))^2), in dB
+    underflow            nonzero elements that round to 0, as a share of the nonzero ones
+    clip                 elements beyond the format's largest at their scale, as a share of all
+
+Q rounds as the recipe does; a stochastic fprop_w is watched as if it rounded to nearest, since its
+flips would be those of the draws.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .checks import check_bool, check_int, check_number, check_tensor, kind, refusal, show
+from .formats import FORMATS
+from .linear import MXLinear
+from .op_checks import STATISTICS_PARTS
+from .operand import Operand, hadamard, quantize
+from .recipe import Quantizer, fixed_signs
+from .reference.statistics import (
+    MOVEMENTS,
+    STATISTICS,
+    element_scales,
+)
+from .reference.statistics import confidence as _confidence
+
+OSCILLATING = 16.0
+"""The oscillation ratio above which the paper calls a weight oscillating."""
+
+
+RATIO_EDGES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
+"""Where the bins of `Oscillation.histogram` end; the last one has no end."""
+
+
+# ---- the ops ----
+
+
+@torch.no_grad()
+def quantization_statistics(x: Tensor, operand: Operand, prescale: float = 1.0) -> Tensor:
+    """What rounding did to x: sums by STATISTICS, float64 [8] on x's device.
+
+    Args:
+        x: `[R, K]`, bfloat16, float16 or float32; rotated, where that was rotated.
+        operand: what quantize made of x.
+        prescale: as quantize had it.
+
+    Raises:
+        RuntimeError: where x and the operand disagree.
+    """
+    check_tensor("quantization_statistics", "x", x)
+    _check_operand("quantization_statistics", operand)
+    check_number("quantization_statistics", "prescale", prescale)
+    parts = (operand.data, operand.plain_scale(), operand.tensor_scale)
+    code = FORMATS[operand.format].code
+    return torch.ops.mxtrain.quantization_statistics(x, *parts, code, prescale).sum(0)
+
+
+@torch.no_grad()
+def oscillation_step_(state: Tensor, w: Tensor, operand: Operand) -> Tensor:
+    """One transition of w and its quantized q: sums by MOVEMENTS, float64 [5] on w's device.
+
+    Args:
+        state: float32 `[5, R, K]`, changed in place: w and q of the step before, and sums over the
+            transitions of |w - w'|, of |q - q'| and of the flips.
+        w: `[R, K]`, bfloat16, float16 or float32; rotated, where that was rotated.
+        operand: what quantize made of w.
+
+    Raises:
+        RuntimeError: where shapes or dtypes disagree.
+    """
+    check_tensor("oscillation_step_", "state", state)
+    check_tensor("oscillation_step_", "w", w)
+    _check_operand("oscillation_step_", operand)
+    sums = w.new_empty((STATISTICS_PARTS, len(MOVEMENTS)), dtype=torch.float64)
+    parts = (operand.data, operand.plain_scale(), operand.tensor_scale)
+    code = FORMATS[operand.format].code
+    torch.ops.mxtrain.oscillation_step_(state, sums, w, *parts, code)
+    return sums.sum(0)
+
+
+def _check_operand(what: str, operand: object) -> None:
+    if not isinstance(operand, Operand):
+        condition, advice = "be an Operand", "Pass what mxtrain.quantize returned."
+        got = type(operand).__name__
+        raise TypeError(refusal(what, "operand", condition, got, show(operand), advice))
+
+
+# ---- one quantizer ----
+
+
+def as_seen(
+    x: Tensor, q: Quantizer, toward: Tensor | None = None, stochastic: bool = False
+) -> tuple[Tensor, Operand]:  # fmt: skip
+    """x as q's grid sees it, filled up and rotated along its rows, and its operand.
+
+    Nothing is drawn: signs that a recipe draws are the fixed ones here, and stochastic rounding,
+    where it is asked for, takes numbers of its own.
+    """
+    rounding, signs = q.rounding, None
+    if (rounding == "stochastic" and not stochastic) or (rounding == "toward" and toward is None):
+        rounding = "nearest"
+    rng = _own_rng(x.device) if rounding == "stochastic" else None
+    toward = toward.detach() if rounding == "toward" else None
+    x = x.detach()
+    if q.hadamard:
+        fill = (0, -x.shape[1] % q.hadamard)
+        x, toward = F.pad(x, fill), None if toward is None else F.pad(toward, fill)
+        signs = fixed_signs(q.hadamard, x.device) if q.signs != "none" else None
+    op = quantize(
+        x, q.format, scale_rule=q.scale_rule, rounding=rounding, rng=rng, prescale=q.prescale,
+        toward=toward, hadamard=q.hadamard, signs=signs,
+    )  # fmt: skip
+    return (hadamard(x.float(), q.hadamard, signs) if q.hadamard else x), op
+
+
+def _own_rng(device: torch.device) -> Tensor:
+    return torch.full((2,), 0x5EED, dtype=torch.int64, device=device)
+
+
+def _check_quantizer(what: str, x: object, q: object) -> None:
+    check_tensor(what, "x", x)
+    if x.dim() != 2:
+        condition, got, advice = "have 2 dimensions", x.dim(), "Flatten the leading axes."
+        context = f"shape {list(x.shape)}"
+        raise ValueError(refusal(what, "x", condition, got, context, advice))
+    if not isinstance(q, Quantizer) or q.format is None:
+        condition, advice = "be a Quantizer with a format", "Without one nothing is lost."
+        raise ValueError(refusal(what, "quantizer", condition, show(q), kind(q), advice))
+
+
+@torch.no_grad()
+def quantizer_sums(
+    x: Tensor, quantizer: Quantizer, *, transpose: bool = False, toward: Tensor | None = None
+) -> Tensor:  # fmt: skip
+    """The sums that `quantizer_rates` reads, on x's device without waiting for it: float64 [8].
+
+    Args:
+        x: `[R, K]`, bfloat16, float16 or float32.
+        quantizer: with a format. Its source is not read: pass the forward operand's values.
+        transpose: quantize x.T, whose blocks run along R.
+        toward: like x, what a quantizer that rounds "toward" leans to; None rounds to nearest.
+    """
+    _check_quantizer("quantizer_sums", x, quantizer)
+    check_bool("quantizer_sums", "transpose", transpose)
+    if transpose:
+        x, toward = x.t(), None if toward is None else toward.t()
+    x, op = as_seen(x, quantizer, toward, stochastic=True)
+    return quantization_statistics(x, op, quantizer.prescale)
+
+
+def quantizer_rates(sums: Mapping[str, float]) -> dict[str, float]:
+    """snr (dB), underflow, clip, confidence and nonfinite (shares) of sums by name of STATISTICS.
+
+    What has no elements is NaN; an SNR without noise is inf.
+    """
+    s = dict(sums)
+    noise, signal = s["noise"], s["signal"]
+    snr = float("nan") if signal == 0 else float("inf")
+    if noise > 0 and signal > 0:
+        snr = 10 * torch.tensor(signal / noise, dtype=torch.float64).log10().item()
+    return {
+        "snr": snr,
+        "underflow": _share(s["underflow"], s["nonzero"]),
+        "clip": _share(s["clip"], s["elements"]),
+        "confidence": _share(s["confidence"], s["elements"]),
+        "nonfinite": _share(s["nonfinite"], s["elements"] + s["nonfinite"]),
+    }
+
+
+def _share(part: float, whole: float) -> float:
+    return part / whole if whole else float("nan")
+
+
+def quantizer_statistics(
+    x: Tensor, quantizer: Quantizer, *, transpose: bool = False, toward: Tensor | None = None
+) -> dict[str, float]:  # fmt: skip
+    """What a quantizer does to x: its snr, underflow, clip, confidence and nonfinite.
+
+    Arguments as `quantizer_sums`. Drawn signs are the fixed ones here, and stochastic rounding
+    takes numbers of its own, so torch's generator is left alone.
+    """
+    sums = quantizer_sums(x, quantizer, transpose=transpose, toward=toward)
+    return quantizer_rates(dict(zip(STATISTICS, sums.tolist(), strict=True)))
+
+
+@torch.no_grad()
+def confidence(w: Tensor, quantizer: Quantizer) -> Tensor:
+    """Quantization confidence of each element of w `[R, K]`: float32 `[R, K]` in [0, 1].
+
+    NaN in blocks that are not finite. For a rotated quantizer, of the rotated elements, with K
+    filled up to whole groups.
+    """
+    _check_quantizer("confidence", w, quantizer)
+    seen, op = as_seen(w, quantizer)
+    scale = element_scales(op.scale, op.tensor_scale, op.format, seen.shape[1])
+    # A block of zeros has no scale in nvfp4: its elements are on the grid.
+    v = torch.where(seen == 0, 0.0, seen.float() * quantizer.prescale / scale)
+    return torch.where(scale.isnan(), float("nan"), _confidence(v, op.format))
+
+
+# ---- one weight over time ----
+
+
+class Oscillation:
+    """The movements of a matrix and of its quantized values, step by step.
+
+        watch = Oscillation(layer.recipe.fprop_w)
+        for step in range(31):
+            watch.update(layer.weight)   # the first one only remembers
+            ...
+        watch.ratio()                    # R of each element over the 30 transitions
+
+    Memory: 20 bytes an element. A quantizer that is rotated is watched on its rotated grid.
+
+    Attributes:
+        quantizer: how Q rounds.
+        transitions: updates since `reset`, less the first.
+    """
+
+    def __init__(self, quantizer: Quantizer) -> None:
+        if not isinstance(quantizer, Quantizer) or quantizer.format is None:
+            condition, advice = "be a Quantizer with a format", "Q(W) would be W itself."
+            got = show(quantizer)
+            raise ValueError(
+                refusal("Oscillation", "quantizer", condition, got, kind(quantizer), advice)
+            )
+        self.quantizer, self.transitions = quantizer, 0
+        self._state: Tensor | None = None
+
+    @torch.no_grad()
+    def update(self, w: Tensor, toward: Tensor | None = None) -> Tensor | None:
+        """w `[R, K]` is the matrix of the next step.
+
+        Returns:
+            Sums over this transition, float64 [5] by MOVEMENTS, on w's device; None the first time.
+        """
+        q = self.quantizer
+        _check_quantizer("Oscillation.update", w, q)
+        w, op = as_seen(w, q, toward)
+        if self._state is None:
+            self._state = self._begin(w, op)
+            return None
+        if self._state.shape[1:] != w.shape:
+            condition = f"have the shape of the first, {list(self._state.shape[1:])}"
+            got, context = list(w.shape), "one Oscillation watches one matrix"
+            message = refusal(
+                "Oscillation.update", "w", condition, got, context, "Make another Oscillation."
+            )
+            raise ValueError(message)
+        self.transitions += 1
+        return oscillation_step_(self._state, w, op)
+
+    @staticmethod
+    def _begin(w: Tensor, op: Operand) -> Tensor:
+        state = torch.zeros((5, *w.shape), dtype=torch.float32, device=w.device)
+        state[0].copy_(w)
+        state[1].copy_(op.dequantize(torch.float32))
+        return state
+
+    def reset(self) -> None:
+        """Begin a new window from the last update: R and flips are those since then."""
+        self.transitions = 0
+        if self._state is not None:
+            self._state[2:].zero_()
+
+    def _watched(self, what: str) -> Tensor:
+        if self._state is None or self.transitions == 0:
+            condition, advice = "have seen two matrices", "Call update after each step."
+            got, context = self.transitions, "transitions"
+            raise RuntimeError(refusal(what, "updates", condition, got, context, advice))
+        return self._state
+
+    def ratio(self) -> Tensor:
+        """R of every element over the window, float32 of the matrix's shape."""
+        _, _, travel_w, travel_q, _ = self._watched("Oscillation.ratio")
+        return travel_q / (travel_w + 1e-8)
+
+    def flips(self) -> Tensor:
+        """How often Q of every element flipped in the window, int32."""
+        return self._watched("Oscillation.flips")[4].to(torch.int32)
+
+    def summary(self) -> Tensor:
+        """Share of elements with R > 16, and R's mean: float32 [2] on the device."""
+        r = self.ratio()
+        return torch.stack([(r > OSCILLATING).float().mean(), r.mean()])
+
+    def histogram(self) -> Tensor:
+        """Share of elements with R in [0, edge 0), [edge 0, edge 1), ..., edges of RATIO_EDGES."""
+        r = self.ratio().flatten()
+        edges = torch.tensor(RATIO_EDGES, device=r.device)
+        below = (r[None] < edges[:, None]).float().mean(1)
+        zero, one = below.new_zeros(1), below.new_ones(1)
+        return torch.cat([zero, below, one]).diff()
+
+
+def rate_of_change(sums: Tensor) -> tuple[Tensor, Tensor]:
+    """r(W) and r(Q(W)), float64 scalars, of the sums by MOVEMENTS of transitions, `[T, 5]`."""
+    check_tensor("rate_of_change", "sums", sums)
+    moved_w, size_w, moved_q, size_q, _ = sums.unbind(-1)
+    return (moved_w / size_w).sqrt().mean(), (moved_q / size_q).sqrt().mean()
+
+
+def output_change(before: Tensor, after: Tensor) -> Tensor:
+    """|after - before| / |before|, Frobenius norms in float32: a scalar on the device."""
+    for name, t in (("before", before), ("after", after)):
+        check_tensor("output_change", name, t)
+    if before.shape != after.shape:
+        condition, advice = "have the shape of before", "Compare outputs for the same inputs."
+        got, context = list(after.shape), f"before {list(before.shape)}"
+        raise ValueError(refusal("output_change", "after", condition, got, context, advice))
+    before, after = before.detach().float(), after.detach().float()
+    return (after - before).norm() / before.norm()
+
+
+# ---- samples of a layer ----
+
+
+def row_sample(rows: int, cols: int, elements: int) -> slice:
+    """Rows, evenly spread, that hold about that many elements: all, where there are no more."""
+    for name, value in (("rows", rows), ("cols", cols), ("elements", elements)):
+        check_int("row_sample", name, value, low=0)
+    wanted = max(1, elements // max(cols, 1))
+    return slice(None, None, max(1, rows // wanted))
+
+
+def weight_quantizer(layer: MXLinear) -> Quantizer | None:
+    """What rounds the layer's weight in the forward pass; None where nothing does."""
+    q: Any = layer.recipe.fprop_w
+    return q if q.format is not None else None
+
+
+__all__ = [
+    "MOVEMENTS",
+    "OSCILLATING",
+    "RATIO_EDGES",
+    "STATISTICS",
+    "Oscillation",
+    "as_seen",
+    "confidence",
+    "oscillation_step_",
+    "output_change",
+    "quantization_statistics",
+    "quantizer_rates",
+    "quantizer_statistics",
+    "quantizer_sums",
+    "rate_of_change",
+    "row_sample",
+    "weight_quantizer",
+]

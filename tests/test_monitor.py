@@ -1,0 +1,226 @@
+"""monitor and its CSV: what is in a row, when, that it changes nothing; the plot."""
+
+from __future__ import annotations
+
+import csv
+import math
+
+import pytest
+import torch
+from common import refuses
+from test_convert import BLOCKS, Model
+from torch import nn
+
+import mxtrain
+from mxtrain import MXLinear, Quantizer, convert, monitor, plot
+from mxtrain.monitor import COLUMNS, QUANTIZERS, RATES
+from mxtrain.oscillation import Oscillation, quantizer_statistics
+
+pytestmark = pytest.mark.ops("quantize", "quantize_dual", "requantize", "dequantize", "gemm")
+
+
+def build(recipe, device="cpu"):
+    torch.manual_seed(0)
+    model = Model().to(device)
+    convert(model, recipe)
+    return model, torch.optim.AdamW(model.parameters(), lr=1e-2)
+
+
+def train(model, optimizer, steps, seed=1):
+    device = next(model.parameters()).device
+    torch.manual_seed(seed)
+    for _ in range(steps):
+        model(torch.randn(16, 5, 16).to(device)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def rows_of(path) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize(
+    "recipe", ["tetrajet_ema", "mxfp4_backward", "fp4_mixed", "nvfp4", "quartet"]
+)
+def test_rows_and_columns(tmp_path, device, recipe):
+    model, optimizer = build(recipe, device)
+    with monitor(model, tmp_path / "run.csv", every=4):
+        train(model, optimizer, 11)
+    rows = rows_of(tmp_path / "run.csv")
+    assert [(r["step"], r["layer"]) for r in rows] == [(s, n) for s in ("4", "8") for n in BLOCKS]
+    assert list(rows[0]) == list(COLUMNS)
+    layers = dict(model.named_modules())
+    for row in rows:
+        layer = layers[row["layer"]]
+        assert row["recipe"] == layer.recipe.name
+        for field in QUANTIZERS:
+            q = getattr(layer.recipe, field)
+            cells = [row[f"{field}.{rate}"] for rate in RATES]
+            if q.format is None:
+                assert cells == [""] * len(RATES)
+                continue
+            snr, underflow, clip, confidence, nonfinite = map(float, cells)
+            assert nonfinite == 0 and 0 <= underflow < 1 and 0 <= confidence <= 1
+            assert snr > 5 and (clip == 0 or q.scale_rule != "ceil")
+        moving = [float(row[c]) for c in ("w_change", "q_change", "flips", "ratio")
+                  if row[c]]  # fmt: skip
+        assert len(moving) == (4 if layer.recipe.fprop_w.format else 0)
+        assert all(0 <= value < math.inf for value in moving)
+        bins = [float(row[c]) for c in COLUMNS if c.startswith("ratio<") and row[c]]
+        assert not bins or sum(bins) == pytest.approx(1, abs=1e-5)
+        assert row["y_change"] == ""
+
+
+def test_values_are_those_of_the_definitions(tmp_path):
+    """The row of one layer, against the tensors of the last step and the weights of all."""
+    torch.manual_seed(0)
+    layer = MXLinear(64, 96, recipe="tetrajet")
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.5)
+    watch, sums = Oscillation(layer.recipe.fprop_w), []
+    with monitor(layer, tmp_path / "run.csv", every=3):
+        for _ in range(3):
+            x, dy = torch.randn(40, 64), torch.randn(40, 96)
+            layer(x).backward(dy)
+            optimizer.step()
+            optimizer.zero_grad()
+            sums.append(watch.update(layer.weight))
+    (row,) = rows_of(tmp_path / "run.csv")
+    recipe, w = layer.recipe, layer.weight
+    qx, qw = (mxtrain.quantize(t.detach(), "mxfp4").dequantize() for t in (x, w))
+    expected = {
+        "fprop_x": quantizer_statistics(x, recipe.fprop_x),
+        "fprop_w": quantizer_statistics(w, recipe.fprop_w),
+        "dgrad_dy": quantizer_statistics(dy, recipe.dgrad_dy),
+        "wgrad_dy": quantizer_statistics(dy, recipe.wgrad_dy, transpose=True),
+        "dgrad_w": quantizer_statistics(qw, recipe.dgrad_w, transpose=True),
+        "wgrad_x": quantizer_statistics(qx, recipe.wgrad_x, transpose=True),
+    }
+    for field, rates in expected.items():
+        got = {rate: float(row[f"{field}.{rate}"]) for rate in RATES}
+        assert got == pytest.approx(rates, rel=1e-6), field
+    assert float(row["ratio"]) == pytest.approx(watch.ratio().mean().item(), rel=1e-5)
+    moved = torch.stack(sums[1:])
+    assert float(row["w_change"]) == pytest.approx((moved[:, 0] / moved[:, 1]).sqrt().mean().item())
+    assert float(row["flips"]) == pytest.approx((moved[:, 4] / w.numel()).mean().item())
+
+
+@pytest.mark.parametrize("recipe", ["tetrajet", "mxfp4_backward"])
+def test_watching_changes_nothing(tmp_path, device, recipe):
+    results = []
+    for watched in (False, True):
+        model, optimizer = build(recipe, device)
+        if watched:
+            with monitor(
+                model, tmp_path / "run.csv", every=2, probe=torch.randn(1, 5, 16).to(device)
+            ):
+                train(model, optimizer, 6)
+        else:
+            train(model, optimizer, 6)
+        results.append([p.detach().clone() for p in model.parameters()])
+        assert model.training and not any(m._forward_hooks for m in model.modules())
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_the_probe_and_a_sample(tmp_path):
+    """y_change is that of the outputs; a sample of few rows sees about the same shares."""
+    model, optimizer = build("tetrajet")
+    probe = torch.randn(2, 5, 16)
+    seen = []
+    hook = model.blocks[0].mlp[2].register_forward_hook(lambda m, a, y: seen.append(y.detach()))
+    with monitor(model, tmp_path / "a.csv", every=5, probe=probe, elements=2048):
+        first = seen[-1]
+        train(model, optimizer, 5)
+    hook.remove()
+    row = next(r for r in rows_of(tmp_path / "a.csv") if r["layer"] == "blocks.0.mlp.2")
+    model.eval()
+    last = model.blocks[0].mlp[2]
+    model(probe)
+    expected = ((seen[-1] - first).norm() / first.norm()).item()
+    assert float(row["y_change"]) == pytest.approx(expected, rel=1e-5)
+    whole = quantizer_statistics(last.weight, Quantizer("mxfp4", "ceil"))
+    assert float(row["fprop_w.snr"]) == pytest.approx(whole["snr"], abs=0.5)
+
+
+def test_recipes_that_change_and_weights_that_do_not_move(tmp_path):
+    """In BF16 a row has no quantizers. Steps of an optimizer of other weights are not counted."""
+    model, optimizer = build("tetrajet")
+    schedule = mxtrain.TargetPrecision(model, 6, 0.5)
+    other = torch.optim.SGD([nn.Parameter(torch.zeros(2))], lr=0.1)
+    with monitor(model, tmp_path / "run.csv", every=3) as watching:
+        for _ in range(6):
+            train(model, optimizer, 1)
+            schedule.step()
+            other.step()
+        watching.step()
+    rows = rows_of(tmp_path / "run.csv")
+    assert {r["step"] for r in rows} == {"3", "6"}
+    for row in rows:
+        numbers = [v for k, v in row.items() if k not in ("step", "layer", "recipe") and v != ""]
+        assert bool(numbers) == (row["step"] == "3")
+    with refuses(RuntimeError, "monitor must be open, got closed"):
+        watching.step()
+    watching.close()
+
+
+def test_under_compile_the_weights_are_seen(tmp_path, device):
+    torch._dynamo.reset()
+    model, optimizer = build("mxfp4_baseline", device)
+    with monitor(model, tmp_path / "run.csv", every=2):
+        train(torch.compile(model, fullgraph=True, backend="aot_eager"), optimizer, 4)
+    rows = rows_of(tmp_path / "run.csv")
+    assert len(rows) == 16
+    assert all(r["fprop_x.snr"] == "" and float(r["fprop_w.snr"]) > 5 for r in rows)
+    assert all(float(r["w_change"]) > 0 for r in rows)
+
+
+def test_errors(tmp_path):
+    model = Model()
+    with refuses(ValueError, "model must have an MXLinear"):
+        monitor(model, tmp_path / "run.csv")
+    convert(model, "mxfp8")
+    with refuses(TypeError, "model must be a torch.nn.Module"):
+        monitor(None, tmp_path / "run.csv")
+    with refuses(ValueError, "every must be at least 1, got 0"):
+        monitor(model, tmp_path / "run.csv", every=0)
+    with refuses(TypeError, "elements must be an int"):
+        monitor(model, tmp_path / "run.csv", elements="all")
+    with refuses(TypeError, "probe must be a tensor, a tuple or None"):
+        monitor(model, tmp_path / "run.csv", probe=[1])
+    with pytest.raises(OSError):
+        monitor(model, tmp_path / "none" / "run.csv")
+    assert not (tmp_path / "run.csv").exists()
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+# ---- the plot ----
+
+
+def test_plot_draws_and_names_the_worst_layer(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    model, optimizer = build("tetrajet")
+    with torch.no_grad():
+        model.blocks[1].mlp[2].weight[:, ::32] *= 100  # one outlier a block: the rest underflows
+    with monitor(model, tmp_path / "run.csv", every=2):
+        train(model, optimizer, 6)
+    assert plot.main([str(tmp_path / "run.csv"), "--top", "2"]) == 0
+    out = capsys.readouterr().out
+    lines = {line.split()[0]: line.split()[1:] for line in out.splitlines()}
+    assert lines["fprop_w.confidence"][0].startswith("blocks.")
+    assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
+    assert plot.main([str(tmp_path / "run.csv"), "--columns", "fprop_w.underflow"]) == 0
+    assert capsys.readouterr().out.split()[1] == "blocks.1.mlp.2"
+
+
+def test_plot_refuses_bad_input(tmp_path, capsys):
+    bad = tmp_path / "bad.csv"
+    assert plot.main([str(bad)]) == 2
+    assert "No such file" in capsys.readouterr().err
+    for text in ("", "a,b\n1,2\n", "\x00"):
+        bad.write_text(text)
+        assert plot.main([str(bad)]) == 2
+        assert "csv must be what mxtrain.monitor wrote" in capsys.readouterr().err
+    assert plot.main([str(bad), "--columns", "x"]) == 2
+    assert "--columns must be among" in capsys.readouterr().err
+    assert plot.main([str(bad), "--top", "0"]) == 2
+    assert not (tmp_path / "bad.png").exists()
