@@ -176,6 +176,25 @@ def hadamard(name: str, group: str, shape: str) -> Case:
     return Case(name, make, call, moved, 0, "hadamard", check)
 
 
+@family("column_sum")
+def column_sum(name: str, shape: str) -> Case:
+    """column_sum/RxC: BF16 to float32, the bias gradient."""
+    rows, cols = parse_shape(shape)
+
+    def make(device: torch.device) -> tuple:
+        return (random_matrix(rows, cols, torch.bfloat16, device),)
+
+    def check(inputs: tuple, got: Tensor, elements: int) -> float:
+        width = max(1, min(cols, elements // rows))  # columns, from either end
+        return byte_error(
+            (got[w], reference.column_sum(inputs[0][:, w].cpu()))
+            for w in (slice(width), slice(cols - width, cols))
+        )
+
+    moved = matrix_bytes(rows, cols, torch.bfloat16) + 4 * cols
+    return Case(name, make, mxtrain.column_sum, moved, 0, "column_sum", check)
+
+
 @family("stochastic_round")
 def stochastic_round(name: str, dtype: str, shape: str) -> Case:
     """stochastic_round/DTYPE/RxC: float32 to bf16, e4m3 or e5m2."""

@@ -53,6 +53,7 @@ VARIANTS: Rows = (
     "hadamard/16",
     "hadamard/128",
     "hadamard/256",
+    "column_sum",
     "stochastic_round/e4m3",
 )
 OPTIMIZERS: Rows = ("optim/adamw", "optim/adamw+ema")
