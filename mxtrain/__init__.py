@@ -12,6 +12,7 @@ from .version import __version__  # isort: skip
 from . import ops as ops  # registers the fake kernels and autograd
 from .convert import ConversionReport, convert
 from .formats import FORMATS, Format
+from .int8 import Int8Operand, int8_gemm, int8_quantize, int8_quantize_fallback
 from .linear import MXLinear, linear
 from .operand import (
     Operand,
@@ -36,6 +37,7 @@ __all__ = [
     "RECIPES",
     "ConversionReport",
     "Format",
+    "Int8Operand",
     "MXLinear",
     "Operand",
     "Quantizer",
@@ -49,6 +51,9 @@ __all__ = [
     "gemm_add_",
     "get_recipe",
     "hadamard",
+    "int8_gemm",
+    "int8_quantize",
+    "int8_quantize_fallback",
     "linear",
     "quantize",
     "quantize_dual",

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The function table of one instruction set; compiled once for each, after quantize.cpp and
-// convert.cpp.
+// The function table of one instruction set; compiled once for each, after quantize.cpp,
+// convert.cpp and int8.cpp.
 #include "cpu/kernels.h"
 
 #define MXT_STRING_(x) #x
@@ -14,9 +14,11 @@ void dequantize(const DequantizeParams&, int64_t, int64_t);
 void hadamard(const HadamardParams&, int64_t, int64_t);
 void stochastic_round(const StochasticRoundParams&, int64_t, int64_t);
 void epilogue(const EpilogueParams&, int64_t, int64_t);
+Int8BlockState int8_quantize(const Int8QuantizeParams&, int64_t, int64_t);
+void int8_gemm(const Int8GemmParams&, int64_t, int64_t);
 
 extern const Kernels kTable;
-const Kernels kTable = {MXT_STRING(MXT_ISA), quantize, finite_amax, dequantize, hadamard,
-                        stochastic_round,    epilogue};
+const Kernels kTable = {MXT_STRING(MXT_ISA), quantize, finite_amax,   dequantize, hadamard,
+                        stochastic_round,    epilogue, int8_quantize, int8_gemm};
 
 }  // namespace mxtrain::cpu::MXT_ISA

@@ -11,6 +11,7 @@ namespace mxtrain {
 
 using Operand3 = std::tuple<Tensor, Tensor, Tensor>;  // data, scale, tensor_scale
 using Operand6 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Operand8 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // Checks that every backend of an op shares.
 void check_gemm(const char* op, const Tensor& a, const Tensor& a_scale,
@@ -49,7 +50,12 @@ GemmBackend requested_gemm_backend();
               ScalarType out_dtype, int64_t accumulate);                                           \
   void gemm_add_(Tensor out, Tensor a, Tensor a_scale, OptionalTensor a_tensor_scale, Tensor b,    \
                  Tensor b_scale, OptionalTensor b_tensor_scale, int64_t format, double alpha,      \
-                 int64_t accumulate);
+                 int64_t accumulate);                                                              \
+  Operand3 int8_quantize(Tensor x, int64_t rounding, OptionalTensor rng, int64_t layout);          \
+  Operand8 int8_quantize_fallback(Tensor x, Tensor threshold, int64_t layout);                     \
+  Tensor int8_gemm(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, OptionalTensor bias,        \
+                   ScalarType out_dtype, OptionalTensor residual, OptionalTensor residual_scale,   \
+                   OptionalTensor mask, bool residual_of_b);
 
 namespace cpu {
 MXT_DECLARE_OPS

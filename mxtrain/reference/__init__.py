@@ -26,6 +26,7 @@ from .elements import (
     unpack,
 )
 from .gemm import FOLD_BIAS, fold, gemm, gemm_float64, gemm_magnitude
+from .int8 import int8_dequantize, int8_gemm, int8_quantize, int8_quantize_fallback
 from .layout import swizzle, unswizzle
 from .philox import draws, philox4x32_10
 from .quantize import (
@@ -59,6 +60,10 @@ __all__ = [
     "gemm_float64",
     "gemm_magnitude",
     "hadamard",
+    "int8_dequantize",
+    "int8_gemm",
+    "int8_quantize",
+    "int8_quantize_fallback",
     "pack",
     "philox4x32_10",
     "quantize",
