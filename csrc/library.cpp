@@ -88,5 +88,8 @@ STABLE_TORCH_LIBRARY_IMPL(mxtrain, CUDA, m) {
   m.impl("unswizzle_scale", TORCH_BOX(&unswizzle_scale));
   m.impl("gemm", TORCH_BOX(&gemm));
   m.impl("gemm_add_", TORCH_BOX(&gemm_add_));
+  m.impl("int8_quantize", TORCH_BOX(&int8_quantize));
+  m.impl("int8_quantize_fallback", TORCH_BOX(&int8_quantize_fallback));
+  m.impl("int8_gemm", TORCH_BOX(&int8_gemm));
 }
 #endif

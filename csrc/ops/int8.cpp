@@ -12,29 +12,7 @@ namespace mxtrain::cpu {
 
 namespace {
 
-// What a layout writes of a matrix; [0, 0] where it does not.
-struct Forms {
-  Tensor row, transposed;
-};
-
-Forms new_forms(const Tensor& x, int64_t layout) {
-  const auto l = static_cast<Int8Layout>(layout);
-  const bool row = l != Int8Layout::kTransposed, transposed = l != Int8Layout::kRow;
-  const int64_t r = x.size(0), k = x.size(1), rp = int8_blocks(r) * kInt8Block,
-                kp = int8_blocks(k) * kInt8Block;
-  return {torch::stable::new_empty(x, {row ? r : 0, row ? kp : 0}, ScalarType::Char),
-          torch::stable::new_empty(x, {transposed ? k : 0, transposed ? rp : 0}, ScalarType::Char)};
-}
-
-Tensor new_grid(const Tensor& x, ScalarType dtype) {
-  return torch::stable::new_empty(x, {int8_blocks(x.size(0)), int8_blocks(x.size(1))}, dtype);
-}
-
-int8_t* codes_of(const Tensor& t) {
-  return t.numel() ? static_cast<int8_t*>(t.mutable_data_ptr()) : nullptr;
-}
-
-Int8QuantizeParams make_params(const Tensor& x, const Forms& forms, const Tensor& scale) {
+Int8QuantizeParams make_params(const Tensor& x, const Int8Forms& forms, const Tensor& scale) {
   Int8QuantizeParams p = {};
   p.x.type = source_type(x.scalar_type());
   p.x.data = x.const_data_ptr();
@@ -44,8 +22,8 @@ Int8QuantizeParams make_params(const Tensor& x, const Forms& forms, const Tensor
   p.cols = x.size(1);
   p.rp = int8_blocks(p.rows) * kInt8Block;
   p.kp = int8_blocks(p.cols) * kInt8Block;
-  p.data = codes_of(forms.row);
-  p.data_t = codes_of(forms.transposed);
+  p.data = mutable_codes(forms.row);
+  p.data_t = mutable_codes(forms.transposed);
   p.scale = scale.mutable_data_ptr<float>();
   return p;
 }
@@ -86,8 +64,8 @@ Int8Codes view_codes(const Tensor& data, const Tensor& scale) {
 
 Operand3 int8_quantize(Tensor x, int64_t rounding, OptionalTensor rng, int64_t layout) {
   check_int8_quantize("int8_quantize", x, rounding, rng, layout, nullptr);
-  const Forms forms = new_forms(x, layout);
-  Tensor scale = new_grid(x, ScalarType::Float);
+  const Int8Forms forms = new_int8_forms(x, layout);
+  Tensor scale = new_int8_grid(x, ScalarType::Float);
   Int8QuantizeParams p = make_params(x, forms, scale);
   p.rounding = static_cast<Rounding>(rounding);
   if (p.rounding == Rounding::kStochastic) {
@@ -105,13 +83,14 @@ Operand8 int8_quantize_fallback(Tensor x, Tensor threshold, int64_t layout) {
   const float limit = *threshold.const_data_ptr<float>();
   MXT_CHECK(limit > 0, op, "threshold must be positive, got ", limit, " (x has shape ", shape_of(x),
             "). Blocks whose largest magnitude lies above it fall back.");
-  const Forms forms = new_forms(x, layout), residual = new_forms(x, layout);
-  Tensor scale = new_grid(x, ScalarType::Float), residual_scale = new_grid(x, ScalarType::Float),
-         mask = new_grid(x, ScalarType::Byte);
+  const Int8Forms forms = new_int8_forms(x, layout), residual = new_int8_forms(x, layout);
+  Tensor scale = new_int8_grid(x, ScalarType::Float),
+         residual_scale = new_int8_grid(x, ScalarType::Float),
+         mask = new_int8_grid(x, ScalarType::Byte);
   Tensor counts = torch::stable::new_empty(x, {3}, ScalarType::Long);
   Int8QuantizeParams p = make_params(x, forms, scale);
-  p.residual = codes_of(residual.row);
-  p.residual_t = codes_of(residual.transposed);
+  p.residual = mutable_codes(residual.row);
+  p.residual_t = mutable_codes(residual.transposed);
   p.residual_scale = residual_scale.mutable_data_ptr<float>();
   p.mask = mutable_bytes(mask);
   p.threshold = limit;

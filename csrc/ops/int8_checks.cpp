@@ -1,7 +1,22 @@
 // SPDX-License-Identifier: Apache-2.0
+#include <torch/csrc/stable/ops.h>
+
 #include "ops/int8.h"
 
 namespace mxtrain {
+
+Int8Forms new_int8_forms(const Tensor& x, int64_t layout) {
+  const auto l = static_cast<Int8Layout>(layout);
+  const bool row = l != Int8Layout::kTransposed, transposed = l != Int8Layout::kRow;
+  const int64_t r = x.size(0), k = x.size(1), rp = int8_blocks(r) * kInt8Block,
+                kp = int8_blocks(k) * kInt8Block;
+  return {torch::stable::new_empty(x, {row ? r : 0, row ? kp : 0}, ScalarType::Char),
+          torch::stable::new_empty(x, {transposed ? k : 0, transposed ? rp : 0}, ScalarType::Char)};
+}
+
+Tensor new_int8_grid(const Tensor& x, ScalarType dtype) {
+  return torch::stable::new_empty(x, {int8_blocks(x.size(0)), int8_blocks(x.size(1))}, dtype);
+}
 
 void check_int8_quantize(const char* op, const Tensor& x, int64_t rounding,
                          const OptionalTensor& rng, int64_t layout, const Tensor* threshold) {

@@ -34,6 +34,17 @@ __device__ __forceinline__ void cp_async_wait_all() {
   asm volatile("cp.async.wait_all;" ::: "memory");
 }
 
+// cp.async.commit_group
+__device__ __forceinline__ void cp_async_commit_group() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+// cp.async.wait_group: all but this thread's latest N groups are done.
+template <int N>
+__device__ __forceinline__ void cp_async_wait_group() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+
 // stmatrix.x4: four 8x8 matrices of 16-bit values into shared memory. Lane l gives the address of
 // row l % 8 of matrix l / 8 and, in w[i], the values 2 (l % 4) and 2 (l % 4) + 1 of row l / 4 of
 // matrix i. sm_90 and up.
@@ -55,6 +66,11 @@ __device__ __forceinline__ void compiler_fence() { asm volatile("" ::: "memory")
 // No instruction: the compiler forgets what it knows of v, and keeps one copy of it.
 __device__ __forceinline__ float opaque(float v) {
   asm("" : "+f"(v));
+  return v;
+}
+
+__device__ __forceinline__ uint32_t opaque(uint32_t v) {
+  asm("" : "+r"(v));
   return v;
 }
 
