@@ -33,7 +33,8 @@ from .checks import (
     refusal,
     show,
 )
-from .formats import ACCUMULATE, FORMATS, HADAMARD_GROUPS, ROUNDINGS, SCALE_RULES
+from .fallback_rule import DEFAULT, Fallback
+from .formats import ACCUMULATE, FORMATS, HADAMARD_GROUPS, INT8_BLOCK, ROUNDINGS, SCALE_RULES
 
 SIGNS = ("none", "fixed", "drawn")
 SOURCES = ("original", "forward")
@@ -73,8 +74,8 @@ class Quantizer:
     """What happens to one operand of one GEMM. `format=None` leaves it in the compute dtype.
 
     Attributes:
-        format: a name of `mxtrain.FORMATS`, or None.
-        scale_rule: "floor", "ceil" or "even"; not read where format is None.
+        format: a name of `mxtrain.FORMATS`, "int8_block", or None.
+        scale_rule: "floor", "ceil" or "even"; read for a format of `mxtrain.FORMATS` only.
         rounding: "nearest", "stochastic", or "toward" (to whichever neighbour is nearer to a second
             tensor: Q-EMA); not read where format is None.
         hadamard: group size of the rotation along the contraction axis, 0 for none.
@@ -82,7 +83,10 @@ class Quantizer:
             "drawn" (anew for each GEMM of each forward).
         prescale: multiplies once the scale is chosen, before rounding; the GEMM's alpha undoes it.
         source: "original" quantizes the tensor itself, "forward" the dequantized operand of the
-            forward GEMM (double quantization; dgrad_w and wgrad_x only).
+            forward GEMM (double quantization; dgrad_w and wgrad_x only). In int8_block that is the
+            same codes, transposed.
+        fallback: whether blocks above the layer's threshold take a second step
+            (mxtrain/fallback.py; int8_block, fprop_x and wgrad_x only).
 
     Raises:
         ValueError: for an unknown name, or a combination that has no meaning.
@@ -95,11 +99,12 @@ class Quantizer:
     signs: str = "none"
     prescale: float = 1.0
     source: str = "original"
+    fallback: bool = False
 
     def __post_init__(self) -> None:
         what = "Quantizer"
         if self.format is not None:
-            check_name(what, "format", self.format, FORMATS)
+            check_name(what, "format", self.format, (*FORMATS, INT8_BLOCK))
         check_name(what, "scale_rule", self.scale_rule, SCALE_RULES)
         check_name(what, "rounding", self.rounding, ROUNDINGS)
         _check_one_of(what, "hadamard", self.hadamard, (0, *HADAMARD_GROUPS))
@@ -121,10 +126,40 @@ class Quantizer:
             advice = "Set a format, or use Quantizer()."
             _check(ok, what, argument, condition, got, advice, "format None")
 
+        self._check_square()
+
+    @property
+    def square(self) -> bool:
+        """Whether it quantizes in squares, which are those of the transpose, too: int8_block."""
+        return self.format == INT8_BLOCK
+
+    def _check_square(self) -> None:
+        what, advice = "Quantizer", "Use int8_block, nearest, or leave it False."
+        ok = isinstance(self.fallback, bool)
+        _check(ok, what, "fallback", "be True or False", self.fallback, "Pass one of the two.")
+        ok = not self.fallback or (self.square and self.rounding == "nearest")
+        context = f"format {self.format}, {self.rounding}"
+        condition = "be False but for int8_block to nearest"
+        _check(ok, what, "fallback", condition, self.fallback, advice, context)
+        got = (self.hadamard, self.prescale, self.rounding)
+        ok = not self.square or (got[:2] == (0, 1.0) and self.rounding != "toward")
+        condition = "be 0, 1 and 'nearest' or 'stochastic' for int8_block"
+        argument, advice = (
+            "hadamard, prescale and rounding",
+            "Its scale fits each square.",
+        )
+        _check(ok, what, argument, condition, got, advice, "format int8_block")
+        ok = not self.square or self.source == "original" or self.rounding == "nearest"
+        condition, advice = "be 'nearest' from the forward operand", "Codes are moved, not rounded."
+        _check(ok, what, "rounding", condition, self.rounding, advice, "format int8_block")
+
     def __str__(self) -> str:
         if self.format is None:
             return "unquantized"
-        parts = [f"{self.format} {self.scale_rule} {self.rounding}"]
+        rule = [] if self.square else [self.scale_rule]
+        parts = [" ".join([self.format, *rule, self.rounding])]
+        if self.fallback:
+            parts.append("with fallback")
         if self.prescale != 1.0:
             parts.append(f"x{self.prescale:g}")
         if self.hadamard:
@@ -147,6 +182,7 @@ class Recipe:
             it does.
         ema_warmup: optimizer steps during which fprop_w rounds to nearest instead.
         accumulate: "fp32", or "fast" where a GEMM backend may accumulate in fewer bits.
+        fallback: the rule of the threshold, where a quantizer has a fallback.
         reference: where the recipe was published.
 
     Raises:
@@ -164,6 +200,7 @@ class Recipe:
     ema_warmup: int = 10
     accumulate: str = "fp32"
     reference: str = ""
+    fallback: Fallback = DEFAULT
 
     def __post_init__(self) -> None:
         ok = isinstance(self.name, str) and self.name != ""
@@ -184,6 +221,9 @@ class Recipe:
         condition = "be set if and only if fprop_w rounds 'toward'"
         advice = f"Set both or neither: fprop_w.rounding is {self.fprop_w.rounding!r}."
         self._refuse_unless(toward == (beta is not None), "ema_beta", condition, beta, advice)
+        advice = "Pass a mxtrain.recipe.Fallback."
+        ok = isinstance(self.fallback, Fallback)
+        self._refuse_unless(ok, "fallback", "be a Fallback", self.fallback, advice)
         ok = isinstance(self.reference, str)
         advice = "Say where the recipe was published, or leave it empty."
         self._refuse_unless(ok, "reference", "be a string", self.reference, advice)
@@ -200,6 +240,10 @@ class Recipe:
         ok = q.rounding != "toward" or field == "fprop_w"
         advice = "Only fprop_w rounds toward the average of the weights."
         check(ok, f"{field}.rounding", "be 'nearest' or 'stochastic'", q.rounding, advice)
+        ok = not q.fallback or field == "fprop_x" or (field == "wgrad_x" and self._falls_back_again)
+        condition = "be False but in fprop_x, and in wgrad_x from its forward operand"
+        advice = "Give fprop_x the fallback, and wgrad_x source='forward'."
+        check(ok, f"{field}.fallback", condition, q.fallback, advice)
         if q.source == "original":
             return
         source = f"{field}.source"
@@ -210,9 +254,17 @@ class Recipe:
         condition = f"be 'original' where {forward} has no format"
         advice = f"Give {forward} a format, or quantize the original."
         check(f.format is not None, source, condition, q.source, advice)
+        condition = f"be 'original' where one of {field} and {forward} is int8_block"
+        advice = "Give both the same format."
+        check(f.square == q.square, source, condition, q.source, advice)
         condition = f"be 'original' where {forward} is rotated or prescaled"
         advice = "Requantizing the forward operand would not undo that."
         check(f.hadamard == 0 and f.prescale == 1.0, source, condition, q.source, advice)
+
+    @property
+    def _falls_back_again(self) -> bool:
+        x = self.fprop_x
+        return isinstance(x, Quantizer) and x.fallback and self.wgrad_x.source == "forward"
 
     def _check_pair(self, gemm: str, a: str, b: str) -> None:
         qa, qb, check = getattr(self, a), getattr(self, b), self._refuse_unless
@@ -308,6 +360,9 @@ class Recipe:
             if isinstance(fields.get(field), dict):
                 _reject_unknown(field, fields[field], Quantizer)
                 fields[field] = Quantizer(**fields[field])
+        if isinstance(fields.get("fallback"), dict):
+            _reject_unknown("fallback", fields["fallback"], Fallback)
+            fields["fallback"] = Fallback(**fields["fallback"])
         return cls(**{"name": "", **fields})  # without a name, __post_init__ refuses it
 
 
@@ -347,6 +402,11 @@ _RHT_SR = Quantizer("mxfp4", "floor", "stochastic", hadamard=64, signs="drawn", 
 _RHT32_SR = Quantizer("mxfp4", "floor", "stochastic", hadamard=32, signs="drawn", prescale=0.75)
 _H32 = Quantizer("mxfp4", "ceil", hadamard=32)
 _MXFP8 = Quantizer("mxfp8_e4m3", "ceil")
+_I8 = Quantizer("int8_block")
+_I8_SR = Quantizer("int8_block", rounding="stochastic")
+_I8_AGAIN = Quantizer("int8_block", source="forward")
+_I8_FB = Quantizer("int8_block", fallback=True)
+_I8_FB_AGAIN = Quantizer("int8_block", source="forward", fallback=True)
 _NV = Quantizer("nvfp4", "even")
 _NV_SR = Quantizer("nvfp4", "even", "stochastic")
 _NV_RHT = Quantizer("nvfp4", "even", hadamard=16, signs="fixed")
@@ -393,6 +453,14 @@ _TABLE: dict[str, tuple[tuple[Quantizer, ...], dict[str, Any], str]] = {
     "nvfp4": (
         (_NV, _NV, _NV_SR, _NV, _NV_RHT_SR, _NV_RHT), {},
         "NVIDIA, Pretraining Large Language Models with NVFP4, arXiv 2509.25149",
+    ),
+    "int8_block": (
+        (_I8, _I8, _I8_SR, _I8_AGAIN, _I8_SR, _I8_AGAIN), {},
+        "int8_fallback without its fallback: plain INT8 in squares of 128, after arXiv 2403.12422",
+    ),
+    "int8_fallback": (
+        (_I8_FB, _I8, _I8_SR, _I8_AGAIN, _I8_SR, _I8_FB_AGAIN), {},
+        "Accurate INT8 Training Through Dynamic Block-Level Fallback, arXiv 2503.08040",
     ),
 }  # fmt: skip
 

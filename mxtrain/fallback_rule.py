@@ -1,0 +1,45 @@
+"""How a fallback's threshold moves: the numbers of a recipe, which mxtrain/fallback.py applies."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from .checks import as_float32, is_number, kind, refusal, show
+
+
+@dataclass(frozen=True)
+class Fallback:
+    """The band of the share of blocks that fall back, and what the threshold moves by outside it.
+
+    Attributes:
+        low, high: the band; defaults of this package, as are the others.
+        factor: what the threshold is multiplied or divided by.
+        damping: whether the factor shrinks where the threshold jumps to and fro over the band.
+
+    Raises:
+        ValueError: for a band that is none, or a factor that does not move.
+    """
+
+    low: float = 0.1
+    high: float = 0.3
+    factor: float = 1.3
+    damping: bool = True
+
+    def __post_init__(self) -> None:
+        low, high, factor = self.low, self.high, self.factor
+        ok = is_number(low) and is_number(high) and 0 <= low < high <= 1
+        condition = "be shares with 0 <= low < high <= 1"
+        _check(ok, "low, high", condition, (low, high), "Try 0.1 and 0.3.")
+        ok = is_number(factor) and 1 < as_float32(factor) < math.inf
+        _check(ok, "factor", "be above 1", factor, "Try 1.3.")
+        ok = isinstance(self.damping, bool)
+        _check(ok, "damping", "be True or False", self.damping, "Pass one of the two.")
+
+
+def _check(ok: bool, argument: str, condition: str, got: object, advice: str) -> None:
+    if not ok:
+        raise ValueError(refusal("Fallback", argument, condition, show(got), kind(got), advice))
+
+
+DEFAULT = Fallback()
