@@ -79,6 +79,18 @@ def test_scales_and_masks_of_any_strides(device):
     assert_same_bytes(mxtrain.int8_gemm(again, other), want)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_every_kernel_gives_the_same_bytes(monkeypatch):
+    """The portable kernel and that of the architecture, both sides' residuals, large and small."""
+    for shape in ((260, 300, 400), (1024, 1280, 512)):
+        a, b = operands(*shape, "cuda")
+        for left, right in ((a.without_fallback(), b), (a, b), (b, a)):
+            want = mxtrain.int8_gemm(left, right)
+            with monkeypatch.context() as context:
+                context.setenv("MXTRAIN_INT8_GEMM", "portable")
+                assert_same_bytes(mxtrain.int8_gemm(left, right), want, str(shape))
+
+
 def test_the_largest_integers_are_exact(device):
     """T8: |I| = 128 * 127^2 = 2,064,512 in every block of K."""
     ones = torch.full((130, 512), 127, dtype=torch.int8, device=device)
