@@ -2,8 +2,8 @@
 
 A name is `family/arguments/shape`, such as `quantize/mxfp4/stochastic+h64/16384x8192`. To add a
 family, write one function that returns a Case, register it with `@family("...")` (families.py holds
-this package's ops, products.py its GEMMs and layers, peers.py what they are compared with), and
-name its rows in suites.py.
+this package's ops, int8.py those of int8_block, products.py GEMMs and layers, peers.py what they
+are compared with), and name its rows in suites.py.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def build(name: str) -> Case:
     """The case called `name`. Raises ValueError for a name that means nothing, Unfit for a shape
     that cannot be.
     """
-    from . import families, peers, products  # noqa: F401  (they register the families, and import this module)
+    from . import families, int8, peers, products  # noqa: F401  (they register the families, and import this module)
 
     head, *rest = name.split("/")
     if head not in FAMILIES:

@@ -3,7 +3,8 @@
 gemm/FORMAT[+BACKEND]/MxNxK is `mxtrain.gemm` of packed operands, BF16 out: everything from the
 4-bit bytes to the result is timed. linear/RECIPE/TOKENSxINxOUT/fwd+bwd is a forward and a backward
 of a linear layer with BF16 weights and no bias, all three GEMMs, quantizers included;
-linear/bf16/... is F.linear.
+linear/bf16/... is F.linear. A recipe with a fallback has the threshold that a layer would have: a
+fifth of the blocks of x fall back.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 
 import mxtrain
 from mxtrain import Operand, reference
+from mxtrain.fallback import initial_threshold
 from mxtrain.formats import format_named
 from mxtrain.recipe import RECIPES
 
@@ -96,11 +98,17 @@ def linear(name: str, recipe: str, shape: str, passes: str) -> Case:
             return torch.randn(*size, dtype=torch.bfloat16, device=device)
 
         x, w = gaussian(tokens, inputs), gaussian(outputs, inputs) * inputs**-0.5
-        return x, w, gaussian(tokens, outputs)
+        falls_back = recipe != "bf16" and RECIPES[recipe].fprop_x.fallback
+        threshold = initial_threshold(x, RECIPES[recipe]) if falls_back else None
+        return x, w, gaussian(tokens, outputs), threshold
 
-    def call(x: Tensor, w: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
+    def call(x: Tensor, w: Tensor, dy: Tensor, threshold: Tensor | None) -> tuple[Tensor, ...]:
         x, w = x.detach().requires_grad_(), w.detach().requires_grad_()
-        y = F.linear(x, w) if recipe == "bf16" else mxtrain.linear(x, w, recipe=recipe)
+        y = (
+            F.linear(x, w)
+            if recipe == "bf16"
+            else mxtrain.linear(x, w, recipe=recipe, threshold=threshold)
+        )
         return y, *torch.autograd.grad(y, (x, w), dy)
 
     flops = 6 * tokens * inputs * outputs

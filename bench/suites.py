@@ -76,8 +76,28 @@ MODEL_GEMMS = (
     "12608x3072x768",  # ViT-B, 64 images of 197 tokens
     "4099x1111x3333",  # ragged
 )
+INT8: Rows = (
+    "int8_quantize/nearest",
+    "int8_quantize/nearest+both",
+    "int8_quantize/stochastic+both",
+    "int8_quantize_fallback/r0.2",
+    "int8_quantize_fallback/r0.2+both",
+    "int8_quantize_fallback/r1.0",
+)
+INT8_GEMMS: Rows = (
+    "int8_gemm/r0.0",
+    "int8_gemm/r0.1",
+    "int8_gemm/r0.2",
+    "int8_gemm/r1.0",
+    "int8_gemm/r0.1+channels",
+    "int8_gemm/r0.2+channels",
+    "int8_gemm/r0.0156+tokens",
+    "int8_gemm/r0.2+b",
+)
 LINEARS = ("8192x4096x4096", "8192x8192x8192", "16384x4096x14336", "12608x768x3072")
-RECIPE_ROWS = ("tetrajet", "mxfp4_baseline", "mxfp4_backward", "mxfp8", "nvfp4")
+RECIPE_ROWS = (
+    "tetrajet", "mxfp4_baseline", "mxfp4_backward", "mxfp8", "nvfp4", "int8_block", "int8_fallback",
+)  # fmt: skip
 
 
 def linears(recipes: Sequence[str], shapes: Sequence[str]) -> Rows:
@@ -94,6 +114,8 @@ SUITES: dict[str, tuple[tuple[Rows, Sequence[str]], ...]] = {
         (("quantize/mxfp4/nearest",), (SMALL,)),
         (GEMMS, GEMM_SHAPES),
         (OTHER_GEMMS[:1], GEMM_SHAPES[:1]),
+        (INT8[3:4], (BIG,)),
+        (INT8_GEMMS[:1], GEMM_SHAPES[:1]),
         (linears(("tetrajet",), LINEARS[:3]), ("fwd+bwd",)),
     ),
     "full": (
@@ -105,6 +127,9 @@ SUITES: dict[str, tuple[tuple[Rows, Sequence[str]], ...]] = {
         (COMPILED[:1], MODELS[:2]),
         (GEMMS, (*GEMM_SHAPES, *MODEL_GEMMS)),
         (OTHER_GEMMS, (*GEMM_SHAPES[:2], *MODEL_GEMMS[-1:])),
+        (INT8, (BIG,)),
+        (INT8_GEMMS, GEMM_SHAPES[:1]),
+        (INT8_GEMMS[:1], (*GEMM_SHAPES[1:], *MODEL_GEMMS[-1:])),
         (linears(("tetrajet",), LINEARS), ("fwd+bwd",)),
         (linears(RECIPE_ROWS[1:], LINEARS[:1]), ("fwd+bwd",)),
     ),
