@@ -16,7 +16,8 @@
   rate as it is.
 - The first training call takes the quantile of its own blocks in the middle of the band.
 - Ranks: where torch.distributed is initialized, the counts are summed over a group, the default one
-  unless `set_fallback_group` names another, so that ranks keep one threshold.
+  unless `set_fallback_group` names another, so that ranks keep one threshold. (Pass
+  `broadcast_buffers=False` to DistributedDataParallel, which else overwrites what a rank counted.)
 - Saved in the state_dict: `fallback_threshold`, `fallback_step` and `fallback_counts`.
 
 Source: arXiv 2503.08040, its delayed threshold; the band, the factor and the damping are defaults
