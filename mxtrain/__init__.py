@@ -21,6 +21,7 @@ from .mix import MIXES, Mix, ModuleClass, get_mix
 from .monitor import Monitor, monitor
 from .operand import (
     Operand,
+    column_sum,
     dequantize,
     draw_rng,
     draw_signs,
@@ -56,6 +57,7 @@ __all__ = [
     "Recipe",
     "TargetPrecision",
     "__version__",
+    "column_sum",
     "convert",
     "dequantize",
     "draw_rng",

@@ -426,6 +426,17 @@ def stochastic_round(x: Tensor, dtype: torch.dtype, rng: Tensor) -> Tensor:
     return _ops.stochastic_round(x, dtype, rng)
 
 
+def column_sum(dy: Tensor) -> Tensor:
+    """Float32 `[C]`, the sum over the rows of dy `[N, C]`: the bias gradient of a linear layer.
+
+    Added in float32 in one order (docs/numerics.md), so the same on every device. Not
+    differentiable. Raises RuntimeError for another dtype than bfloat16, float16 and float32, or
+    another rank.
+    """
+    check_tensor("column_sum", "dy", dy)
+    return _ops.column_sum(dy)
+
+
 def swizzle_scale(scale: Tensor) -> Tensor:
     """Scales `[R, C]` in the 128x4 tile layout of Blackwell tensor cores.
 

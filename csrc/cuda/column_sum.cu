@@ -48,6 +48,7 @@ __global__ void __launch_bounds__(ColumnSumTraits::kThreads)
           raw[r][i] = ptx::ld_global_nc_v4(reinterpret_cast<const uint4*>(at) + i);
       } else {
         Type* to = reinterpret_cast<Type*>(raw[r]);
+#pragma unroll
         for (int i = 0; i < T::kLaneColumns; ++i)
           if (column + i < p.cols) to[i] = at[i];
       }

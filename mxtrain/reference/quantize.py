@@ -91,10 +91,11 @@ def column_sum(dy: Tensor) -> Tensor:
     sums = dy.to(torch.float32)
     for rows in (32, 8, max(1, -(-len(dy) // 256))):  # that become one, one after the other
         groups = -(-len(sums) // rows)
-        padded = sums.new_zeros(groups * rows, dy.shape[1])
+        columns = dy.shape[1]
+        padded = sums.new_zeros(groups * rows, columns)
         padded[: len(sums)] = sums
-        total = sums.new_zeros(groups, dy.shape[1])
-        for row in padded.view(groups, rows, -1).unbind(1):
+        total = sums.new_zeros(groups, columns)
+        for row in padded.view(groups, rows, columns).unbind(1):
             total = total + row
         sums = total
     return sums.sum(0)  # of the one row, or of none

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import mxtrain
 from mxtrain import reference
 from mxtrain.fallback import initial_threshold
-from mxtrain.recipe import RECIPES, Quantizer, Recipe, fixed_signs
+from mxtrain.recipe import GEMMS, RECIPES, Quantizer, Recipe, fixed_signs
 
 NAMES = list(RECIPES)
 QUANTIZED = [name for name in NAMES if name != "bf16"]
@@ -61,6 +61,12 @@ def run(f, x, w, b, dy, seed=1):
         if t is not None:
             t.grad = None
     return out
+
+
+def draws(recipe: Recipe) -> bool:
+    """Whether a training step takes numbers from torch's generator."""
+    quantizers = [q for gemm in GEMMS for q in recipe.pair(gemm)]
+    return recipe.needs_rng or any(q.signs == "drawn" for q in quantizers)
 
 
 def relative(a, b):

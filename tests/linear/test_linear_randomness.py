@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from linear_common import ALL, NAMES, Ops, run, tensors
+from linear_common import ALL, NAMES, Ops, draws, run, tensors
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -23,7 +23,7 @@ def test_the_seed_decides(device, name):
         run(lambda x, w, b: linear(x, w, b, name), x, w, b, dy, seed) for seed in (1, 1, 2)
     )
     assert all(torch.equal(a, e) for a, e in zip(first, again, strict=True))
-    random = RECIPES[name].needs_rng
+    random = draws(RECIPES[name])
     assert torch.equal(first[2], other[2]) != random
     assert torch.equal(first[0], other[0])  # no recipe of the table rounds the forward randomly
 
@@ -37,7 +37,7 @@ def test_a_new_forward_draws_anew(device, name):
         w.grad = None
         linear(x, w, b, name).backward(dy)
         grads.append(w.grad)
-    assert torch.equal(*grads) != RECIPES[name].needs_rng
+    assert torch.equal(*grads) != draws(RECIPES[name])
 
 
 @pytest.mark.parametrize("recipe", ALL, ids=lambda r: r.name)
@@ -108,7 +108,7 @@ def test_training_draws_alike_with_and_without_grad(device, name, training):
         with torch.set_grad_enabled(grad):
             layer(x)
         after.append(torch.rand(1, device=device))
-    assert torch.equal(*after) == (training or not RECIPES[name].needs_rng)
+    assert torch.equal(*after) == (training or not draws(RECIPES[name]))
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
