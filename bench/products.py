@@ -3,8 +3,9 @@
 gemm/FORMAT[+BACKEND]/MxNxK is `mxtrain.gemm` of packed operands, BF16 out: everything from the
 4-bit bytes to the result is timed. linear/RECIPE/TOKENSxINxOUT/fwd+bwd is a forward and a backward
 of a linear layer with BF16 weights and no bias, all three GEMMs, quantizers included;
-linear/bf16/... is F.linear. saved_bytes is what such a layer keeps of x from its forward to its
-backward. (What it keeps of the weight does not grow with the tokens.)
+linear/bf16/... is F.linear. A recipe with a fallback has the threshold that a layer would have: a
+fifth of the blocks of x fall back. saved_bytes is what such a layer keeps of x from its forward to
+its backward. (What it keeps of the weight does not grow with the tokens.)
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 
 import mxtrain
 from mxtrain import Operand, reference
+from mxtrain.fallback import initial_threshold
 from mxtrain.formats import format_named
 from mxtrain.recipe import RECIPES
 
@@ -97,21 +99,25 @@ def linear(name: str, recipe: str, shape: str, passes: str) -> Case:
             return torch.randn(*size, dtype=torch.bfloat16, device=device)
 
         x, w = gaussian(tokens, inputs), gaussian(outputs, inputs) * inputs**-0.5
-        return x, w, gaussian(tokens, outputs)
+        falls_back = recipe != "bf16" and RECIPES[recipe].fprop_x.fallback
+        threshold = initial_threshold(x, RECIPES[recipe]) if falls_back else None
+        return x, w, gaussian(tokens, outputs), threshold
 
-    def forward(x: Tensor, w: Tensor) -> Tensor:
-        return F.linear(x, w) if recipe == "bf16" else mxtrain.linear(x, w, recipe=recipe)
+    def forward(x: Tensor, w: Tensor, threshold: Tensor | None) -> Tensor:
+        if recipe == "bf16":
+            return F.linear(x, w)
+        return mxtrain.linear(x, w, recipe=recipe, threshold=threshold)
 
-    def call(x: Tensor, w: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
+    def call(x: Tensor, w: Tensor, dy: Tensor, threshold: Tensor | None) -> tuple[Tensor, ...]:
         x, w = x.detach().requires_grad_(), w.detach().requires_grad_()
-        y = forward(x, w)
+        y = forward(x, w, threshold)
         return y, *torch.autograd.grad(y, (x, w), dy)
 
-    def saved(x: Tensor, w: Tensor, dy: Tensor) -> int:
+    def saved(x: Tensor, w: Tensor, dy: Tensor, threshold: Tensor | None) -> int:
         """Where x needs no gradient, nothing of w is kept."""
         kept: list[Tensor] = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-            forward(x, w.detach().requires_grad_())
+            forward(x, w.detach().requires_grad_(), threshold)
         return sum(t.nbytes for t in kept)
 
     flops, bf16 = 6 * tokens * inputs * outputs, f"linear/bf16/{shape}/{passes}"

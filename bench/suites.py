@@ -98,7 +98,27 @@ MODEL_LINEARS = (
     "12608x768x2304",  # ViT-B, attention in
     "4099x1111x3333",  # ragged
 )
-RECIPE_ROWS = ("tetrajet", "mxfp4_baseline", "mxfp4_backward", "mxfp8", "nvfp4")
+RECIPE_ROWS = (
+    "tetrajet", "mxfp4_baseline", "mxfp4_backward", "mxfp8", "nvfp4", "int8_block", "int8_fallback",
+)  # fmt: skip
+INT8: Rows = (
+    "int8_quantize/nearest",
+    "int8_quantize/nearest+both",
+    "int8_quantize/stochastic+both",
+    "int8_quantize_fallback/r0.2",
+    "int8_quantize_fallback/r0.2+both",
+    "int8_quantize_fallback/r1.0",
+)
+INT8_GEMMS: Rows = (
+    "int8_gemm/r0.0",
+    "int8_gemm/r0.1",
+    "int8_gemm/r0.2",
+    "int8_gemm/r1.0",
+    "int8_gemm/r0.1+channels",
+    "int8_gemm/r0.2+channels",
+    "int8_gemm/r0.0156+tokens",
+    "int8_gemm/r0.2+b",
+)
 
 
 FP8_LINEAR: Rows = ("peer/torchao_fp8_rowwise",)
@@ -120,6 +140,8 @@ SUITES: dict[str, tuple[tuple[Rows, Sequence[str]], ...]] = {
         (OPTIMIZERS, ("8192x8192",)),
         (GEMMS, GEMM_SHAPES),
         (OTHER_GEMMS[:1], GEMM_SHAPES[:1]),
+        (INT8[3:4], (BIG,)),
+        (INT8_GEMMS[:1], GEMM_SHAPES[:1]),
         (linears(("tetrajet",), LINEARS), ("fwd+bwd",)),
     ),
     "full": (
@@ -134,6 +156,9 @@ SUITES: dict[str, tuple[tuple[Rows, Sequence[str]], ...]] = {
         (OPTIMIZERS, ("4096x4096", "4099x1111")),
         (GEMMS, (*GEMM_SHAPES, *MODEL_GEMMS)),
         (OTHER_GEMMS, (*GEMM_SHAPES[:2], *MODEL_GEMMS[-1:])),
+        (INT8, (BIG,)),
+        (INT8_GEMMS, GEMM_SHAPES[:1]),
+        (INT8_GEMMS[:1], (*GEMM_SHAPES[1:], *MODEL_GEMMS[-1:])),
         (linears(("tetrajet",), (*LINEARS, *MODEL_LINEARS)), ("fwd+bwd",)),
         (linears(RECIPE_ROWS[1:], LINEARS[:1]), ("fwd+bwd",)),
         (FP8_LINEAR, (*LINEARS, MODEL_LINEARS[1])),

@@ -21,7 +21,8 @@ set(MXT_CUDA_SOURCES
   csrc/cuda/quantize_rows.cu csrc/cuda/quantize_columns.cu csrc/cuda/quantize_dual.cu
   csrc/cuda/quantize_strips.cu csrc/cuda/quantize_pairs.cu
   csrc/cuda/requantize.cu csrc/cuda/dequantize.cu csrc/cuda/elementwise.cu csrc/cuda/column_sum.cu
-  csrc/cuda/fold.cu csrc/cuda/optimizer.cu csrc/cuda/statistics.cu)
+  csrc/cuda/fold.cu csrc/cuda/optimizer.cu csrc/cuda/statistics.cu
+  csrc/cuda/int8_quantize.cu csrc/cuda/int8_gemm.cu)
 add_library(mxt_cuda_portable OBJECT ${MXT_CUDA_SOURCES})
 target_include_directories(mxt_cuda_portable PRIVATE csrc)
 target_compile_options(mxt_cuda_portable PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:${MXT_CUDA_FLAGS}>)
@@ -29,7 +30,7 @@ set_target_properties(mxt_cuda_portable PROPERTIES CUDA_VISIBILITY_PRESET hidden
 
 target_sources(mxtrain PRIVATE csrc/dispatch.cpp
   csrc/ops/cuda_quantize.cpp csrc/ops/cuda_convert.cpp csrc/ops/cuda_gemm.cpp csrc/ops/cuda_optimizer.cpp csrc/ops/cuda_statistics.cpp
-  $<TARGET_OBJECTS:mxt_cuda_portable>)
+  csrc/ops/cuda_int8.cpp $<TARGET_OBJECTS:mxt_cuda_portable>)
 
 # What needs one architecture's instructions: its folder, for that architecture only; dispatch.cpp knows by MXT_HAVE_*.
 # mma.sync's FP8 serves 8.9; 9.0 has it for comparison.
@@ -45,7 +46,7 @@ if(MXT_SM89_ARCHS)
   target_compile_definitions(mxtrain PRIVATE MXT_HAVE_SM89)
 endif()
 if("90a" IN_LIST MXT_CUDA_ARCHS)
-  add_library(mxt_cuda_sm90 OBJECT csrc/cuda/sm90/gemm_e5m2.cu csrc/cuda/sm90/gemm_packed.cu)
+  add_library(mxt_cuda_sm90 OBJECT csrc/cuda/sm90/gemm_e5m2.cu csrc/cuda/sm90/gemm_packed.cu csrc/cuda/sm90/gemm_int8.cu)
   target_include_directories(mxt_cuda_sm90 PRIVATE csrc)
   target_compile_options(mxt_cuda_sm90 PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:${MXT_CUDA_FLAGS}>)
   set_target_properties(mxt_cuda_sm90 PROPERTIES CUDA_ARCHITECTURES 90a-real CUDA_VISIBILITY_PRESET hidden)

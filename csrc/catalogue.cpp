@@ -6,6 +6,7 @@
 #include <string>
 
 #include "cpu/kernels.h"
+#include "formats/int8.h"
 
 #ifndef MXT_CUDA_ARCHS
 #define MXT_CUDA_ARCHS ""
@@ -43,6 +44,7 @@ static std::string make_catalogue() {
     << ", \"roundings\": " << names(kRoundingNames, kRoundings)
     << ", \"accumulate\": " << names(kAccumulateNames, kAccumulates)
     << ", \"gemm_backends\": " << names(kGemmBackendNames, kGemmBackends)
+    << ", \"int8_layouts\": " << names(kInt8LayoutNames, kInt8Layouts)
     << ", \"hadamard_groups\": " << groups() << ", \"build\": {\"version\": \"" << MXT_VERSION
     << "\", \"torch_abi\": \"" << MXT_TORCH_ABI << "\", \"built_with_torch\": \""
     << MXT_BUILT_WITH_TORCH << "\", \"cxx\": \"" << MXT_CXX_COMPILER << "\", \"nvcc\": \""

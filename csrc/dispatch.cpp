@@ -14,6 +14,7 @@
 #endif
 #ifdef MXT_HAVE_SM90
 #include "cuda/sm90/gemm_e5m2.h"
+#include "cuda/sm90/gemm_int8.h"
 #endif
 
 namespace mxtrain::cuda {
@@ -140,6 +141,30 @@ cudaError_t run_packed_gemm(const PackedGemmParams& p, cudaStream_t stream) {
 #endif
 }
 
+static bool int8_on_sm90(int major, int minor) {
+  const char* asked = std::getenv("MXTRAIN_INT8_GEMM");
+  if (asked && std::string(asked) == "portable") return false;
+#ifdef MXT_HAVE_SM90
+  return major == 9 && minor == 0;
+#else
+  return false;
+#endif
+}
+
+const char* int8_gemm_backend(int major, int minor) {
+  return int8_on_sm90(major, minor) ? "sm90: wgmma, integer tensor cores"
+                                    : "portable: mma.sync, integer tensor cores";
+}
+
+cudaError_t run_int8_gemm(const char* op, const Tensor& t, const Int8GemmParams& p,
+                          cudaStream_t stream) {
+  const auto [major, minor] = capability_of(op, t.get_device_index());
+#ifdef MXT_HAVE_SM90
+  if (int8_on_sm90(major, minor)) return sm90::launch_int8_gemm(p, stream);
+#endif
+  return launch_int8_gemm(p, stream);
+}
+
 void check_launch(const char* op, cudaError_t error) {
   MXT_CHECK(error == cudaSuccess, op, "the kernel must launch, got ", cudaGetErrorName(error), " (",
             cudaGetErrorString(error), "; grid ", last_launch().grid, ", block ",
@@ -147,6 +172,12 @@ void check_launch(const char* op, cudaError_t error) {
 }
 
 }  // namespace mxtrain::cuda
+
+// Not an op: what mxtrain.env prints of int8_gemm.
+extern "C" __attribute__((visibility("default"))) const char* mxtrain_int8_gemm_backend(int major,
+                                                                                        int minor) {
+  return mxtrain::cuda::int8_gemm_backend(major, minor);
+}
 
 // Not an op: what mxtrain.env prints, "fold: exact folding ...".
 extern "C" __attribute__((visibility("default"))) const char* mxtrain_gemm_backend(int major,

@@ -8,6 +8,7 @@
 
 #include "check.h"
 #include "cuda/fold.h"
+#include "cuda/int8.h"
 
 // The CPU wheel of torch lacks these three shims; weak, they let a CUDA build load there (and are
 // never called there).
@@ -40,6 +41,12 @@ GemmBackend gemm_backend_for(const char* op, const Tensor& t, int64_t format);
 // packed ones, on the current device.
 cudaError_t run_folded_gemm(const FoldedGemmParams& p, GemmBackend backend, cudaStream_t stream);
 cudaError_t run_packed_gemm(const PackedGemmParams& p, cudaStream_t stream);
+
+// int8_gemm for t's device, which is current: the kernel of its architecture, or the portable one
+// where there is none or the environment variable MXTRAIN_INT8_GEMM is "portable".
+cudaError_t run_int8_gemm(const char* op, const Tensor& t, const Int8GemmParams& p,
+                          cudaStream_t stream);
+const char* int8_gemm_backend(int major, int minor);
 
 // Turns a launch error into an exception that names the op.
 void check_launch(const char* op, cudaError_t error);

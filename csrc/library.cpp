@@ -6,8 +6,9 @@
 // scale, tensor_scale): uint8 codes [R, Kp * bits / 8], uint8 block scales [R, Kp / block], and
 // float32 [1] for nvfp4 ([0] elsewhere; inputs may pass None). format, scale_rule, rounding and
 // accumulate are codes, named in mxtrain.formats: the stable ABI leaks `str` arguments. rng is
-// int64 [2]. Every op is functional but those that end in _. docs/numerics.md defines the
-// arithmetic, mxtrain/ops.py documents each op and has its fake kernel.
+// int64 [2]. The int8_* ops have a contract of their own (formats/int8.h). Every op is functional
+// but those that end in _. docs/numerics.md defines the arithmetic, mxtrain/ops.py documents each
+// op and has its fake kernel.
 #include <torch/csrc/stable/library.h>
 
 #include "ops/ops.h"
@@ -63,6 +64,16 @@ STABLE_TORCH_LIBRARY(mxtrain, m) {
   m.def(
       "oscillation_step_(Tensor(a!) state, Tensor(b!) sums, Tensor w, Tensor data, Tensor scale, "
       "Tensor? tensor_scale, int format) -> ()");
+  m.def(
+      "int8_quantize(Tensor x, int rounding=0, Tensor? rng=None, int layout=0) -> "
+      "(Tensor, Tensor, Tensor)");
+  m.def(
+      "int8_quantize_fallback(Tensor x, Tensor threshold, int layout=0) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "int8_gemm(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, Tensor? bias, ScalarType "
+      "out_dtype, Tensor? residual=None, Tensor? residual_scale=None, Tensor? mask=None, "
+      "bool residual_of_b=False) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mxtrain, CPU, m) {
@@ -82,6 +93,9 @@ STABLE_TORCH_LIBRARY_IMPL(mxtrain, CPU, m) {
   m.impl("ramped_adamw_", TORCH_BOX(&ramped_adamw_));
   m.impl("quantization_statistics", TORCH_BOX(&quantization_statistics));
   m.impl("oscillation_step_", TORCH_BOX(&oscillation_step_));
+  m.impl("int8_quantize", TORCH_BOX(&int8_quantize));
+  m.impl("int8_quantize_fallback", TORCH_BOX(&int8_quantize_fallback));
+  m.impl("int8_gemm", TORCH_BOX(&int8_gemm));
 }
 
 #ifdef MXT_WITH_CUDA
@@ -102,5 +116,8 @@ STABLE_TORCH_LIBRARY_IMPL(mxtrain, CUDA, m) {
   m.impl("ramped_adamw_", TORCH_BOX(&ramped_adamw_));
   m.impl("quantization_statistics", TORCH_BOX(&quantization_statistics));
   m.impl("oscillation_step_", TORCH_BOX(&oscillation_step_));
+  m.impl("int8_quantize", TORCH_BOX(&int8_quantize));
+  m.impl("int8_quantize_fallback", TORCH_BOX(&int8_quantize_fallback));
+  m.impl("int8_gemm", TORCH_BOX(&int8_gemm));
 }
 #endif

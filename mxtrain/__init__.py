@@ -15,6 +15,7 @@ from .convert import ConversionReport, convert
 from .cost import model_cost, relative_cost
 from .export import FrozenLinear, export_weights, load_exported
 from .formats import FORMATS, Format
+from .int8 import Int8Operand, int8_gemm, int8_quantize, int8_quantize_fallback
 from .linear import MXLinear, linear
 from .mix import MIXES, Mix, ModuleClass, get_mix
 from .monitor import Monitor, monitor
@@ -46,6 +47,7 @@ __all__ = [
     "ConversionReport",
     "Format",
     "FrozenLinear",
+    "Int8Operand",
     "MXLinear",
     "Mix",
     "ModuleClass",
@@ -66,6 +68,9 @@ __all__ = [
     "get_mix",
     "get_recipe",
     "hadamard",
+    "int8_gemm",
+    "int8_quantize",
+    "int8_quantize_fallback",
     "linear",
     "load_exported",
     "model_cost",

@@ -45,6 +45,12 @@ def _read_catalogue() -> dict:
     return json.loads(LIBRARY.mxtrain_catalogue().decode())
 
 
+def int8_gemm_backend(major: int, minor: int) -> str:
+    """What int8_gemm takes on a GPU of this compute capability; of a build with CUDA."""
+    LIBRARY.mxtrain_int8_gemm_backend.restype = ctypes.c_char_p
+    return LIBRARY.mxtrain_int8_gemm_backend(major, minor).decode()
+
+
 def gemm_backend(major: int, minor: int, format: int) -> str:
     """What gemm takes on a GPU of this compute capability, and why; of a build with CUDA."""
     LIBRARY.mxtrain_gemm_backend.restype = ctypes.c_char_p

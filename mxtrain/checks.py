@@ -43,6 +43,15 @@ def kind(value: object) -> str:
     return f"type {type(value).__name__}"
 
 
+def check_that(
+    ok: bool, op: str, argument: str, condition: str, got: object, advice: str, context: str = ""
+) -> None:  # fmt: skip
+    """ValueError unless ok; the context is the kind of what was got unless given."""
+    if not ok:
+        context = context or kind(got)
+        raise ValueError(refusal(op, argument, condition, show(got), context, advice))
+
+
 def check_name(op: str, argument: str, value: object, known: Iterable[str]) -> None:
     """Raise ValueError, listing what is known, unless value is one of the known names."""
     if not isinstance(value, str) or value not in known:

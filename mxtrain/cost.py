@@ -3,8 +3,8 @@
 A token costs a linear layer 2 * in * out operations forward and as many again in dgrad and in
 wgrad; each GEMM runs at the speed of its operands' format. The attention product, QK^T and PV, runs
 in 16 bits: 4 * context * hidden operations a token and layer forward, twice that backward. Nothing
-else is counted: no quantizers, no norms, no memory. So this bounds a speedup; `python -m bench`
-measures one.
+else is counted: no quantizers, no norms, no memory, no second products of blocks that fall back. So
+this bounds a speedup; `python -m bench` measures one.
 
 Source: arXiv 2502.11458 section on cost; its Table 2 does not follow from the speeds 1, 2, 4 that
 its text names (57.1% for all FP4 is what linear layers at twice the speed give), so the speeds, the
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from .checks import check_bool, check_int, is_finite, is_int, is_number, kind, refusal, show
-from .formats import FORMATS
+from .formats import element_bits
 from .linear import MXLinear
 from .recipe import GEMMS, Recipe, get_recipe
 
@@ -65,7 +65,7 @@ def gemm_bits(recipe: str | Recipe) -> dict[str, int]:
     bits = {}
     for gemm in GEMMS:
         formats = [q.format for q in recipe.pair(gemm)]
-        bits[gemm] = 16 if None in formats else max(FORMATS[f].bits for f in formats)
+        bits[gemm] = 16 if None in formats else max(map(element_bits, formats))
     return bits
 
 

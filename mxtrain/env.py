@@ -17,13 +17,14 @@ import time
 import torch
 
 from . import formats, ops, reference
-from ._library import CATALOGUE, PATH, gemm_backend
+from ._library import CATALOGUE, PATH, gemm_backend, int8_gemm_backend
 from .operand import gemm, quantize
 from .version import __version__
 
 ENVIRONMENT = (
     "MXTRAIN_CUDA_ARCHS",
     "MXTRAIN_GEMM_BACKEND",
+    "MXTRAIN_INT8_GEMM",
     "MAX_JOBS",
     "CUDA_VISIBLE_DEVICES",
     "OMP_NUM_THREADS",
@@ -85,6 +86,8 @@ def backends(op: str) -> dict[str, str]:
         chosen["cuda"] = f"portable kernel, for {archs}"
         if op == "gemm":
             chosen["cuda"] = _gemm_backends(found[0]["compute_capability"])
+        elif op == "int8_gemm":
+            chosen["cuda"] = int8_gemm_backend(*map(int, found[0]["compute_capability"].split(".")))
     return chosen
 
 

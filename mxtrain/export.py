@@ -11,7 +11,10 @@ trained model. An exported state is a flat dict of tensors; of a layer `name` it
     name.weight_packed          uint8 [out_features, Kp * bits / 8], the codes (docs/numerics.md)
     name.weight_scale           uint8 [out_features, Kp / block]
     name.weight_tensor_scale    float32 [1], nvfp4 only
+    name.fallback_threshold     float32 [1], where the recipe has a fallback, as training left it
     name.weight_recipe          uint8, JSON: the recipe and in_features
+
+(of int8_block, weight_packed is int8 [out_features, Kp] and weight_scale float32, of each square).
 
 Everything else, the bias of the layer too, is as in the model's state_dict.
 """
@@ -28,12 +31,19 @@ from torch import Tensor, nn
 
 from .checks import FLOATS, check_int, kind, refusal, show
 from .ema import _whole
+from .fallback import initial_threshold
 from .formats import FORMATS
+from .int8 import BLOCK, blocks
 from .linear import MXLinear, _draw, _product, _quantize, _quantize_both, _signs
-from .operand import Operand
+from .packed import PARTS, Packed, parts_of, restored
+from .quantizer import Quantizer
 from .recipe import Recipe
 
 _PARTS = ("weight_packed", "weight_scale", "weight_tensor_scale")
+_THRESHOLD = "fallback_threshold"
+_OF_TRAINING = (
+    "weight", "weight_ema", "ema_updates", _THRESHOLD, "fallback_step", "fallback_counts",
+)  # fmt: skip
 _RECIPE = "weight_recipe"
 
 
@@ -41,35 +51,37 @@ class FrozenLinear(nn.Module):
     """The forward pass of an MXLinear whose weight is an operand. For inference only.
 
     Made by `load_exported`, or from a layer by `freeze`. Buffers: `weight_packed`, `weight_scale`,
-    `weight_tensor_scale` (nvfp4) and `weight_recipe`, as in the exported state; parameter: `bias`
-    or None. forward takes and returns what MXLinear does in evaluation, bitwise.
+    `weight_tensor_scale` (nvfp4), `fallback_threshold` (of a layer that was trained with one) and
+    `weight_recipe`, as in the exported state; parameter: `bias` or None. forward takes and returns
+    what MXLinear does in evaluation, bitwise.
     """
 
-    def __init__(self, weight: Operand, bias: Tensor | None, recipe: Recipe) -> None:
+    def __init__(
+        self, weight: Packed, bias: Tensor | None, recipe: Recipe, threshold: Tensor | None = None
+    ) -> None:  # fmt: skip
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.recipe = recipe
-        self.register_buffer("weight_packed", weight.data)
-        self.register_buffer("weight_scale", weight.scale)
-        if weight.tensor_scale is not None:
-            self.register_buffer("weight_tensor_scale", weight.tensor_scale)
+        values = (*parts_of(weight)[: len(_PARTS)], threshold)
+        for name, value in zip((*_PARTS, _THRESHOLD), values, strict=True):
+            if value is not None:
+                self.register_buffer(name, value)
         self.register_buffer(_RECIPE, _encode(recipe, self.in_features).to(weight.data.device))
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
     @property
-    def weight(self) -> Operand:
+    def weight(self) -> Packed:
         """The operand that forward multiplies."""
-        parts = (getattr(self, name, None) for name in _PARTS)
-        data, scale, tensor_scale = parts
-        shape = (self.out_features, self.in_features)
-        return Operand(data, scale, self.recipe.fprop_w.format, shape, tensor_scale)
+        parts = [getattr(self, name, None) for name in _PARTS]
+        return _operand(parts, self.recipe.fprop_w, (self.out_features, self.in_features))
 
     def _apply(self, fn: Any, recurse: bool = True) -> FrozenLinear:
-        before = self._buffers.get("weight_tensor_scale")
+        before = dict(self._buffers)
         super()._apply(fn, recurse)
-        after = self._buffers.get("weight_tensor_scale")
-        if after is not None and after.dtype != torch.float32:  # to(bfloat16) is for parameters
-            self._buffers["weight_tensor_scale"] = before.to(after.device)
+        for name, old in before.items():
+            device = self._buffers[name].device
+            if self._buffers[name].dtype != old.dtype:  # to(bfloat16) is for parameters
+                self._buffers[name] = old.to(device)
         return self
 
     def forward(self, x: Tensor) -> Tensor:
@@ -94,7 +106,11 @@ class FrozenLinear(nn.Module):
         signs = _signs(recipe, "fprop", None, x.device)
         rows = x.reshape(-1, self.in_features)
         row = recipe.fprop_x if recipe.fprop_x.format else None
-        x_row, _ = _quantize_both(rows, row, None, None if rng is None else rng[0], signs, None)
+        threshold = getattr(self, _THRESHOLD, None)
+        if recipe.fprop_x.fallback and threshold is None:
+            threshold = initial_threshold(rows, recipe)
+        x_rng = None if rng is None else rng[0]
+        x_row, _, _ = _quantize_both(rows, row, None, x_rng, signs, None, threshold)
         y = _product(
             rows if x_row is None else x_row, self.weight, self.bias, recipe.alpha("fprop"),
             dtype, dtype, recipe.accumulate,
@@ -124,7 +140,7 @@ def freeze(layer: MXLinear) -> FrozenLinear:
     signs = _signs(recipe, "fprop", None, weight.device)
     operand = _quantize(weight, recipe.fprop_w, None, signs, toward=ema)
     bias = None if layer.bias is None else _whole(layer.bias)
-    return FrozenLinear(operand, bias, recipe)
+    return FrozenLinear(operand, bias, recipe, layer.trained_threshold())
 
 
 def export_weights(
@@ -158,7 +174,7 @@ def export_weights(
         if unquantized or layer.weight.numel() == 0:
             continue
         frozen = freeze(layer)
-        for key in ("weight", "weight_ema", "ema_updates"):
+        for key in _OF_TRAINING:
             state.pop(prefix + key, None)
         state.update((prefix + key, value) for key, value in frozen.named_buffers())
     state = {key: value.detach() for key, value in state.items() if isinstance(value, Tensor)}
@@ -258,7 +274,8 @@ def _thaw(what: str, name: str, module: nn.Module | None, state: dict[str, Tenso
         meta = json.loads(bytes(state[prefix + _RECIPE].cpu().flatten().tolist()))
         recipe = Recipe.from_dict(meta["recipe"])
         check_int(what, "in_features", meta["in_features"], low=1)
-        fmt, k = FORMATS[recipe.fprop_w.format], meta["in_features"]
+        q, k = recipe.fprop_w, meta["in_features"]
+        shapes = _shapes(q, module.out_features, k)
     except (ValueError, KeyError, TypeError) as error:
         condition, advice = "describe a recipe", "Export the model again."
         context = f"{shown}: {show(str(error))}"
@@ -266,21 +283,18 @@ def _thaw(what: str, name: str, module: nn.Module | None, state: dict[str, Tenso
             refusal(what, prefix + _RECIPE, condition, "other bytes", context, advice)
         ) from None
     rows, device = module.out_features, module.weight.device
-    shapes = {
-        "weight_packed": (torch.uint8, (rows, fmt.row_bytes(k))),
-        "weight_scale": (torch.uint8, (rows, fmt.padded(k) // fmt.block)),
-        "weight_tensor_scale": (torch.float32, (1,)),
-    }
-    parts = []
-    for part, (dtype, shape) in shapes.items():
+    optional = (_THRESHOLD,) if recipe.fprop_x.fallback else ()
+    parts: list[Tensor | None] = []
+    for part in (*_PARTS, _THRESHOLD):
         value = state.get(prefix + part)
-        if part == "weight_tensor_scale" and not fmt.two_level:
-            fits = value is None
+        dtype, shape = shapes.get(part, (torch.float32, (1,)))
+        if value is None or part not in (*shapes, *optional):
+            fits = value is None and part not in shapes
         else:
-            fits = value is not None and value.dtype == dtype and tuple(value.shape) == shape
+            fits = value.dtype == dtype and tuple(value.shape) == shape
         if not fits or k != module.in_features:
             condition = f"be {str(dtype).removeprefix('torch.')} of shape {list(shape)}"
-            context = f"{shown} is {[rows, module.in_features]}, format {fmt.name}"
+            context = f"{shown} is {[rows, module.in_features]}, format {q.format}"
             advice = "Build the architecture that was trained."
             raise ValueError(refusal(what, prefix + part, condition, show(value), context, advice))
         parts.append(None if value is None else _copied(value, device))
@@ -290,7 +304,28 @@ def _thaw(what: str, name: str, module: nn.Module | None, state: dict[str, Tenso
         advice = "Build the architecture that was trained."
         raise ValueError(refusal(what, prefix + "bias", condition, show(bias), shown, advice))
     bias = None if bias is None else _copied(bias, device)
-    return FrozenLinear(Operand(parts[0], parts[1], fmt.name, (rows, k), parts[2]), bias, recipe)
+    *parts, threshold = parts
+    return FrozenLinear(_operand(parts, q, (rows, k)), bias, recipe, threshold)
+
+
+def _operand(parts: list[Tensor | None], q: Quantizer, shape: tuple[int, int]) -> Packed:
+    return restored((*parts, *[None] * (PARTS - len(parts))), q, shape)
+
+
+def _shapes(q: Quantizer, rows: int, k: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """What an operand by q of a [rows, k] weight is made of. KeyError where q has no format."""
+    if q.square:
+        grid = blocks(rows), blocks(k)
+        return {
+            "weight_packed": (torch.int8, (rows, grid[1] * BLOCK)),
+            "weight_scale": (torch.float32, grid),
+        }
+    fmt = FORMATS[q.format]
+    shapes = {
+        "weight_packed": (torch.uint8, (rows, fmt.row_bytes(k))),
+        "weight_scale": (torch.uint8, (rows, fmt.padded(k) // fmt.block)),
+    }
+    return shapes | ({"weight_tensor_scale": (torch.float32, (1,))} if fmt.two_level else {})
 
 
 def _copied(value: Tensor, device: torch.device) -> Tensor:

@@ -65,7 +65,15 @@ SCALE_RULES: dict[str, int] = {name: code for code, name in enumerate(CATALOGUE[
 ROUNDINGS: dict[str, int] = {name: code for code, name in enumerate(CATALOGUE["roundings"])}
 ACCUMULATE: dict[str, int] = {name: code for code, name in enumerate(CATALOGUE["accumulate"])}
 GEMM_BACKENDS: dict[str, int] = {name: code for code, name in enumerate(CATALOGUE["gemm_backends"])}
+INT8_LAYOUTS: dict[str, int] = {name: i for i, name in enumerate(CATALOGUE["int8_layouts"])}
+INT8_BLOCK = "int8_block"
+"""Signed bytes in squares of 128 x 128 with a float32 scale; it has ops of its own: `int8_*`."""
 HADAMARD_GROUPS: tuple[int, ...] = tuple(CATALOGUE["hadamard_groups"])
+
+
+def element_bits(name: str) -> int:
+    """Bits of an element of a format of `FORMATS`, or of int8_block."""
+    return 8 if name == INT8_BLOCK else FORMATS[name].bits
 
 
 def format_named(name: str, what: str = "quantize") -> Format:

@@ -13,6 +13,8 @@ With X [N, K] the tokens, W [C, K] the weight, dY [N, C] and Q the six quantizer
   bias.
 - Saved for backward are the packed operands; x or weight itself only where backward uses it
   unquantized, and weight where backward quantizes the original.
+- int8_block quantizes in squares: one quantization of X, W or dY serves both of its GEMMs. A
+  fallback's threshold is fixed before the call (fallback.py); the function returns what fell back.
 - The packed weight is kept between the calls of an MXLinear (weight_cache.py), not by `linear`.
 - Randomness: one draw from torch's generator a forward, with a row for each of X, W and dY, saved
   for backward. So `torch.manual_seed` and the recomputation of a checkpoint repeat the bits.
@@ -33,10 +35,13 @@ from torch.autograd.function import once_differentiable
 from .checks import FLOATS as DTYPES
 from .checks import check_bool, check_device, check_int, check_tensor, kind, refusal, show
 from .ema import update_weight_ema as update_weight_ema
+from .fallback import FallbackLinear, check_threshold, initial_threshold
 from .formats import FORMATS
+from .int8 import Int8Operand, int8_gemm, int8_quantize
 from .operand import Operand, draw_rng, draw_signs, gemm, quantize, quantize_dual, requantize
+from .packed import PARTS, Packed, parts_of, quantize_squares, restored
 from .recipe import Quantizer, Recipe, fixed_signs, get_recipe
-from .weight_cache import CachedLinear, WeightCache
+from .weight_cache import WeightCache
 
 # Rows of the drawn rng ([3, 2]) and of the drawn signs ([3, largest group]).
 _X, _W, _DY = 0, 1, 2
@@ -49,8 +54,12 @@ _SIGNS_ROW = {"fprop": 0, "dgrad": 1, "wgrad": 2}
 def _quantize(
     x: Tensor, q: Quantizer, rng: Tensor | None, signs: Tensor | None, *,
     transpose: bool = False, toward: Tensor | None = None,
-) -> Operand:  # fmt: skip
+) -> Packed:  # fmt: skip
     """quantize with the fields of q. "toward" with nothing to round toward is "nearest"."""
+    if q.square:
+        rng = rng if q.rounding == "stochastic" else None
+        layout = "transposed" if transpose else "row"
+        return int8_quantize(x, rounding=q.rounding, rng=rng, layout=layout)
     rounding = "nearest" if q.rounding == "toward" and toward is None else q.rounding
     return quantize(
         x, q.format, scale_rule=q.scale_rule, rounding=rounding, transpose=transpose,
@@ -61,30 +70,38 @@ def _quantize(
 
 def _quantize_both(
     x: Tensor, row: Quantizer | None, col: Quantizer | None, rng: Tensor | None,
-    row_signs: Tensor | None, col_signs: Tensor | None,
-) -> tuple[Operand | None, Operand | None]:  # fmt: skip
+    row_signs: Tensor | None, col_signs: Tensor | None, threshold: Tensor | None = None,
+) -> tuple[Packed | None, Packed | None, Tensor | None]:  # fmt: skip
     """The operand of x [N, K] by row and that of x.T by col, its tokens filled up for col.
 
-    None gives None; two operands are made from one read of x.
+    None gives None; two operands are made from one read of x. Then what fell back, or None.
     """
     n, k = x.shape
+    if row is not None and col is not None and row.square != col.square:
+        a, _, counts = _quantize_both(x, row, None, rng, row_signs, None, threshold)
+        return a, _quantize_both(x, None, col, rng, None, col_signs)[1], counts
+    if any(q is not None and q.square for q in (row, col)):
+        return quantize_squares(x, row, col, rng, threshold)
     if col is not None and _filled(n, col) != n:
         x = F.pad(x, (0, 0, 0, _filled(n, col) - n))
     if row is None:
-        return None, None if col is None else _quantize(x, col, rng, col_signs, transpose=True)
+        b = None if col is None else _quantize(x, col, rng, col_signs, transpose=True)
+        return None, b, None
     if col is None:
-        return _quantize(x, row, rng, row_signs), None
+        return _quantize(x, row, rng, row_signs), None, None
     stochastic = "stochastic" in (row.rounding, col.rounding)
     a, b = quantize_dual(
         x, row, col, rng=rng if stochastic else None, row_signs=row_signs, col_signs=col_signs
     )
     if a.shape[0] != n:
         a = Operand(a.data[:n], a.scale[:n], a.format, (n, k), a.tensor_scale)
-    return a, b
+    return a, b, None
 
 
-def _requantize(op: Operand, q: Quantizer, rng: Tensor | None, signs: Tensor | None) -> Operand:
+def _requantize(op: Packed, q: Quantizer, rng: Tensor | None, signs: Tensor | None) -> Packed:
     """The operand by q of the transpose of op [R, cols], R filled up for q."""
+    if q.square:
+        return op.transposed()
     rows, cols = op.shape
     fill = _filled(rows, q) - rows
     if fill:  # codes and scales of zero are a row of zeros in every format
@@ -105,15 +122,17 @@ def _filled(n: int, q: Quantizer) -> int:
 
 
 def _product(
-    a: Operand | Tensor, b: Operand | Tensor, bias: Tensor | None, alpha: float,
+    a: Packed | Tensor, b: Packed | Tensor, bias: Tensor | None, alpha: float,
     dtype: torch.dtype, out_dtype: torch.dtype, accumulate: str,
 ) -> Tensor:  # fmt: skip
     """alpha * a b^T + bias in out_dtype: an MX GEMM of two operands, else a matmul in dtype."""
+    if isinstance(a, Int8Operand) and isinstance(b, Int8Operand):
+        return int8_gemm(a, b, bias, out_dtype)
     if isinstance(a, Operand) and isinstance(b, Operand):
         return gemm(a, b, bias, alpha=alpha, out_dtype=out_dtype, accumulate=accumulate)
     # alpha is 1 here: Recipe allows a prescale only where both sides have a format.
-    a = a.dequantize(dtype) if isinstance(a, Operand) else a.to(dtype)
-    b = b.dequantize(dtype) if isinstance(b, Operand) else b.to(dtype)
+    a = a.dequantize(dtype) if isinstance(a, Packed) else a.to(dtype)
+    b = b.dequantize(dtype) if isinstance(b, Packed) else b.to(dtype)
     return F.linear(a, b, None if bias is None else bias.to(dtype)).to(out_dtype)
 
 
@@ -164,18 +183,18 @@ def _draw(
 def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, ema: Tensor | None, rng: Tensor | None,
     drawn: Tensor | None, recipe: Recipe, dtype: torch.dtype, cache: WeightCache | None,
-    need_x: bool, need_w: bool,
-) -> tuple[Tensor, Operand | Tensor | None, Operand | Tensor | None]:  # fmt: skip
-    """Y [..., C] of x [..., K]; then, where needed, what wgrad uses of X and dgrad of W."""
+    threshold: Tensor | None, need_x: bool, need_w: bool,
+) -> tuple[Tensor, Packed | Tensor | None, Packed | Tensor | None, Tensor | None]:  # fmt: skip
+    """Y [..., C] of x [..., K]; where needed, what wgrad uses of X and dgrad of W; the counts."""
     fx, fw, wx, dw = recipe.fprop_x, recipe.fprop_w, recipe.wgrad_x, recipe.dgrad_w
     signs = _signs(recipe, "fprop", drawn, x.device)
     x_rng, w_rng = (None, None) if rng is None else (rng[_X], rng[_W])
 
     row = fx if fx.format else None
-    col = wx if need_w and wx.format and wx.source == "original" else None
+    col = wx if need_w and wx.format and (wx.source == "original" or wx.square) else None
     col_signs = _signs(recipe, "wgrad", drawn, x.device) if col else None
     rows = x.reshape(-1, x.shape[-1])
-    x_row, x_col = _quantize_both(rows, row, col, x_rng, signs, col_signs)
+    x_row, x_col, counts = _quantize_both(rows, row, col, x_rng, signs, col_signs, threshold)
     w_row = None
     if fw.format:
         make = partial(_quantize, weight, fw, w_rng, signs, toward=ema)
@@ -187,20 +206,13 @@ def _forward(
 
     keep_x = keep_w = None
     if need_w:
-        keep_x = x if wx.format is None else x_row if wx.source == "forward" else x_col
+        keep_x = x if wx.format is None else x_row if x_col is None else x_col
     if need_x:
         keep_w = w_row if dw.source == "forward" else weight
     if x.dim() != 2:
         # As F.linear does it: no in-place op may follow if a Function returns a view.
         y = torch.ops.aten._unsafe_view(y, [*x.shape[:-1], weight.shape[0]])
-    return y, keep_x, keep_w
-
-
-def _parts(kept: Operand | Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The tensors of an operand, or the tensor itself, for save_for_backward."""
-    if isinstance(kept, Operand):
-        return kept.data, kept.scale, kept.tensor_scale
-    return kept, None, None
+    return y, keep_x, keep_w, counts
 
 
 class _Linear(torch.autograd.Function):
@@ -210,27 +222,30 @@ class _Linear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, ema: Tensor | None,
         rng: Tensor | None, drawn: Tensor | None, recipe: Recipe, dtype: torch.dtype,
-        cache: WeightCache | None,
-    ) -> Tensor:  # fmt: skip
+        cache: WeightCache | None, threshold: Tensor | None,
+    ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
         need_x, need_w = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
-        y, keep_x, keep_w = _forward(
-            x, weight, bias, ema, rng, drawn, recipe, dtype, cache, need_x, need_w
+        y, keep_x, keep_w, counts = _forward(
+            x, weight, bias, ema, rng, drawn, recipe, dtype, cache, threshold, need_x, need_w
         )
-        ctx.save_for_backward(*_parts(keep_x), *_parts(keep_w), rng, drawn)
+        ctx.save_for_backward(*parts_of(keep_x), *parts_of(keep_w), rng, drawn)
         ctx.recipe, ctx.dtype, ctx.in_features = recipe, dtype, weight.shape[1]
         ctx.cache, ctx.weight = cache, None if cache is None else weight
         ctx.x_dtype, ctx.weight_dtype = x.dtype, weight.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return y
+        if counts is None:
+            return y
+        ctx.mark_non_differentiable(counts)
+        return y, counts
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         recipe, dtype = ctx.recipe, ctx.dtype
         need_x, need_w, need_b = ctx.needs_input_grad[:3]
-        x_data, x_scale, x_tensor_scale, w_data, w_scale, w_tensor_scale, rng, drawn = (
-            ctx.saved_tensors
-        )
+        *parts, rng, drawn = ctx.saved_tensors
+        x_parts, w_parts = tuple(parts[:PARTS]), tuple(parts[PARTS:])
+        w_data = w_parts[0]
         x_shape = (*dy.shape[:-1], ctx.in_features)
         dy = dy.reshape(-1, dy.shape[-1])
         if dy.dtype not in DTYPES:
@@ -241,7 +256,7 @@ class _Linear(torch.autograd.Function):
         wgrad_signs = _signs(recipe, "wgrad", drawn, dy.device) if need_w else None
         row = recipe.dgrad_dy if need_x and recipe.dgrad_dy.format else None
         col = recipe.wgrad_dy if need_w and recipe.wgrad_dy.format else None
-        dy_row, dy_col = _quantize_both(dy, row, col, dy_rng, dgrad_signs, wgrad_signs)
+        dy_row, dy_col, _ = _quantize_both(dy, row, col, dy_rng, dgrad_signs, wgrad_signs)
 
         dx = dw = db = None
         if need_x:
@@ -251,13 +266,10 @@ class _Linear(torch.autograd.Function):
             else:
                 make = partial(_quantize, w_data, q, w_rng, dgrad_signs, transpose=True)
                 if q.source == "forward":
-                    w = Operand(w_data, w_scale, recipe.fprop_w.format, (c, k), w_tensor_scale)
+                    w = restored(w_parts, recipe.fprop_w, (c, k))
                     make = partial(_requantize, w, q, w_rng, dgrad_signs)
-                w = (
-                    make()
-                    if ctx.cache is None
-                    else ctx.cache.dgrad(ctx.weight, w_data, recipe, make)
-                )
+                cache = ctx.cache
+                w = make() if cache is None else cache.dgrad(ctx.weight, w_data, recipe, make)
             dx = _product(
                 dy if dy_row is None else dy_row, w, None,
                 recipe.alpha("dgrad"), dtype, ctx.x_dtype, recipe.accumulate,
@@ -265,41 +277,46 @@ class _Linear(torch.autograd.Function):
         if need_w:
             q = recipe.wgrad_x
             if q.format is None:
-                x = x_data.reshape(n, k).t()
-            elif q.source == "forward":
-                x = Operand(x_data, x_scale, recipe.fprop_x.format, (n, k), x_tensor_scale)
+                x = x_parts[0].reshape(n, k).t()
+            elif q.source == "forward" and not q.square:
+                x = restored(x_parts, recipe.fprop_x, (n, k))
                 x = _requantize(x, q, x_rng, wgrad_signs)
             else:
-                x = Operand(x_data, x_scale, q.format, (k, _filled(n, q)), x_tensor_scale)
+                x = restored(x_parts, q, (k, _filled(n, q)))
             dw = _product(
                 dy.t() if dy_col is None else dy_col, x, None,
                 recipe.alpha("wgrad"), dtype, ctx.weight_dtype, recipe.accumulate,
             )  # fmt: skip
         if need_b:
             db = torch.ops.mxtrain.column_sum(dy).to(ctx.bias_dtype)
-        return dx, dw, db, None, None, None, None, None, None
+        return dx, dw, db, None, None, None, None, None, None, None
 
 
 def _linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, recipe: Recipe, ema: Tensor | None,
-    training: bool, cache: WeightCache | None = None,
-) -> Tensor:  # fmt: skip
+    training: bool, cache: WeightCache | None = None, threshold: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Y, and what fell back where the recipe has a fallback."""
     device = x.device.type
     autocast = device != "meta" and torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
     if x.numel() == 0 or weight.numel() == 0:
         # Nothing to quantize; torch knows the shapes and that the gradients are zero.
         bias = None if bias is None else bias.to(dtype)
-        return F.linear(x.to(dtype), weight.to(dtype), bias)
+        return F.linear(x.to(dtype), weight.to(dtype), bias), None
     x = x.to(dtype)
+    if threshold is None and recipe.fprop_x.fallback:
+        threshold = initial_threshold(x.reshape(-1, x.shape[-1]), recipe)
     grad = torch.is_grad_enabled()
     # In training the draw does not depend on whether autograd records: a reentrant checkpoint runs
     # the first forward without, and its recomputation must advance the generator alike.
     rng, drawn = _draw(recipe, training or grad, x.device)
     requires_grad = x.requires_grad or weight.requires_grad
     if grad and (requires_grad or (bias is not None and bias.requires_grad)):
-        return _Linear.apply(x, weight, bias, ema, rng, drawn, recipe, dtype, cache)
-    return _forward(x, weight, bias, ema, rng, drawn, recipe, dtype, cache, False, False)[0]
+        out = _Linear.apply(x, weight, bias, ema, rng, drawn, recipe, dtype, cache, threshold)
+        return out if recipe.fprop_x.fallback else (out, None)
+    out = _forward(x, weight, bias, ema, rng, drawn, recipe, dtype, cache, threshold, False, False)
+    return out[0], out[3]
 
 
 def _check_arguments(x: Tensor, weight: Tensor, bias: Tensor | None, ema: Tensor | None) -> None:
@@ -336,7 +353,7 @@ def _check_fit(what: str, recipe: Recipe, in_features: int, out_features: int) -
 
 def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, recipe: str | Recipe = "tetrajet",
-    weight_ema: Tensor | None = None,
+    weight_ema: Tensor | None = None, threshold: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """y = x W^T + b, its forward and both its backward GEMMs quantized as the recipe says.
 
@@ -353,6 +370,8 @@ def linear(
         recipe: a name of `RECIPES`, or a Recipe.
         weight_ema: like weight; what fprop_w rounds toward in a recipe with `ema_beta`. None, or
             another recipe: it rounds to nearest.
+        threshold: float32 `[1]`, positive, above which a block of x falls back in a recipe with a
+            fallback. None: the quantile of x's own blocks, which costs another read of x.
 
     Returns:
         `[..., out_features]` in the autocast dtype where autocast is on for the device of x, else
@@ -364,8 +383,9 @@ def linear(
     """
     recipe = get_recipe(recipe)
     _check_arguments(x, weight, bias, weight_ema)
+    check_threshold("linear", threshold, recipe)
     _check_fit("linear", recipe, weight.shape[1], weight.shape[0])
-    return _linear(x, weight, bias, recipe, weight_ema, True)
+    return _linear(x, weight, bias, recipe, weight_ema, True, threshold=threshold)[0]
 
 
 # ---- the module ----
@@ -389,7 +409,7 @@ def _check_layer(
         raise TypeError(refusal(what, "dtype", condition, show(dtype), kind(dtype), advice))
 
 
-class MXLinear(CachedLinear):
+class MXLinear(FallbackLinear):
     """An `nn.Linear` whose GEMMs run as a recipe says. It has the parameters of `nn.Linear`.
 
     The state_dict is that of `nn.Linear` too, so checkpoints load both ways, unless the recipe has
@@ -410,6 +430,9 @@ class MXLinear(CachedLinear):
     optimizer step, in-place change, eval(), load_state_dict or to(). Only a write by hand that
     autograd does not see, to `weight.data` between two forwards, needs `layer.drop_cache()`; with
     `layer.keep_packed = False` nothing is kept (mxtrain/weight_cache.py).
+
+    A recipe with a fallback has three more buffers, the threshold and what moves it; every
+    optimizer step does (mxtrain/fallback.py).
 
     Set `layer.recipe` to change the recipe; the state above comes and goes with it.
 
@@ -443,6 +466,7 @@ class MXLinear(CachedLinear):
         """Set what an MXLinear has and an nn.Linear has not."""
         self._start_without_ema()
         self._start_without_cache()
+        self._start_without_fallback()
         self.recipe = recipe
 
     @property
@@ -457,12 +481,17 @@ class MXLinear(CachedLinear):
         self._recipe = recipe
         self.drop_cache()
         self._begin_or_end_ema()
+        self._begin_or_end_fallback()
 
     def forward(self, x: Tensor) -> Tensor:
         ema = self.weight_ema if self.ema_active else None
         _check_arguments(x, self.weight, self.bias, ema)
-        cache = self._usable_cache(x)
-        return _linear(x, self.weight, self.bias, self._recipe, ema, self.training, cache)
+        cache, threshold = self._usable_cache(x), self._threshold_for(x)
+        arguments = x, self.weight, self.bias, self._recipe, ema, self.training
+        y, counts = _linear(*arguments, cache, threshold)
+        if counts is not None:
+            self._count_fallback(counts)
+        return y
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, recipe={self._recipe.name!r}"

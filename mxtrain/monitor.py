@@ -2,7 +2,7 @@
 
 One row for each MXLinear every `every` optimizer steps; COLUMNS says what it holds, and
 mxtrain/oscillation.py how each is defined. An empty cell has no value there: a GEMM that is not
-quantized, a tensor that was not seen.
+quantized, or to int8_block, a tensor that was not seen.
 
 - Weights are watched at every step of the optimizer that holds them, on rows that are evenly spread
   over the weight; the window of a row is the steps since the row before.
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .checks import check_int, kind, refusal, show
+from .formats import FORMATS
 from .linear import MXLinear
 from .oscillation import (
     MOVEMENTS,
@@ -100,7 +101,8 @@ class _Watched:
         recipe, x = self.layer.recipe, _tokens(x, self.elements)
         self._quantized("fprop_x", recipe.fprop_x, x)
         wgrad = recipe.wgrad_x
-        source = x if wgrad.source == "original" else _forward(x, recipe.fprop_x)
+        again = wgrad.format in FORMATS and wgrad.source == "forward"
+        source = _forward(x, recipe.fprop_x) if again else x
         self._quantized("wgrad_x", wgrad, source, transpose=True)
 
     def saw_dy(self, dy: Tensor) -> None:
@@ -111,7 +113,7 @@ class _Watched:
     def _quantized(
         self, field: str, q: Quantizer, x: Tensor, transpose: bool = False, toward: Any = None
     ) -> None:  # fmt: skip
-        if q.format is not None and x.numel():
+        if q.format in FORMATS and x.numel():
             self.sums[field] = quantizer_sums(x, q, transpose=transpose, toward=toward)
 
     # ---- the row ----
@@ -122,7 +124,7 @@ class _Watched:
         w, ema = self.weight(self.rows)
         self._quantized("fprop_w", recipe.fprop_w, w, toward=ema)
         q = recipe.dgrad_w
-        if q.format is not None:
+        if q.format in FORMATS:
             # Blocks of W^T run along out_features: of whole groups of consecutive rows.
             groups = self.elements // max(self.layer.in_features, 1) // 256
             w, ema = self.weight(slice(256 * max(1, groups)))

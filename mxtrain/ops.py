@@ -75,6 +75,25 @@ oscillation_step_(state, sums, w, data, scale, tensor_scale, format)
     step before, then the sums of |w - w'|, |q - q'| and flips, which it adds to; sums float64
     `[128, 5]` gets the squares of w - w', w', q - q' and q' and the flips, in parts to be added.
     Raises where shapes or dtypes disagree. Source: arXiv 2502.20853 (oscillation ratio).
+
+int8_block has ops of its own. Codes are int8 in [-127, 127], `[R, Kp]` with Kp a multiple of 128,
+scales float32 `[ceil(R/128), Kp/128]`, of any strides; mxtrain/int8.py explains them. Source:
+arXiv 2503.08040.
+
+int8_quantize(x, rounding=0, rng=None, layout=0) -> (data, data_t, scale)
+    data `[R, Kp]` of x and data_t `[K, Rp]` of x.T, [0, 0] where the layout leaves one out; scale
+    is that of x. Raises for an x without elements, another dtype or rank, rounding other than
+    nearest and stochastic, an unknown layout, rng as quantize.
+int8_quantize_fallback(x, threshold, layout=0)
+    -> (data, data_t, scale, residual, residual_t, residual_scale, mask, counts)
+    The same to nearest, with the second step where the mask, uint8 like the scale, is 1: blocks
+    whose largest magnitude exceeds the float32 threshold `[1]`. Other blocks of the residual are
+    not written. counts int64 `[3]`: fallen back, not finite, all. Raises also for a threshold of
+    another type, or (on the CPU; on CUDA all scales are then NaN) one that is not positive.
+int8_gemm(a, a_scale, b, b_scale, bias, out_dtype, residual=None, residual_scale=None, mask=None,
+          residual_of_b=False) -> `[M, N]`
+    A B^T + bias. The residual is of a or of b. Raises where K or a grid differs, for parts of a
+    residual without the others, and (on the CPU) for a code of -128.
 """
 
 from __future__ import annotations
@@ -82,6 +101,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import int8_ops as int8_ops  # registers fake kernels
 from . import op_checks as check
 from . import optimizer_checks
 from ._library import CATALOGUE
@@ -103,6 +123,9 @@ OP_NAMES = (
     "ramped_adamw_",
     "quantization_statistics",
     "oscillation_step_",
+    "int8_quantize",
+    "int8_quantize_fallback",
+    "int8_gemm",
 )
 
 

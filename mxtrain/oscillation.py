@@ -138,8 +138,8 @@ def _check_quantizer(what: str, x: object, q: object) -> None:
         condition, got, advice = "have 2 dimensions", x.dim(), "Flatten the leading axes."
         context = f"shape {list(x.shape)}"
         raise ValueError(refusal(what, "x", condition, got, context, advice))
-    if not isinstance(q, Quantizer) or q.format is None:
-        condition, advice = "be a Quantizer with a format", "Without one nothing is lost."
+    if not isinstance(q, Quantizer) or q.format not in FORMATS:
+        condition, advice = f"be a Quantizer to {', '.join(FORMATS)}", "Pass one of a recipe."
         raise ValueError(refusal(what, "quantizer", condition, show(q), kind(q), advice))
 
 
@@ -233,8 +233,11 @@ class Oscillation:
     """
 
     def __init__(self, quantizer: Quantizer) -> None:
-        if not isinstance(quantizer, Quantizer) or quantizer.format is None:
-            condition, advice = "be a Quantizer with a format", "Q(W) would be W itself."
+        if not isinstance(quantizer, Quantizer) or quantizer.format not in FORMATS:
+            condition, advice = (
+                f"be a Quantizer to {', '.join(FORMATS)}",
+                "Pass a recipe's fprop_w.",
+            )
             got = show(quantizer)
             raise ValueError(
                 refusal("Oscillation", "quantizer", condition, got, kind(quantizer), advice)
@@ -339,9 +342,9 @@ def row_sample(rows: int, cols: int, elements: int) -> slice:
 
 
 def weight_quantizer(layer: MXLinear) -> Quantizer | None:
-    """What rounds the layer's weight in the forward pass; None where nothing does."""
+    """What rounds the layer's weight in the forward pass, to a format of FORMATS; else None."""
     q: Any = layer.recipe.fprop_w
-    return q if q.format is not None else None
+    return q if q.format in FORMATS else None
 
 
 __all__ = [

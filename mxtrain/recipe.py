@@ -20,24 +20,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from .checks import (
     as_float32,
-    check_device,
     check_int,
     check_name,
+    check_that,
     is_int,
     is_number,
     kind,
     refusal,
     show,
 )
-from .formats import ACCUMULATE, FORMATS, HADAMARD_GROUPS, ROUNDINGS, SCALE_RULES
-
-SIGNS = ("none", "fixed", "drawn")
-SOURCES = ("original", "forward")
+from .fallback_rule import DEFAULT, Fallback
+from .formats import ACCUMULATE, FORMATS
+from .quantizer import Quantizer as Quantizer
+from .quantizer import fixed_signs as fixed_signs
 
 GEMMS = {
     "fprop": ("fprop_x", "fprop_w"),
@@ -54,86 +51,7 @@ _TENSOR = {
 _FORWARD_OF = {"dgrad_w": "fprop_w", "wgrad_x": "fprop_x"}
 
 
-def _check(
-    ok: bool, where: str, argument: str, condition: str, got: Any, advice: str, context: str = ""
-) -> None:  # fmt: skip
-    """Raise ValueError unless ok."""
-    if not ok:
-        context = context or kind(got)
-        raise ValueError(refusal(where, argument, condition, show(got), context, advice))
-
-
-def _check_one_of(where: str, argument: str, value: Any, known: tuple[int, ...]) -> None:
-    ok = type(value) is int and value in known
-    condition = "be one of " + ", ".join(map(str, known))
-    _check(ok, where, argument, condition, value, "Choose one of these.")
-
-
-@dataclass(frozen=True)
-class Quantizer:
-    """What happens to one operand of one GEMM. `format=None` leaves it in the compute dtype.
-
-    Attributes:
-        format: a name of `mxtrain.FORMATS`, or None.
-        scale_rule: "floor", "ceil" or "even"; not read where format is None.
-        rounding: "nearest", "stochastic", or "toward" (to whichever neighbour is nearer to a second
-            tensor: Q-EMA); not read where format is None.
-        hadamard: group size of the rotation along the contraction axis, 0 for none.
-        signs: of the rotation: "none", "fixed" (the constant vector `fixed_signs(hadamard)`) or
-            "drawn" (anew for each GEMM of each forward).
-        prescale: multiplies once the scale is chosen, before rounding; the GEMM's alpha undoes it.
-        source: "original" quantizes the tensor itself, "forward" the dequantized operand of the
-            forward GEMM (double quantization; dgrad_w and wgrad_x only).
-
-    Raises:
-        ValueError: for an unknown name, or a combination that has no meaning.
-    """
-
-    format: str | None = None
-    scale_rule: str = "ceil"
-    rounding: str = "nearest"
-    hadamard: int = 0
-    signs: str = "none"
-    prescale: float = 1.0
-    source: str = "original"
-
-    def __post_init__(self) -> None:
-        what = "Quantizer"
-        if self.format is not None:
-            check_name(what, "format", self.format, FORMATS)
-        check_name(what, "scale_rule", self.scale_rule, SCALE_RULES)
-        check_name(what, "rounding", self.rounding, ROUNDINGS)
-        _check_one_of(what, "hadamard", self.hadamard, (0, *HADAMARD_GROUPS))
-        check_name(what, "signs", self.signs, SIGNS)
-        check_name(what, "source", self.source, SOURCES)
-        ok = is_number(self.prescale) and 0 < as_float32(self.prescale) < math.inf
-        advice = "Use 1 for none; it is a float32."
-        _check(ok, what, "prescale", "be positive and finite", self.prescale, advice)
-        ok = self.signs == "none" or self.hadamard > 0
-        advice = "Set hadamard to the size of the groups that the signs belong to."
-        condition = "be 'none' without a Hadamard"
-        _check(ok, what, "signs", condition, self.signs, advice, f"hadamard {self.hadamard}")
-        if self.format is None:
-            ok = (self.hadamard, self.prescale, self.source) == (0, 1.0, "original")
-            ok = ok and self.rounding != "toward"
-            argument = "hadamard, prescale, source and rounding"
-            condition = "keep their defaults without a format"
-            got = (self.hadamard, self.prescale, self.source, self.rounding)
-            advice = "Set a format, or use Quantizer()."
-            _check(ok, what, argument, condition, got, advice, "format None")
-
-    def __str__(self) -> str:
-        if self.format is None:
-            return "unquantized"
-        parts = [f"{self.format} {self.scale_rule} {self.rounding}"]
-        if self.prescale != 1.0:
-            parts.append(f"x{self.prescale:g}")
-        if self.hadamard:
-            signs = "" if self.signs == "none" else f" with {self.signs} signs"
-            parts.append(f"Hadamard {self.hadamard}{signs}")
-        if self.source == "forward":
-            parts.append("from the forward operand")
-        return ", ".join(parts)
+_NONE = Quantizer()
 
 
 @dataclass(frozen=True)
@@ -148,6 +66,7 @@ class Recipe:
             it does.
         ema_warmup: optimizer steps during which fprop_w rounds to nearest instead.
         accumulate: "fp32", or "fast" where a GEMM backend may accumulate in fewer bits.
+        fallback: the rule of the threshold, where a quantizer has a fallback.
         reference: where the recipe was published.
 
     Raises:
@@ -155,21 +74,22 @@ class Recipe:
     """
 
     name: str
-    fprop_x: Quantizer = Quantizer()
-    fprop_w: Quantizer = Quantizer()
-    dgrad_dy: Quantizer = Quantizer()
-    dgrad_w: Quantizer = Quantizer()
-    wgrad_dy: Quantizer = Quantizer()
-    wgrad_x: Quantizer = Quantizer()
+    fprop_x: Quantizer = _NONE
+    fprop_w: Quantizer = _NONE
+    dgrad_dy: Quantizer = _NONE
+    dgrad_w: Quantizer = _NONE
+    wgrad_dy: Quantizer = _NONE
+    wgrad_x: Quantizer = _NONE
     ema_beta: float | None = None
     ema_warmup: int = 10
     accumulate: str = "fp32"
     reference: str = ""
+    fallback: Fallback = DEFAULT
 
     def __post_init__(self) -> None:
         ok = isinstance(self.name, str) and self.name != ""
         advice = "Reports call the recipe by it."
-        _check(ok, "Recipe", "name", "be a non-empty string", self.name, advice)
+        check_that(ok, "Recipe", "name", "be a non-empty string", self.name, advice)
         check_name("Recipe", "accumulate", self.accumulate, ACCUMULATE)
         for field in _TENSOR:
             self._check_quantizer(field)
@@ -185,6 +105,9 @@ class Recipe:
         condition = "be set if and only if fprop_w rounds 'toward'"
         advice = f"Set both or neither: fprop_w.rounding is {self.fprop_w.rounding!r}."
         self._refuse_unless(toward == (beta is not None), "ema_beta", condition, beta, advice)
+        advice = "Pass a mxtrain.recipe.Fallback."
+        ok = isinstance(self.fallback, Fallback)
+        self._refuse_unless(ok, "fallback", "be a Fallback", self.fallback, advice)
         ok = isinstance(self.reference, str)
         advice = "Say where the recipe was published, or leave it empty."
         self._refuse_unless(ok, "reference", "be a string", self.reference, advice)
@@ -192,7 +115,7 @@ class Recipe:
     def _refuse_unless(
         self, ok: bool, argument: str, condition: str, got: Any, advice: str
     ) -> None:  # fmt: skip
-        _check(ok, "Recipe", argument, condition, got, advice, f"recipe {self.name!r}")
+        check_that(ok, "Recipe", argument, condition, got, advice, f"recipe {self.name!r}")
 
     def _check_quantizer(self, field: str) -> None:
         q, check = getattr(self, field), self._refuse_unless
@@ -201,6 +124,10 @@ class Recipe:
         ok = q.rounding != "toward" or field == "fprop_w"
         advice = "Only fprop_w rounds toward the average of the weights."
         check(ok, f"{field}.rounding", "be 'nearest' or 'stochastic'", q.rounding, advice)
+        ok = not q.fallback or field == "fprop_x" or (field == "wgrad_x" and self._falls_back_again)
+        condition = "be False but in fprop_x, and in wgrad_x from its forward operand"
+        advice = "Give fprop_x the fallback, and wgrad_x source='forward'."
+        check(ok, f"{field}.fallback", condition, q.fallback, advice)
         if q.source == "original":
             return
         source = f"{field}.source"
@@ -211,9 +138,17 @@ class Recipe:
         condition = f"be 'original' where {forward} has no format"
         advice = f"Give {forward} a format, or quantize the original."
         check(f.format is not None, source, condition, q.source, advice)
+        condition = f"be 'original' where one of {field} and {forward} is int8_block"
+        advice = "Give both the same format."
+        check(f.square == q.square, source, condition, q.source, advice)
         condition = f"be 'original' where {forward} is rotated or prescaled"
         advice = "Requantizing the forward operand would not undo that."
         check(f.hadamard == 0 and f.prescale == 1.0, source, condition, q.source, advice)
+
+    @property
+    def _falls_back_again(self) -> bool:
+        x = self.fprop_x
+        return isinstance(x, Quantizer) and x.fallback and self.wgrad_x.source == "forward"
 
     def _check_pair(self, gemm: str, a: str, b: str) -> None:
         qa, qb, check = getattr(self, a), getattr(self, b), self._refuse_unless
@@ -333,6 +268,9 @@ class Recipe:
             if isinstance(fields.get(field), dict):
                 _reject_unknown(field, fields[field], Quantizer)
                 fields[field] = Quantizer(**fields[field])
+        if isinstance(fields.get("fallback"), dict):
+            _reject_unknown("fallback", fields["fallback"], Fallback)
+            fields["fallback"] = Fallback(**fields["fallback"])
         return cls(**{"name": "", **fields})  # without a name, __post_init__ refuses it
 
 
@@ -344,25 +282,11 @@ def _reject_unknown(argument: str, fields: dict[str, Any], cls: type) -> None:
     known = [field.name for field in dataclasses.fields(cls)]
     unknown = [key for key in fields if key not in known]
     condition = "be among " + ", ".join(known)
-    _check(not unknown, what, argument, condition, unknown, "Remove or rename what is not.")
-
-
-def fixed_signs(g: int, device: torch.device | str = "cpu") -> Tensor:
-    """The constant signs of a "fixed" rotation: int8 `[g]` of +-1, alike on every device.
-
-    Integer arithmetic on the device, so it takes no generator and no copy from the host, and
-    within 32 bits, so that compilers may narrow it: with i counted from 1, element i is negative
-    where (24 i^2 + 45 i) mod 251 is above 125. No Walsh function is closer to it than 2.3 sqrt(g).
-    """
-    _check_one_of("fixed_signs", "g", g, HADAMARD_GROUPS)
-    check_device("fixed_signs", device)
-    i = torch.arange(1, g + 1, dtype=torch.int32, device=device)
-    return torch.where((24 * i * i + 45 * i) % 251 > 125, -1, 1).to(torch.int8)
+    check_that(not unknown, what, argument, condition, unknown, "Remove or rename what is not.")
 
 
 # ---- the table ----
 
-_NONE = Quantizer()
 _FLOOR = Quantizer("mxfp4", "floor")
 _CEIL = Quantizer("mxfp4", "ceil")
 _CEIL_SR = Quantizer("mxfp4", "ceil", "stochastic")
@@ -374,6 +298,11 @@ _SR = Quantizer("mxfp4", "floor", "stochastic", prescale=0.75)
 _RHT32_SR = Quantizer("mxfp4", "floor", "stochastic", hadamard=32, signs="drawn", prescale=0.75)
 _H32 = Quantizer("mxfp4", "ceil", hadamard=32)
 _MXFP8 = Quantizer("mxfp8_e4m3", "ceil")
+_I8 = Quantizer("int8_block")
+_I8_SR = Quantizer("int8_block", rounding="stochastic")
+_I8_AGAIN = Quantizer("int8_block", source="forward")
+_I8_FB = Quantizer("int8_block", fallback=True)
+_I8_FB_AGAIN = Quantizer("int8_block", source="forward", fallback=True)
 _NV = Quantizer("nvfp4", "even")
 _NV_SR = Quantizer("nvfp4", "even", "stochastic")
 _NV_RHT = Quantizer("nvfp4", "even", hadamard=16, signs="fixed")
@@ -437,6 +366,14 @@ _TABLE: dict[str, tuple[tuple[Quantizer, ...], dict[str, Any], str]] = {
         (_NV, _NV, _NV_SR, _NV, _NV_RHT_SR, _NV_RHT), {},
         "NVIDIA, Pretraining Large Language Models with NVFP4, arXiv 2509.25149",
     ),
+    "int8_block": (
+        (_I8, _I8, _I8_SR, _I8_AGAIN, _I8_SR, _I8_AGAIN), {},
+        "int8_fallback without its fallback: plain INT8 in squares of 128, after arXiv 2403.12422",
+    ),
+    "int8_fallback": (
+        (_I8_FB, _I8, _I8_SR, _I8_AGAIN, _I8_SR, _I8_FB_AGAIN), {},
+        "Accurate INT8 Training Through Dynamic Block-Level Fallback, arXiv 2503.08040",
+    ),
 }  # fmt: skip
 
 RECIPES: dict[str, Recipe] = {
@@ -460,7 +397,7 @@ def get_recipe(recipe: str | Recipe) -> Recipe:
         condition = "be a name or a Recipe"
         raise TypeError(refusal(what, "recipe", condition, got, show(recipe), advice))
     condition = f"be one of {', '.join(RECIPES)}"
-    _check(recipe in RECIPES, what, "recipe", condition, recipe, advice)
+    check_that(recipe in RECIPES, what, "recipe", condition, recipe, advice)
     return RECIPES[recipe]
 
 

@@ -18,6 +18,8 @@ from mxtrain.recipe import fixed_signs
 
 X = torch.randn(64, 64)
 A, NV = operand(64, 64, "mxfp4"), operand(64, 64, "nvfp4")
+I8 = mxtrain.int8_quantize(X)
+FALLBACK_3 = mxtrain.int8_quantize_fallback(torch.randn(64, 3 * 64), 1.0)[0]
 RNG = torch.tensor([1, 2])
 SIGNS = torch.ones(32, dtype=torch.int8)
 SWIZZLED = mxtrain.swizzle_scale(A.scale)
@@ -250,6 +252,45 @@ CALLS = [
         },
     ),
     (mxtrain.MXLinear(64, 64), {"x": X}, {"x": TENSOR[:-1]}),
+    (
+        mxtrain.int8_quantize,
+        {"x": X, "rounding": "stochastic", "rng": RNG},
+        {
+            "x": TENSOR,
+            "rounding": [None, *NO_NAME, "toward"],
+            "rng": [None, *OPTIONAL],
+            "layout": [None, *NO_NAME],
+        },
+    ),
+    (
+        mxtrain.int8_quantize_fallback,
+        {"x": X, "threshold": 1.0},
+        {
+            "x": TENSOR,
+            "threshold": [*NO_NUMBER[:-2], -math.inf, 0, -1.0, X, -torch.ones(1)],
+            "layout": [None, *NO_NAME],
+        },
+    ),
+    (
+        mxtrain.int8_gemm,
+        {"a": I8, "b": I8},
+        {
+            "a": [*NO_OPERAND, A, FALLBACK_3],
+            "b": [*NO_OPERAND, A, FALLBACK_3],
+            "bias": [*OPTIONAL, torch.ones(3)],
+            "out_dtype": NO_FLOAT,
+        },
+    ),
+    (
+        mxtrain.Int8Operand,
+        {"data": I8.data, "scale": I8.scale, "shape": (64, 64)},
+        {
+            "data": [None, *NO_TENSOR, *ODD_TENSORS[:4]],
+            "scale": [None, *NO_TENSOR, *ODD_TENSORS[:4]],
+            "shape": [None, 3, "x", (1,), (1.5, 2), (63, 64), (-1, 64), X],
+            "mask": [*NO_TENSOR, *ODD_TENSORS[:4]],
+        },
+    ),
     (update_weight_ema, {"layers": []}, {"layers": [None, "x", 3, X, Thing(), [None], [LAYER]]}),
 ]
 CASES = [

@@ -142,7 +142,7 @@ def test_every_row_of_the_suites_is_right_on_the_cpu():
     rows = {name.rsplit("/", 1)[0] for name in suites.names("full")}
     chosen = []
     for row in sorted(rows):
-        if not row.startswith(("peer/", "gemm/", "linear/", "train/")):
+        if not row.startswith(("peer/", "gemm/", "int8_gemm/", "linear/", "train/")):
             chosen += [cases.build(f"{row}/{shape}") for shape in ("256x512", "128x256")]
     chosen += [
         cases.build(name)
@@ -165,6 +165,28 @@ def test_gemm_rows_check_their_result(kind, shape):
     assert got.shape == (m, n) and case.flops == 2 * m * n * k
     got[3, 5] += got.abs().max()
     assert case.check(inputs, got, 0) > case.tolerance
+
+
+@pytest.mark.parametrize("options", ["r0.0", "r0.3", "r0.5+channels", "r0.1+tokens", "r0.4+b"])
+def test_int8_gemm_rows_check_their_result(options):
+    case = cases.build(f"int8_gemm/{options}/300x260x520")
+    inputs = case.make(CPU)
+    got = case.call(*inputs)
+    assert 0 < case.check(inputs, got, 0) <= case.tolerance
+    got[3, 5] += got.abs().max()
+    assert case.check(inputs, got, 0) > case.tolerance
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "int8_gemm/0.1/8x8x8", "int8_gemm/r2/8x8x8", "int8_gemm/r0.1+rows/8x8x8",
+        "int8_quantize/toward/8x8", "int8_quantize_fallback/r0.1+row/8x8",
+    ],
+)  # fmt: skip
+def test_bad_int8_names_are_refused(name):
+    with pytest.raises(ValueError):
+        cases.build(name)
 
 
 @pytest.mark.parametrize("recipe", suites.RECIPE_ROWS)

@@ -82,6 +82,7 @@ def test_bits_of_a_gemm_are_those_of_its_wider_operand():
     assert gemm_bits(one) == {"fprop": 16, "dgrad": 16, "wgrad": 16}
     assert gemm_bits("fp4_mixed_ffn") == {"fprop": 4, "dgrad": 8, "wgrad": 8}
     assert gemm_bits("mxfp4_backward") == {"fprop": 16, "dgrad": 4, "wgrad": 4}
+    assert gemm_bits("int8_fallback") == {"fprop": 8, "dgrad": 8, "wgrad": 8}
 
 
 def test_model_cost():

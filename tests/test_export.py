@@ -47,6 +47,7 @@ def test_outputs_are_bitwise_those_of_the_trained_model(recipe, device, tmp_path
     state = mxtrain.export_weights(net, tmp_path / "model.pt")
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
     assert not {"3.weight", "3.weight_ema", "3.ema_updates"} & set(state) and "7.weight" in state
+    assert not {"3.fallback_step", "3.fallback_counts"} & set(state)
     again = mxtrain.load_exported(build(device=device), tmp_path / "model.pt")
     x = torch.randn(7, 64, device=device)
     with torch.no_grad():
@@ -115,6 +116,24 @@ def test_the_tensor_scale_stays_float32():
     scale = frozen.weight_tensor_scale.clone()
     frozen.to(torch.bfloat16)
     assert torch.equal(frozen.weight_tensor_scale, scale) and scale.dtype == torch.float32
+
+
+def test_squares_keep_their_float32_scales_and_the_threshold():
+    net = trained("int8_fallback")
+    state = mxtrain.export_weights(net)
+    assert state["3.weight_packed"].dtype == torch.int8 and state["3.weight_scale"].shape == (1, 1)
+    assert torch.equal(state["3.fallback_threshold"], net[3].fallback_threshold)
+    again = mxtrain.load_exported(build(), state).bfloat16()
+    assert {again[3].weight_scale.dtype, again[3].fallback_threshold.dtype} == {torch.float32}
+    untrained = build("int8_fallback").eval()
+    state = mxtrain.export_weights(untrained)
+    assert "3.fallback_threshold" not in state
+    again, x = mxtrain.load_exported(build(), state), torch.randn(300, 64)
+    with torch.no_grad():
+        assert torch.equal(again(x), untrained(x))
+    state["3.fallback_threshold"] = torch.ones(2)
+    with refuses(ValueError, r"3.fallback_threshold must be float32 of shape \[1\]"):
+        mxtrain.load_exported(build(), state)
 
 
 def test_layers_that_quantize_nothing_forward_keep_their_weight():

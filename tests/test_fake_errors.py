@@ -69,6 +69,16 @@ def oscillation_step_(state=None, sums=None, w=X, a=A, format=0):
     return (state, sums, w[:, :40], a.data, a.scale, a.tensor_scale, format)
 
 
+I8, ONE = mxtrain.int8_quantize_fallback(X, 0.5)[0], torch.ones(1)
+
+
+def int8(
+    a=I8.data, a_scale=I8.scale, b=I8.data, b_scale=I8.scale, bias=None, out_dtype=F32,
+    residual=(None,) * 3, of_b=False,
+):  # fmt: skip
+    return (a, a_scale, b, b_scale, bias, out_dtype, *residual, of_b)
+
+
 BAD = {
     "adamw_": [
         adamw(params=[P.half()]),
@@ -284,6 +294,46 @@ BAD = {
         oscillation_step_(torch.zeros(5, 64, 80)[:, :, ::2]),
         oscillation_step_(sums=torch.zeros(128, 5)),
         oscillation_step_(sums=torch.zeros(5, dtype=F64)),
+    ],
+    "int8_quantize": [
+        (X.double(),),
+        (X[0],),
+        (X[:0],),
+        (X[:, :0],),
+        (X, 2),
+        (X, -1),
+        (X, 0, None, 3),
+        (X, 1),
+        (X, 1, RNG.int()),
+    ],
+    "int8_quantize_fallback": [
+        (X.int(), ONE),
+        (X[:0], ONE),
+        (X, ONE, 3),
+        (X, ONE.double()),
+        (X, torch.ones(2)),
+    ],
+    "int8_gemm": [
+        int8(a=X),
+        int8(a=I8.data[0]),
+        int8(b=I8.data[:, :100]),
+        int8(b=I8.data[:, :0]),
+        int8(b=torch.zeros(64, 256, dtype=torch.int8)),
+        int8(a_scale=I8.scale.double()),
+        int8(a_scale=I8.scale[0]),
+        int8(b_scale=torch.ones(2, 1)),
+        int8(b_scale=torch.ones(1, 2)),
+        int8(out_dtype=F64),
+        int8(residual=(I8.residual, None, None)),
+        int8(residual=(I8.residual, I8.residual_scale, None)),
+        int8(residual=(I8.residual[:3], I8.residual_scale, I8.mask)),
+        int8(residual=(I8.residual.float(), I8.residual_scale, I8.mask)),
+        int8(residual=(I8.residual, I8.residual_scale.half(), I8.mask)),
+        int8(residual=(I8.residual, I8.residual_scale, I8.mask.bool())),
+        int8(residual=(I8.residual, I8.residual_scale, torch.ones(2, 1, dtype=torch.uint8))),
+        int8(bias=torch.ones(63)),
+        int8(bias=torch.ones(64, 1)),
+        int8(bias=torch.ones(64).int()),
     ],
     "column_sum": [(X[0],), (X.double(),), (X[None],)],
 }

@@ -12,7 +12,16 @@ from common import refuses
 from scipy.linalg import hadamard
 
 from mxtrain.formats import FORMATS, HADAMARD_GROUPS
-from mxtrain.recipe import GEMMS, RECIPES, Quantizer, Recipe, fixed_signs, get_recipe, table
+from mxtrain.recipe import (
+    GEMMS,
+    RECIPES,
+    Fallback,
+    Quantizer,
+    Recipe,
+    fixed_signs,
+    get_recipe,
+    table,
+)
 
 MXFP4 = Quantizer("mxfp4")
 ROTATED = Quantizer("mxfp4", hadamard=64, signs="drawn")
@@ -29,7 +38,8 @@ def test_names():
     assert list(RECIPES) == [
         "bf16", "mxfp4_baseline", "tetrajet", "tetrajet_ema", "mxfp4_backward",
         "mxfp4_backward_mxfp8", "mxfp4_backward_rht", "mxfp4_backward_sr", "mxfp4_backward_plain",
-        "fp4_mixed_ffn", "mxfp4_hadamard", "quartet", "mxfp8", "nvfp4",
+        "fp4_mixed_ffn", "mxfp4_hadamard", "quartet", "mxfp8", "nvfp4", "int8_block",
+        "int8_fallback",
     ]  # fmt: skip
     assert all(name == recipe.name and recipe.reference for name, recipe in RECIPES.items())
 
@@ -159,6 +169,19 @@ def test_quartet_rotates_everything_and_its_backward_is_unbiased():
     assert recipe.alpha("fprop") == 1 and recipe.alpha("dgrad") == recipe.alpha("wgrad") == 16 / 9
 
 
+def test_int8_quantizes_each_tensor_once_and_draws_for_gradients_alone():
+    """1.4 of the method: no fallback for weights and gradients, the same X again in wgrad."""
+    recipe, plain = RECIPES["int8_fallback"], RECIPES["int8_block"]
+    assert {q.format for q in fields(recipe)} == {"int8_block"}
+    drawn = [q.rounding == "stochastic" for q in fields(recipe)]
+    assert drawn == [False, False, True, False, True, False]
+    assert [q.fallback for q in fields(recipe)] == [True, False, False, False, False, True]
+    assert recipe.wgrad_x.source == recipe.dgrad_w.source == "forward"
+    unfallen = [dataclasses.replace(q, fallback=False) for q in fields(recipe)]
+    assert unfallen == fields(plain)
+    assert recipe.fallback == Fallback(0.1, 0.3, 1.3, True)
+
+
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=lambda r: r.name)
 def test_needs_rng(recipe):
     assert recipe.needs_rng == any(q.format and q.rounding == "stochastic" for q in fields(recipe))
@@ -177,7 +200,7 @@ def test_get_recipe():
     assert get_recipe("tetrajet") is RECIPES["tetrajet"]
     with refuses(
         ValueError,
-        match=r"mxtrain::get_recipe: recipe must be one of bf16, .*nvfp4, got 'tetrajett'",
+        match=r"mxtrain::get_recipe: recipe must be one of bf16, .*nvfp4.*, got 'tetrajett'",
     ):
         get_recipe("tetrajett")
     with refuses(TypeError, match=r"must be a name or a Recipe, got int"):
@@ -188,7 +211,7 @@ def test_get_recipe():
 
 
 BAD_QUANTIZERS = [
-    ({"format": "fp4"}, r"format must be one of mxfp4, .*nvfp4, got 'fp4'"),
+    ({"format": "fp4"}, r"format must be one of mxfp4, .*nvfp4, int8_block, got 'fp4'"),
     ({"scale_rule": "up"}, r"scale_rule must be one of floor, ceil, even, got 'up'"),
     ({"rounding": "up"}, r"rounding must be one of nearest, stochastic, toward, got 'up'"),
     ({"hadamard": 48}, r"hadamard must be one of 0, 16, 32, 64, 128, 256, got 48"),
@@ -202,6 +225,19 @@ BAD_QUANTIZERS = [
     ({"prescale": 1e-46}, r"prescale must be positive and finite, got 1e-46 .*it is a float32"),
     ({"prescale": 1e39}, r"prescale must be positive and finite, got 1e\+39"),
     ({"prescale": 10**400}, r"prescale must be positive and finite, got 1000"),
+    (
+        {"format": "int8_block", "hadamard": 64},
+        r"be 0, 1 and 'nearest' or .*, got \(64, 1.0, 'near",
+    ),
+    ({"format": "int8_block", "prescale": 0.5}, r"be 0, 1 and 'nearest' or 'stochastic' for int8"),
+    ({"format": "int8_block", "rounding": "toward"}, r"be 0, 1 and 'nearest' or 'stochastic'"),
+    ({"format": "int8_block", "rounding": "stochastic", "source": "forward"}, r"be 'nearest' from"),
+    (
+        {"format": "int8_block", "rounding": "stochastic", "fallback": True},
+        r"be False but for int8",
+    ),
+    ({"fallback": True}, r"fallback must be False but for int8_block to nearest, got True"),
+    ({"format": "int8_block", "fallback": 1}, r"fallback must be True or False, got 1"),
     ({"format": None, "hadamard": 64}, r"without a format, got \(64, 1.0, .*use Quantizer\(\)"),
     ({"format": None, "prescale": 0.75}, r"must keep their defaults without a format"),
     ({"format": None, "source": "forward"}, r"must keep their defaults without a format"),
@@ -215,7 +251,24 @@ def test_quantizer_rejects(kwargs, message):
         Quantizer(**{"format": "mxfp4", **kwargs})
 
 
+@pytest.mark.parametrize(
+    "kwargs, message",
+    [
+        ({"low": 0.3}, r"low, high must be shares .*, got \(0.3, 0.3\)"),
+        ({"high": "1"}, r"low, high must be shares"),
+        ({"high": 1.5}, r"low, high must be shares"),
+        ({"factor": 1.0}, r"factor must be above 1, got 1.0"),
+        ({"factor": float("inf")}, r"factor must be above 1, got inf"),
+        ({"damping": 1}, r"damping must be True or False, got 1"),
+    ],
+)
+def test_fallback_rejects(kwargs, message):
+    with refuses(ValueError, match=r"^mxtrain::Fallback: " + message):
+        Fallback(**kwargs)
+
+
 AGAIN = Quantizer("mxfp4", source="forward")
+I8 = Quantizer("int8_block")
 TOWARD = Quantizer("mxfp4", rounding="toward")
 PRESCALED = Quantizer("mxfp4", prescale=0.75)
 BAD_RECIPES = [
@@ -267,6 +320,20 @@ BAD_RECIPES = [
         {"fprop_x": PRESCALED, "fprop_w": PRESCALED, "dgrad_dy": MXFP4, "dgrad_w": AGAIN},
         r"dgrad_w.source must be 'original' where fprop_w is rotated or prescaled",
     ),
+    # int8_block
+    (
+        {"fprop_w": I8, "dgrad_dy": MXFP4, "dgrad_w": AGAIN},
+        r"dgrad_w.source must be 'original' where one of dgrad_w and fprop_w is int8_block",
+    ),
+    (
+        {"fprop_w": dataclasses.replace(I8, fallback=True)},
+        r"fprop_w.fallback must be False but in fprop_x, and in wgrad_x from its forward",
+    ),
+    (
+        {"fprop_x": I8, "wgrad_x": dataclasses.replace(I8, fallback=True, source="forward")},
+        r"wgrad_x.fallback must be False but in fprop_x",
+    ),
+    ({"fallback": 0.1}, r": fallback must be a Fallback, got 0.1"),
     # Q-EMA
     (
         {"fprop_x": TOWARD, "fprop_w": MXFP4, "ema_beta": 0.9},

@@ -95,6 +95,11 @@ def op_samples(device: str) -> list[tuple[str, tuple, dict]]:
         ("stochastic_round", (x.T, torch.float8_e4m3fn, rng), {}),
         ("swizzle_scale", (scale,), {}),
         ("unswizzle_scale", (mxtrain.swizzle_scale(scale), 130, 5), {}),
+        ("int8_quantize", (x.bfloat16(),), {}),
+        ("int8_quantize", (x.T, 1, rng, 2), {}),
+        ("int8_quantize_fallback", (x.half(), torch.full((1,), 3.0, device=device), 1), {}),
+        ("int8_gemm", (*int8_parts(x)[:2] * 2, None, torch.bfloat16), {}),
+        ("int8_gemm", int8_call(x), {}),
         ("column_sum", (x.bfloat16(),), {}),
         ("column_sum", (x.T,), {}),
     ]
@@ -128,6 +133,17 @@ def optimizer_samples(device: str) -> list[tuple[str, tuple, dict]]:
             {},
         ),
     ]
+
+
+def int8_parts(x: torch.Tensor) -> tuple:
+    """An operand of whose residual every block is written."""
+    return mxtrain.int8_quantize_fallback(x, 1e-9)[0].parts
+
+
+def int8_call(x: torch.Tensor) -> tuple:
+    data, scale, *residual = int8_parts(x)
+    bias = torch.ones(len(x), device=x.device)
+    return (data, scale, data, scale, bias, torch.float32, *residual, True)
 
 
 @pytest.mark.parametrize("name", ops.OP_NAMES)

@@ -126,6 +126,43 @@ struct StatisticsParams {
   double* sums;  // [parts, kStatistics], or [parts, kMovements] with a state
 };
 
+// One operand of int8_block: the logical matrix x, [rows, cols], in blocks of 128 x 128.
+struct Int8QuantizeParams {
+  Source x;
+  int64_t rows, cols;
+  int64_t kp, rp;  // cols and rows, padded to whole blocks
+  Rounding rounding;
+  PhiloxKey key;
+  int8_t* data;           // [rows, kp], or null
+  int8_t* data_t;         // [cols, rp], or null
+  float* scale;           // [rp / 128, kp / 128]
+  int8_t* residual;       // as data; the second step is taken where mask is not null
+  int8_t* residual_t;     // as data_t
+  float* residual_scale;  // as scale
+  uint8_t* mask;          // as scale: whether the block fell back
+  float threshold;
+};
+struct Int8BlockState {
+  bool fell_back, not_finite;
+};
+
+// The codes of one operand of int8_gemm, and where the scale of block (i, k) lies.
+struct Int8Codes {
+  const int8_t* data;  // [rows, kp]
+  const float* scale;  // block (i, k) at i * stride_row + k * stride_k
+  int64_t stride_row, stride_k;
+};
+
+// acc = A B^T, summed as formats/int8.h says. residual: of A, or of B where residual_of_b.
+struct Int8GemmParams {
+  Int8Codes a, b, residual;
+  const uint8_t* mask;  // null: there is no residual
+  int64_t mask_stride_row, mask_stride_k;
+  bool residual_of_b;
+  int64_t m, n, kp;
+  float* acc;  // [m, n]
+};
+
 struct Kernels {
   const char* isa;
   void (*quantize)(const QuantizeParams&, int64_t r0, int64_t k0);  // one tile
@@ -138,6 +175,8 @@ struct Kernels {
   void (*column_strips)(const ColumnSumParams&, int64_t strip_begin, int64_t strip_end);
   void (*adamw)(const AdamwParams&, int64_t block_begin, int64_t block_end);
   void (*statistics)(const StatisticsParams&, int64_t part);
+  Int8BlockState (*int8_quantize)(const Int8QuantizeParams&, int64_t i, int64_t k);  // one block
+  void (*int8_gemm)(const Int8GemmParams&, int64_t i, int64_t j);  // one block of the result
 };
 
 // The widest instruction set that this build has and this processor runs.

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The function table of one instruction set; compiled once for each, after quantize.cpp,
-// convert.cpp and optimizer.cpp.
+// convert.cpp, optimizer.cpp, statistics.cpp and int8.cpp.
 #include "cpu/kernels.h"
 
 #define MXT_STRING_(x) #x
@@ -17,9 +17,12 @@ void epilogue(const EpilogueParams&, int64_t, int64_t);
 void column_strips(const ColumnSumParams&, int64_t, int64_t);
 void statistics(const StatisticsParams&, int64_t);
 void adamw(const AdamwParams&, int64_t, int64_t);
+Int8BlockState int8_quantize(const Int8QuantizeParams&, int64_t, int64_t);
+void int8_gemm(const Int8GemmParams&, int64_t, int64_t);
 
 extern const Kernels kTable;
 const Kernels kTable = {MXT_STRING(MXT_ISA), quantize, finite_amax,   dequantize, hadamard,
-                        stochastic_round,    epilogue, column_strips, adamw,      statistics};
+                        stochastic_round,    epilogue, column_strips, adamw,      statistics,
+                        int8_quantize,       int8_gemm};
 
 }  // namespace mxtrain::cpu::MXT_ISA

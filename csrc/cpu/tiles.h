@@ -107,7 +107,7 @@ MXT_HD void butterflies(float* v, int n) {
 }
 
 // Every group of g elements: v -> (v * signs) H_g * norm, butterflies from stride 1 upward.
-static void hadamard_row(float* v, int n, int g, const int8_t* signs, float norm) {
+MXT_HD void hadamard_row(float* v, int n, int g, const int8_t* signs, float norm) {
   if (signs)
     for (int base = 0; base < n; base += g)
       for (int i = 0; i < g; ++i) v[base + i] = signs[i] < 0 ? -v[base + i] : v[base + i];

@@ -105,8 +105,9 @@ __device__ __forceinline__ void scale_any(float* d, const uint32_t (&rows)[2], c
     }
 }
 
-// n: the first of the 64 columns.
-__device__ __forceinline__ void add_bias(float* d, const FoldedGemmParams& p, int n, int lane) {
+// n: the first of the 64 columns. Params: of any GEMM.
+template <class Params>
+__device__ __forceinline__ void add_bias(float* d, const Params& p, int n, int lane) {
 #pragma unroll
   for (int c = 0; c < 2; ++c) {
     const int at = n + 2 * lane + c;

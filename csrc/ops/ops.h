@@ -11,6 +11,7 @@ namespace mxtrain {
 
 using Operand3 = std::tuple<Tensor, Tensor, Tensor>;  // data, scale, tensor_scale
 using Operand6 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Operand8 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // Checks that every backend of an op shares.
 void check_gemm(const char* op, const Tensor& a, const Tensor& a_scale,
@@ -70,7 +71,12 @@ GemmBackend requested_gemm_backend();
   Tensor quantization_statistics(Tensor x, Tensor data, Tensor scale, OptionalTensor tensor_scale, \
                                  int64_t format, double prescale);                                 \
   void oscillation_step_(Tensor state, Tensor sums, Tensor w, Tensor data, Tensor scale,           \
-                         OptionalTensor tensor_scale, int64_t format);
+                         OptionalTensor tensor_scale, int64_t format);                             \
+  Operand3 int8_quantize(Tensor x, int64_t rounding, OptionalTensor rng, int64_t layout);          \
+  Operand8 int8_quantize_fallback(Tensor x, Tensor threshold, int64_t layout);                     \
+  Tensor int8_gemm(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, OptionalTensor bias,        \
+                   ScalarType out_dtype, OptionalTensor residual, OptionalTensor residual_scale,   \
+                   OptionalTensor mask, bool residual_of_b);
 
 namespace cpu {
 MXT_DECLARE_OPS

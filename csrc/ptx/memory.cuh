@@ -102,6 +102,11 @@ __device__ __forceinline__ float opaque(float v) {
   return v;
 }
 
+__device__ __forceinline__ uint32_t opaque(uint32_t v) {
+  asm("" : "+r"(v));
+  return v;
+}
+
 // cvta to the shared window: the address form that cp.async takes.
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));

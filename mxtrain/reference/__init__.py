@@ -26,6 +26,7 @@ from .elements import (
     unpack,
 )
 from .gemm import FOLD_BIAS, fold, gemm, gemm_float64, gemm_magnitude
+from .int8 import int8_dequantize, int8_gemm, int8_quantize, int8_quantize_fallback
 from .layout import swizzle, unswizzle
 from .optimizer import adamw, factors, fma, lerp, ramped_adamw
 from .philox import draws, philox4x32_10
@@ -67,6 +68,10 @@ __all__ = [
     "gemm_float64",
     "gemm_magnitude",
     "hadamard",
+    "int8_dequantize",
+    "int8_gemm",
+    "int8_quantize",
+    "int8_quantize_fallback",
     "lerp",
     "oscillation_step_",
     "pack",

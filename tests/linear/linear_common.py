@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mxtrain
 from mxtrain import reference
+from mxtrain.fallback import initial_threshold
 from mxtrain.recipe import GEMMS, RECIPES, Quantizer, Recipe, fixed_signs
 
 NAMES = list(RECIPES)
@@ -17,6 +18,7 @@ _FP8, _SR = Quantizer("mxfp8_e4m3"), Quantizer("mxfp4", rounding="stochastic")
 _ROTATED = Quantizer("mxfp8_e4m3", hadamard=64, signs="drawn")
 _FORWARD = Quantizer("mxfp4", "ceil", "stochastic", 128, "fixed", 0.5, source="forward")
 _FP6 = Quantizer("mxfp6_e2m3", "even")
+_I8, _I8_SR = Quantizer("int8_block"), Quantizer("int8_block", rounding="stochastic")
 OWN = [
     Recipe("all rotated", *[_ROTATED] * 6),
     Recipe("stochastic forward", _SR, _SR, _SR, _SR, _SR, _SR),
@@ -31,6 +33,11 @@ OWN = [
     ),
     Recipe("mixed", _FP8, _FP8, _FP6, _FP6, Quantizer(), Quantizer()),
     Recipe("wgrad alone", wgrad_dy=_FP8, wgrad_x=_FP8),
+    RECIPES["int8_fallback"].replace(name="wgrad without fallback", wgrad_x=_I8),
+    RECIPES["int8_fallback"].replace(name="wgrad without fallback, stochastic", wgrad_x=_I8_SR),
+    Recipe("int8 forward", _I8, _I8, _FP8, _FP8, _FP8, _FP8),
+    Recipe("fp8 forward", _FP8, _FP8, _I8_SR, _I8, _I8_SR, _I8_SR),
+    Recipe("int8, half of it", _I8, Quantizer(), _I8_SR, _I8, Quantizer(), _I8),
 ]
 ALL = list(RECIPES.values()) + OWN
 
@@ -84,10 +91,22 @@ def compose(recipe: Recipe, x, w, b, dy, ema=None, seed=1):
     x2, dy2 = x.detach().flatten(0, -2), dy.flatten(0, -2)
     pad = (0, 0, 0, -len(x2) % max(firsts["wgrad"].hadamard, 1))
 
+    def squares(t, q, gemm, rng, forward, transpose):
+        if q.source == "forward":
+            return forward.transposed() if q.fallback else forward.without_fallback().transposed()
+        if q.fallback:
+            a = mxtrain.int8_quantize_fallback(t, initial_threshold(t, recipe))[0]
+        else:
+            rng = rng if q.rounding == "stochastic" else None
+            a = mxtrain.int8_quantize(t, rounding=q.rounding, rng=rng)
+        return a.transposed() if transpose else a
+
     def quantized(t, field, gemm, rng, forward=None, transpose=False):
         q = getattr(recipe, field)
         if q.format is None:
             return t.t() if transpose else t
+        if q.square:
+            return squares(t, q, gemm, rng, forward, transpose)
         t = forward.dequantize() if q.source == "forward" else t
         t = F.pad(t, pad) if field.startswith("wgrad") else t
         rounding = "nearest" if q.rounding == "toward" and ema is None else q.rounding
@@ -98,10 +117,12 @@ def compose(recipe: Recipe, x, w, b, dy, ema=None, seed=1):
         )  # fmt: skip
 
     def product(a, b, gemm, out, bias=None):
-        operands = [t for t in (a, b) if isinstance(t, mxtrain.Operand)]
+        operands = [t for t in (a, b) if isinstance(t, (mxtrain.Operand, mxtrain.Int8Operand))]
+        if len(operands) == 2 and isinstance(a, mxtrain.Int8Operand):
+            return mxtrain.int8_gemm(a, b, bias, out)
         if len(operands) == 2:
             return mxtrain.gemm(a, b, bias, alpha=recipe.alpha(gemm), out_dtype=out)
-        a, b = (t.dequantize(x.dtype) if t in operands else t for t in (a, b))
+        a, b = (t if isinstance(t, torch.Tensor) else t.dequantize(x.dtype) for t in (a, b))
         return F.linear(a, b, bias).to(out)
 
     w, b = w.detach(), None if b is None else b.detach()

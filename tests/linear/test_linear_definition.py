@@ -9,6 +9,7 @@ from linear_common import ALL, NAMES, QUANTIZED, compose, relative, run, tensors
 
 import mxtrain
 from mxtrain import reference
+from mxtrain.fallback import initial_threshold
 from mxtrain.linear import linear
 from mxtrain.recipe import Quantizer, Recipe, get_recipe
 
@@ -42,6 +43,18 @@ def test_ragged_features(device, name):
         assert torch.equal(a, e)
 
 
+def forward_operands(recipe, x, w):
+    """X and W as the forward of a recipe without a draw quantizes them."""
+    x, w, q = x.detach(), w.detach(), recipe.fprop_x
+    if not q.square:
+        options = {"scale_rule": q.scale_rule, "hadamard": q.hadamard}
+        return tuple(mxtrain.quantize(t, q.format, **options) for t in (x, w))
+    if not q.fallback:
+        return mxtrain.int8_quantize(x), mxtrain.int8_quantize(w)
+    a, _ = mxtrain.int8_quantize_fallback(x, initial_threshold(x, recipe))
+    return a, mxtrain.int8_quantize(w)
+
+
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_forward_is_the_product_of_the_dequantized_operands(device, name):
     """Within the accumulation bound of the backend, elementwise against float64."""
@@ -49,13 +62,7 @@ def test_forward_is_the_product_of_the_dequantized_operands(device, name):
     x, w, b, _ = tensors(40, device=device)
     a, bt = x.detach().double(), w.detach().double()
     if recipe.fprop_x.format:
-        fx = recipe.fprop_x
-        a, bt = (
-            mxtrain.quantize(t.detach(), fx.format, scale_rule=fx.scale_rule, hadamard=fx.hadamard)
-            .dequantize()
-            .double()
-            for t in (x, w)
-        )
+        a, bt = (t.dequantize().double() for t in forward_operands(recipe, x, w))
     exact = a @ bt.t() + b.double()
     c = x.shape[1] * 2**-24 if device == "cpu" else 2**-11  # Hopper's FP8 accumulator is shorter
     bound = c * (a.abs() @ bt.abs().t() + b.double().abs()) + 1e-6 * exact.abs()
@@ -162,10 +169,8 @@ def test_autocast_casts_the_input_and_sets_the_output(device, name, amp):
     if recipe.fprop_x.format is None:
         expected = F.linear(x.to(amp), w.to(amp), b.to(amp))
     else:
-        fx = recipe.fprop_x
-        options = {"scale_rule": fx.scale_rule, "hadamard": fx.hadamard}
-        qx, qw = (mxtrain.quantize(t.detach(), fx.format, **options) for t in (x, w))
-        expected = mxtrain.gemm(qx, qw, b.detach(), out_dtype=amp)
+        gemm = mxtrain.int8_gemm if recipe.fprop_x.square else mxtrain.gemm
+        expected = gemm(*forward_operands(recipe, x, w), b.detach(), out_dtype=amp)
     assert torch.equal(y, expected)
     if recipe.dgrad_dy.format:
         torch.manual_seed(1)

@@ -27,9 +27,22 @@ FORWARD = {  # of a training step: X, then W, then the product
     "quartet": ["quantize_dual", "quantize", "gemm"],
     "mxfp8": ["quantize_dual", "quantize", "gemm"],
     "nvfp4": ["quantize_dual", "quantize", "gemm"],
+    "int8_block": ["int8_quantize", "int8_quantize", "int8_gemm"],
+    "int8_fallback": ["int8_quantize_fallback", "int8_quantize", "int8_gemm"],
 }
-W_BACKWARD = {"bf16": [], "tetrajet": ["requantize"], "tetrajet_ema": ["requantize"]}
+SQUARE = ("int8_block", "int8_fallback")  # one quantization for both GEMMs; W's codes are moved
+W_BACKWARD = {
+    "bf16": [], "tetrajet": ["requantize"], "tetrajet_ema": ["requantize"],
+    **{name: [] for name in SQUARE},
+}  # fmt: skip
 X_BACKWARD = {"tetrajet": ["requantize"], "tetrajet_ema": ["requantize"]}
+
+
+def product_and_quantize(name):
+    """The ops of a GEMM and of one dY."""
+    if name == "bf16":
+        return [], []
+    return (["int8_gemm"], ["int8_quantize"]) if name in SQUARE else (["gemm"], ["quantize"])
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -38,8 +51,8 @@ def test_ops_of_a_step(device, name):
     with Ops() as ops:
         y = linear(x, w, b, name)
     assert ops.names == FORWARD[name]
-    gemm = [] if name == "bf16" else ["gemm"]
-    dy_ops = [] if name == "bf16" else ["quantize_dual"]
+    gemm, quantize = product_and_quantize(name)
+    dy_ops = quantize if name in SQUARE else [f"{op}_dual" for op in quantize]
     dgrad = W_BACKWARD.get(name, ["quantize"]) + gemm
     wgrad = X_BACKWARD.get(name, []) + gemm
     assert ops_of(lambda: y.backward(dy)) == [*dy_ops, *dgrad, *wgrad, "column_sum"]
@@ -49,7 +62,7 @@ def test_ops_of_a_step(device, name):
 def test_no_work_for_an_input_without_grad(device, name):
     x, w, b, dy = tensors(40, device=device)
     y = linear(x.detach(), w, b, name)
-    gemm, quantize = ([], []) if name == "bf16" else (["gemm"], ["quantize"])
+    gemm, quantize = product_and_quantize(name)
     assert ops_of(lambda: y.backward(dy)) == [
         *quantize,
         *X_BACKWARD.get(name, []),
@@ -66,7 +79,7 @@ def test_no_work_for_a_frozen_weight(device, name):
     with Ops() as ops:
         y = linear(x, w.detach(), b.detach(), name)
     assert ops.names == forward
-    gemm, quantize = ([], []) if name == "bf16" else (["gemm"], ["quantize"])
+    gemm, quantize = product_and_quantize(name)
     assert ops_of(lambda: y.backward(dy)) == quantize + W_BACKWARD.get(name, ["quantize"]) + gemm
     assert x.grad is not None
 
@@ -109,13 +122,14 @@ def test_without_grad_nothing_extra_happens(device, name):
 
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_the_input_is_not_kept(device, name):
-    x, w, b, _ = tensors(64, k=128, c=256, device=device, dtype=torch.bfloat16)
+    x, w, b, _ = tensors(128, k=128, c=256, device=device, dtype=torch.bfloat16)
     saved = saved_by(lambda: linear(x, w, b, name))
     others = [t for t in saved if t.data_ptr() != w.data_ptr()]
     assert len(others) < len(saved) or RECIPES[name].dgrad_w.source == "forward"
     assert all(t.data_ptr() != x.data_ptr() for t in others)
     assert not any(t.dtype == x.dtype for t in others)
-    assert sum(t.nbytes for t in others) < 0.6 * (x.nbytes + w.nbytes)
+    residual = x.nbytes // 2 if RECIPES[name].wgrad_x.fallback else 0  # T18: dense, 2 bytes
+    assert sum(t.nbytes for t in others) < 0.6 * (x.nbytes + w.nbytes) + residual
 
 
 def test_saved_bytes_of_tetrajet(device):

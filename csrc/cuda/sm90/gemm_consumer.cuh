@@ -17,10 +17,8 @@
 #include <cuda.h>
 
 #include "cuda/sm90/gemm_epilogue.cuh"
-#include "cuda/sm90/gemm_traits.cuh"
+#include "cuda/sm90/gemm_ring.cuh"
 #include "cuda/tile_order.cuh"
-#include "ptx/cluster.cuh"
-#include "ptx/mbarrier.cuh"
 #include "ptx/wgmma.cuh"
 
 namespace mxtrain::cuda::sm90 {
@@ -57,11 +55,17 @@ struct Factors {
 
   __device__ __forceinline__ Factors(uint32_t shared, int group)
       : a(shared / kUnit + group * (64 * T::kTileK / kUnit)), b((shared + T::kOffsetB) / kUnit) {}
+  __device__ __forceinline__ uint32_t stage_a(int stage) const {
+    return a + stage * (T::kBytesA / kUnit);
+  }
+  __device__ __forceinline__ uint32_t stage_b(int stage, int part) const {
+    return b + stage * (T::kBytesB / kUnit) + part * kPart;
+  }
   __device__ __forceinline__ uint64_t a_at(int stage, int k) const {
-    return ptx::wgmma_descriptor(a + stage * (T::kBytesA / kUnit) + k * kStep);
+    return ptx::wgmma_descriptor(stage_a(stage) + k * kStep);
   }
   __device__ __forceinline__ uint64_t b_at(int stage, int k, int part) const {
-    return ptx::wgmma_descriptor(b + stage * (T::kBytesB / kUnit) + k * kStep + part * kPart);
+    return ptx::wgmma_descriptor(stage_b(stage, part) + k * kStep);
   }
 };
 

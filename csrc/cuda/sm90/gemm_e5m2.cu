@@ -17,24 +17,6 @@ namespace mxtrain::cuda::sm90 {
 // ---- the producer ----
 
 template <class T>
-__device__ __forceinline__ void load_stage(const CUtensorMap& map_a, const CUtensorMap& map_b,
-                                           const RingPosition<T>& ring, int k, int m, int n,
-                                           uint32_t rank) {
-  constexpr int kBytes = T::kBoxB * T::kTileK;
-  ptx::mbarrier_arrive_expect_tx(ring.full(), T::kBytesA + T::kBytesB);
-  ptx::cp_async_bulk_tensor_2d_load(ring.a(), &map_a, k, m, ring.full());
-  if constexpr (T::kCluster > 1) {
-    ptx::cp_async_bulk_tensor_2d_multicast(ring.b() + rank * kBytes, &map_b, k, n + rank * T::kBoxB,
-                                           ring.full(), (1 << T::kCluster) - 1);
-  } else {
-#pragma unroll
-    for (int box = 0; box < T::kParts; ++box)
-      ptx::cp_async_bulk_tensor_2d_load(ring.b() + box * kBytes, &map_b, k, n + box * T::kBoxB,
-                                        ring.full());
-  }
-}
-
-template <class T>
 __device__ __forceinline__ void produce(const CUtensorMap& map_a, const CUtensorMap& map_b,
                                         const KernelArgs& args, uint32_t shared, uint32_t rank) {
   RingPosition<T> ring(shared);
@@ -63,20 +45,14 @@ __global__ void __launch_bounds__(T::kThreads, 1)
   const uint32_t shared = ptx::shared_address(memory);
   const uint32_t rank = T::kCluster > 1 ? ptx::cluster_ctarank() : 0;
   if (threadIdx.x == 0) {
-    for (int stage = 0; stage < T::kStages; ++stage) {
-      ptx::mbarrier_init(shared + T::kOffsetFull + stage * 8, 1);
-      ptx::mbarrier_init(shared + T::kOffsetEmpty + stage * 8, T::kWarps * T::kCluster);
-    }
+    init_ring<T>(shared, 1);
     ptx::fence_mbarrier_init();
     ptx::prefetch_tensormap(&map_a);
     ptx::prefetch_tensormap(&map_b);
     if (args.boxes) ptx::prefetch_tensormap(&map_out);
   }
   __syncthreads();
-  if constexpr (T::kCluster > 1) {  // no arrival and no copy before every block's barriers exist
-    ptx::barrier_cluster_arrive();
-    ptx::barrier_cluster_wait();
-  }
+  sync_cluster<T>();           // no arrival and no copy before every block's barriers exist
   ptx::griddepcontrol_wait();  // the folded operands are there
   if (threadIdx.x < 128) {
     ptx::setmaxnreg_dec<T::kProducerRegisters>();
@@ -86,10 +62,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     ptx::setmaxnreg_inc<T::kConsumerRegisters>();
     consume<T, kType>(map_out, args, shared, rank);
   }
-  if constexpr (T::kCluster > 1) {  // a block's barriers outlive the arrivals of the others
-    ptx::barrier_cluster_arrive();
-    ptx::barrier_cluster_wait();
-  }
+  sync_cluster<T>();  // a block's barriers outlive the arrivals of the others
 }
 
 // ---- launcher ----
@@ -122,20 +95,11 @@ static cudaError_t launch(const FoldedGemmParams& p, int multiprocessors, cudaSt
   return cudaErrorInvalidValue;
 }
 
-// Whether the large tile, in clusters of two, finishes before the small one: rounds over the
-// multiprocessors times the time of a tile, where `worth` small tiles take the time of a large one.
-static bool prefer_large(const FoldedGemmParams& p, int large_n, double worth,
-                         int multiprocessors) {
-  const int64_t large = int64_t{ceil_div(p.m, 256)} * ceil_div(p.n, large_n) * 2;
-  const int64_t small = int64_t{ceil_div(p.m, 128)} * ceil_div(p.n, 128);
-  return ceil_div(large, multiprocessors) * worth <= ceil_div(small, multiprocessors);
-}
-
 template <int kChunk>
 static cudaError_t launch_chunk(const FoldedGemmParams& p, int multiprocessors,
                                 cudaStream_t stream) {
   constexpr int kParts = kChunk == 32 ? 1 : 2;  // two sums and two parts do not fit
-  if (prefer_large(p, 128 * kParts, kParts == 2 ? 1.7 : 1.0, multiprocessors))
+  if (prefer_large(p.m, p.n, 128 * kParts, kParts == 2 ? 1.7 : 1.0, multiprocessors))
     return launch<GemmTraits<kParts, 2, kChunk>>(p, multiprocessors, stream);
   return launch<GemmTraits<1, 1, kChunk>>(p, multiprocessors, stream);
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the launchers of the FP8 GEMMs share (host code).
+// What the launchers of the 8-bit GEMMs share (host code).
 #pragma once
 
 #include <algorithm>
@@ -10,22 +10,37 @@
 
 namespace mxtrain::cuda::sm90 {
 
-// The arguments of a kernel that computes p in tiles of T, and the map of D where boxes can be
-// stored.
-template <class T>
-inline cudaError_t make_arguments(const FoldedGemmParams& p, KernelArgs* args, CUtensorMap* out) {
+// The map of D, where boxes can be stored. Params: of any GEMM.
+template <class Params>
+inline cudaError_t make_out_map(const Params& p, CUtensorMap* out, bool* boxes) {
   const int size = p.out_type == FloatType::kFloat32 ? 4 : 2;
-  args->p = p;
-  args->order = {ceil_div(p.m, T::kTileM * T::kCluster), ceil_div(p.n, T::kTileN)};
-  args->k_blocks = ceil_div(p.k, T::kTileK);
-  args->moderate_alpha = is_moderate_alpha(p.alpha);
-  args->boxes = p.n * size % 16 == 0 && reinterpret_cast<uintptr_t>(p.out) % 16 == 0;
-  if (!args->boxes) return cudaSuccess;
+  *boxes = p.n * size % 16 == 0 && reinterpret_cast<uintptr_t>(p.out) % 16 == 0;
+  if (!*boxes) return cudaSuccess;
   const CUtensorMapDataType type =
       p.out_type == FloatType::kFloat32   ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
       : p.out_type == FloatType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
                                           : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   return make_tensor_map(out, type, size, p.out, p.m, p.n, p.n * size, 16);
+}
+
+// The arguments of a kernel that computes p in tiles of T, and the map of D where boxes can be
+// stored.
+template <class T>
+inline cudaError_t make_arguments(const FoldedGemmParams& p, KernelArgs* args, CUtensorMap* out) {
+  args->p = p;
+  args->order = {ceil_div(p.m, T::kTileM * T::kCluster), ceil_div(p.n, T::kTileN)};
+  args->k_blocks = ceil_div(p.k, T::kTileK);
+  args->moderate_alpha = is_moderate_alpha(p.alpha);
+  return make_out_map(p, out, &args->boxes);
+}
+
+// Whether the large tile, 256 rows of a cluster of two by large_n, finishes before the small one of
+// 128 x 128: rounds over the multiprocessors times the time of a tile, where `worth` small tiles
+// take the time of a large one.
+inline bool prefer_large(int64_t m, int64_t n, int large_n, double worth, int multiprocessors) {
+  const int64_t large = int64_t{ceil_div(m, 256)} * ceil_div(n, large_n) * 2;
+  const int64_t small = int64_t{ceil_div(m, 128)} * ceil_div(n, 128);
+  return ceil_div(large, multiprocessors) * worth <= ceil_div(small, multiprocessors);
 }
 
 // One block a multiprocessor, in clusters of T::kCluster, started while the kernel before ends.

@@ -186,10 +186,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
   extern __shared__ __align__(1024) uint8_t memory[];
   const uint32_t shared = ptx::shared_address(memory);
   if (threadIdx.x == 0) {
-    for (int stage = 0; stage < T::kStages; ++stage) {
-      ptx::mbarrier_init(shared + T::kOffsetFull + stage * 8, 4);  // producing warps
-      ptx::mbarrier_init(shared + T::kOffsetEmpty + stage * 8, T::kWarps);
-    }
+    init_ring<T>(shared, 4);  // producing warps
     for (int stage = 0; stage < T::kPacked; ++stage) {
       ptx::mbarrier_init(shared + T::kOffsetPackedFull + stage * 8, 1);
       ptx::mbarrier_init(shared + T::kOffsetPackedEmpty + stage * 8, 4);

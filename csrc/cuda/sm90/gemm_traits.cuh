@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The compile-time facts of the FP8 GEMM and its shared memory.
+// The compile-time facts of the 8-bit GEMMs and their shared memory.
 #pragma once
 
 #include <cstdint>
@@ -9,9 +9,9 @@ namespace mxtrain::cuda::sm90 {
 // kParts_: blocks of 128 columns in a tile. kCluster_: thread blocks that share one tile of B, each
 // with a tile of A of its own. kChunk_: the K of a partial sum, 0 for all of it.
 // kStages_: of the ring. kProducerRegisters_: of a thread of the producing warpgroup; the consumers
-// have the others.
+// have the others. kBoxes_: of output, for each consumer warp.
 template <int kParts_, int kCluster_, int kChunk_, int kStages_ = kParts_ == 2 ? 4 : 6,
-          int kProducerRegisters_ = 24>
+          int kProducerRegisters_ = 24, int kBoxes_ = 2>
 struct GemmTraits {
   static constexpr int kParts = kParts_, kCluster = kCluster_, kChunk = kChunk_;
   static_assert(kChunk == 0 || kChunk == 32 || kChunk == 128,
@@ -21,7 +21,7 @@ struct GemmTraits {
       2;  // consumer warpgroups, 64 rows each; one more drives the copies
   static constexpr int kWarps = 4 * kGroups, kThreads = 128 * (kGroups + 1);
   static constexpr int kTileM = 64 * kGroups, kTileN = 128 * kParts, kTileK = 128;
-  static_assert(kTileK == 128, "a row of a stage is one 128-byte swizzle atom of E5M2");
+  static_assert(kTileK == 128, "a row of a stage is one 128-byte swizzle atom");
   static constexpr int kBoxB = kCluster > 1 ? kTileN / kCluster : 128;  // rows of B in one copy
   static_assert(kBoxB % 8 == 0 && kBoxB <= 256, "whole swizzle atoms; the copy engine's limit");
 
@@ -37,41 +37,18 @@ struct GemmTraits {
                 "what setmaxnreg gives back");
   static_assert(64 * kParts + 64 * kSums + 16 <= kConsumerRegisters, "no spills");
 
-  // Shared memory: the stages of A, those of B, two 2 KB boxes of output for each consumer warp,
-  // the barriers.
+  // Shared memory: the stages of A, those of B, the 2 KB boxes of output, the barriers.
   static constexpr int kStages = kStages_;
   static constexpr int kBytesA = kTileM * kTileK, kBytesB = kTileN * kTileK;
   static constexpr int kOffsetB = kStages * kBytesA;
   static constexpr int kOffsetOut = kOffsetB + kStages * kBytesB;
-  static constexpr int kBoxBytes = 16 * 128, kBoxes = 2;
+  static constexpr int kBoxBytes = 16 * 128, kBoxes = kBoxes_;
   static constexpr int kOffsetFull = kOffsetOut + kWarps * kBoxes * kBoxBytes;
   static constexpr int kOffsetEmpty = kOffsetFull + kStages * 8;
   static constexpr int kSharedBytes = kOffsetEmpty + kStages * 8;
   static_assert(kBytesA % 1024 == 0 && kBytesB % 1024 == 0 && kBoxBytes % 1024 == 0,
                 "swizzle atoms are 1024 bytes");
   static_assert(kSharedBytes <= 227 * 1024, "the shared memory of a block");
-};
-
-// Where the producer or a consumer is in the ring of stages: the stage, its addresses in the shared
-// window, and the parity of the current round.
-template <class T>
-struct RingPosition {
-  uint32_t shared, parity = 0;
-  int stage = 0;
-
-  __device__ __forceinline__ explicit RingPosition(uint32_t shared) : shared(shared) {}
-  __device__ __forceinline__ uint32_t a() const { return shared + stage * T::kBytesA; }
-  __device__ __forceinline__ uint32_t b() const {
-    return shared + T::kOffsetB + stage * T::kBytesB;
-  }
-  __device__ __forceinline__ uint32_t full() const { return shared + T::kOffsetFull + stage * 8; }
-  __device__ __forceinline__ uint32_t empty() const { return shared + T::kOffsetEmpty + stage * 8; }
-  __device__ __forceinline__ void advance() {
-    if (++stage == T::kStages) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
 };
 
 }  // namespace mxtrain::cuda::sm90

@@ -1,0 +1,151 @@
+// SPDX-License-Identifier: Apache-2.0
+// int8_quantize, int8_quantize_fallback and int8_gemm on the CPU: check, allocate, split blocks
+// over torch's threads.
+#include "ops/int8.h"
+
+#include <atomic>
+
+#include "ops/cpu_common.h"
+#include "ops/ops.h"
+
+namespace mxtrain::cpu {
+
+namespace {
+
+Int8QuantizeParams make_params(const Tensor& x, const Int8Forms& forms, const Tensor& scale) {
+  Int8QuantizeParams p = {};
+  p.x.type = source_type(x.scalar_type());
+  p.x.data = x.const_data_ptr();
+  p.x.stride_row = x.stride(0);
+  p.x.stride_col = x.stride(1);
+  p.rows = x.size(0);
+  p.cols = x.size(1);
+  p.rp = int8_blocks(p.rows) * kInt8Block;
+  p.kp = int8_blocks(p.cols) * kInt8Block;
+  p.data = mutable_codes(forms.row);
+  p.data_t = mutable_codes(forms.transposed);
+  p.scale = scale.mutable_data_ptr<float>();
+  return p;
+}
+
+// Quantizes all blocks; how many fell back, and how many are not finite.
+void run(const Int8QuantizeParams& p, int64_t* fell_back, int64_t* not_finite) {
+  std::atomic<int64_t> fallen{0}, bad{0};
+  const int64_t along_k = p.kp / kInt8Block;
+  torch::stable::parallel_for(0, p.rp / kInt8Block * along_k, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      const Int8BlockState s = kernels().int8_quantize(p, t / along_k, t % along_k);
+      fallen += s.fell_back;
+      bad += s.not_finite;
+    }
+  });
+  *fell_back = fallen;
+  *not_finite = bad;
+}
+
+void check_no_lowest(const char* name, const Tensor& codes) {
+  const auto* c = static_cast<const int8_t*>(codes.const_data_ptr());
+  std::atomic<bool> found{false};
+  torch::stable::parallel_for(0, codes.numel(), kGrainElements, [&](int64_t begin, int64_t end) {
+    int8_t lowest = 0;
+    for (int64_t i = begin; i < end; ++i) lowest = c[i] < lowest ? c[i] : lowest;
+    if (lowest == -128) found = true;
+  });
+  MXT_CHECK(!found, "int8_gemm", name, " must hold codes in [-127, 127], got -128 (shape ",
+            shape_of(codes), "). The format has no such code: use int8_quantize.");
+}
+
+Int8Codes view_codes(const Tensor& data, const Tensor& scale) {
+  return {static_cast<const int8_t*>(data.const_data_ptr()), scale.const_data_ptr<float>(),
+          scale.stride(0), scale.stride(1)};
+}
+
+}  // namespace
+
+Operand3 int8_quantize(Tensor x, int64_t rounding, OptionalTensor rng, int64_t layout) {
+  check_int8_quantize("int8_quantize", x, rounding, rng, layout, nullptr);
+  const Int8Forms forms = new_int8_forms(x, layout);
+  Tensor scale = new_int8_grid(x, ScalarType::Float);
+  Int8QuantizeParams p = make_params(x, forms, scale);
+  p.rounding = static_cast<Rounding>(rounding);
+  if (p.rounding == Rounding::kStochastic) {
+    const auto* r = static_cast<const int64_t*>(rng->const_data_ptr());
+    p.key = {static_cast<uint64_t>(r[0]), static_cast<uint32_t>(r[rng->stride(0)]), kRowStream};
+  }
+  int64_t fell_back, not_finite;
+  run(p, &fell_back, &not_finite);
+  return {forms.row, forms.transposed, scale};
+}
+
+Operand8 int8_quantize_fallback(Tensor x, Tensor threshold, int64_t layout) {
+  const char* op = "int8_quantize_fallback";
+  check_int8_quantize(op, x, 0, OptionalTensor(), layout, &threshold);
+  const float limit = *threshold.const_data_ptr<float>();
+  MXT_CHECK(limit > 0, op, "threshold must be positive, got ", limit, " (x has shape ", shape_of(x),
+            "). Blocks whose largest magnitude lies above it fall back.");
+  const Int8Forms forms = new_int8_forms(x, layout), residual = new_int8_forms(x, layout);
+  Tensor scale = new_int8_grid(x, ScalarType::Float),
+         residual_scale = new_int8_grid(x, ScalarType::Float),
+         mask = new_int8_grid(x, ScalarType::Byte);
+  Tensor counts = torch::stable::new_empty(x, {3}, ScalarType::Long);
+  Int8QuantizeParams p = make_params(x, forms, scale);
+  p.residual = mutable_codes(residual.row);
+  p.residual_t = mutable_codes(residual.transposed);
+  p.residual_scale = residual_scale.mutable_data_ptr<float>();
+  p.mask = mutable_bytes(mask);
+  p.threshold = limit;
+  auto* c = static_cast<int64_t*>(counts.mutable_data_ptr());
+  run(p, c, c + 1);
+  c[2] = mask.numel();
+  return {forms.row,           forms.transposed, scale, residual.row,
+          residual.transposed, residual_scale,   mask,  counts};
+}
+
+Tensor int8_gemm(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, OptionalTensor bias,
+                 ScalarType out_dtype, OptionalTensor residual, OptionalTensor residual_scale,
+                 OptionalTensor mask, bool residual_of_b) {
+  check_int8_gemm(a, a_scale, b, b_scale, bias, out_dtype,
+                  {residual, residual_scale, mask, residual_of_b});
+  const int64_t m = a.size(0), n = b.size(0);
+  Tensor out = torch::stable::new_empty(a, {m, n}, out_dtype);
+  if (m == 0 || n == 0) return out;
+  const Tensor ac = torch::stable::contiguous(a), bc = torch::stable::contiguous(b);
+  check_no_lowest("a", ac);
+  check_no_lowest("b", bc);
+  Tensor acc = torch::stable::new_empty(a, {m, n}, ScalarType::Float);
+  Int8GemmParams p = {};
+  p.a = view_codes(ac, a_scale);
+  p.b = view_codes(bc, b_scale);
+  p.m = m;
+  p.n = n;
+  p.kp = ac.size(1);
+  p.residual_of_b = residual_of_b;
+  p.acc = acc.mutable_data_ptr<float>();
+  Tensor rc;
+  if (mask) {  // what the mask leaves out is not looked at
+    rc = torch::stable::contiguous(*residual);
+    p.residual = view_codes(rc, *residual_scale);
+    p.mask = bytes(*mask);
+    p.mask_stride_row = mask->stride(0);
+    p.mask_stride_k = mask->stride(1);
+  }
+  const int64_t across = int8_blocks(n);
+  torch::stable::parallel_for(0, int8_blocks(m) * across, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) kernels().int8_gemm(p, t / across, t % across);
+  });
+  OptionalTensor bias_row;
+  if (bias) bias_row = torch::stable::contiguous(*bias);
+  EpilogueParams e = {};
+  e.acc = p.acc;
+  e.cols = n;
+  e.a_scale = e.b_scale = e.alpha = 1.0f;
+  e.bias = bias_row ? bias_row->const_data_ptr() : nullptr;
+  e.bias_type = bias_row ? source_type(bias_row->scalar_type()) : SourceType::kFloat32;
+  e.out_type = source_type(out_dtype);
+  e.out = out.mutable_data_ptr();
+  torch::stable::parallel_for(
+      0, m, grain(n), [&](int64_t begin, int64_t end) { kernels().epilogue(e, begin, end); });
+  return out;
+}
+
+}  // namespace mxtrain::cpu

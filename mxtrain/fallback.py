@@ -1,0 +1,292 @@
+"""The threshold of int8 recipes with a fallback: which blocks of an activation take two steps.
+
+- Rule: a block falls back where its largest magnitude exceeds the layer's threshold. The threshold
+  is fixed before a call, so quantizing needs no reduction over the tensor and no synchronization;
+  what the call counts moves the threshold for the next step:
+
+      rate = blocks that fell back / all blocks, over the micro-batches of a step
+      threshold *= f  if rate > high      threshold /= f  if rate < low
+
+  with the recipe's band [low, high] and f = factor. Damping: after two moves in opposite directions
+  f becomes max(1.02, sqrt(f)), after two in one direction min(factor, f^1.5), so the threshold
+  settles even where the magnitudes of a tensor lie so close together that f jumps over the band.
+- When: after every `step()` of any optimizer, on the device, for every layer that counted blocks.
+  Evaluation uses the threshold, counts nothing and changes nothing; the recomputation of a
+  checkpoint meets the threshold of its forward and counts the same blocks again, which leaves the
+  rate as it is.
+- The first training call takes the quantile of its own blocks in the middle of the band.
+- Ranks: where torch.distributed is initialized, the counts are summed over a group, the default one
+  unless `set_fallback_group` names another, so that ranks keep one threshold. (Pass
+  `broadcast_buffers=False` to DistributedDataParallel, which else overwrites what a rank counted.)
+- Saved in the state_dict: `fallback_threshold`, `fallback_step` and `fallback_counts`.
+
+Source: arXiv 2503.08040, its delayed threshold; the band, the factor and the damping are defaults
+of this package.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from .checks import check_tensor, kind, refusal, show
+from .int8 import block_amax
+from .recipe import Recipe
+from .weight_cache import CachedLinear
+
+SMALLEST_FACTOR = 1.02
+RECOVERY = 1.5  # what the exponent of a damped factor grows by with every move in one direction
+_BUFFERS = ("fallback_threshold", "fallback_step", "fallback_counts")
+
+
+@torch.no_grad()
+def initial_threshold(x: Tensor, recipe: Recipe) -> Tensor:
+    """The threshold, float32 [1], above which the middle of the recipe's band of x's blocks lies.
+
+    x: `[R, K]`. Where all blocks are zero it is 1.
+    """
+    middle = 1.0 - (recipe.fallback.low + recipe.fallback.high) / 2
+    threshold = torch.quantile(block_amax(x).flatten(), middle).reshape(1)
+    return torch.where(threshold > 0, threshold, 1.0)
+
+
+@torch.no_grad()
+def next_threshold(
+    threshold: Tensor, step: Tensor, counts: Tensor, recipe: Recipe
+) -> tuple[Tensor, Tensor]:
+    """The rule above for n layers of one recipe: (threshold, step), float32 `[n]` each.
+
+    Args:
+        threshold: float32 `[n]`.
+        step: float32 `[n]`, the factor of the last move, negative where that was down, 0 before.
+        counts: int64 `[n, 3]`: fallen back, not finite, all. Nothing moves where all is 0.
+        recipe: the band, the factor and whether to damp.
+    """
+    rate = counts[:, 0] / counts[:, 2].clamp(min=1)
+    up, down = rate > recipe.fallback.high, rate < recipe.fallback.low
+    move = torch.where(counts[:, 2] > 0, up.float() - down.float(), 0.0)
+    factor = torch.full_like(threshold, recipe.fallback.factor)
+    if recipe.fallback.damping:
+        before = torch.where(step == 0, factor, step.abs())
+        smaller = before.sqrt().clamp(min=min(SMALLEST_FACTOR, recipe.fallback.factor))
+        larger = torch.minimum(before**RECOVERY, factor)
+        turned = move * step
+        factor = torch.where(turned < 0, smaller, torch.where(turned > 0, larger, before))
+    moved = torch.where(move > 0, threshold * factor, threshold / factor)
+    return (
+        torch.where(move == 0, threshold, moved),
+        torch.where(move == 0, step, move * factor),
+    )
+
+
+class FallbackLinear(CachedLinear):
+    """A linear layer with the threshold that its recipe asks for. MXLinear is one."""
+
+    fallback_threshold: Tensor
+    fallback_step: Tensor
+    fallback_counts: Tensor
+    _fallback_started: bool
+
+    def _start_without_fallback(self) -> None:
+        self._fallback_started = False
+
+    def _begin_or_end_fallback(self) -> None:
+        """Have what _recipe needs: the state and its updates, or neither."""
+        if self._recipe.fprop_x.fallback:
+            if "fallback_threshold" not in self._buffers:
+                self._fallback_started = False
+                device = self.weight.device
+                self.register_buffer("fallback_threshold", torch.zeros(1, device=device))
+                self.register_buffer("fallback_step", torch.zeros(1, device=device))
+                counts = torch.zeros(3, dtype=torch.int64, device=device)
+                self.register_buffer("fallback_counts", counts)
+            _register(self)
+        else:
+            for name in _BUFFERS:
+                if name in self._buffers:
+                    delattr(self, name)
+            self._fallback_started = False
+            _forget(self)
+
+    def fallback_rate(self) -> Tensor:
+        """The share of blocks that fell back since the last update: float32 [], NaN for none."""
+        return self.fallback_counts[0] / self.fallback_counts[2]
+
+    def trained_threshold(self) -> Tensor | None:
+        """A copy of the threshold; None where no training call has set one."""
+        return self.fallback_threshold.detach().clone() if self._fallback_started else None
+
+    def _threshold_for(self, x: Tensor) -> Tensor | None:
+        """What this forward quantizes x with; None where the recipe has no fallback."""
+        if not self._recipe.fprop_x.fallback:
+            return None
+        if self._fallback_started or x.numel() == 0:
+            return self.fallback_threshold
+        threshold = initial_threshold(x.reshape(-1, x.shape[-1]), self._recipe)
+        if self.training:
+            with torch.no_grad():
+                self.fallback_threshold.copy_(threshold)
+            self._fallback_started = True
+        return threshold
+
+    def _count_fallback(self, counts: Tensor) -> None:
+        if self.training:
+            with torch.no_grad():
+                self.fallback_counts.add_(counts)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> FallbackLinear:
+        before = {name: self._buffers[name] for name in _BUFFERS[:2] if name in self._buffers}
+        super()._apply(fn, recurse)
+        for name, old in before.items():  # to(bfloat16) is for parameters
+            if self._buffers[name].dtype != torch.float32:
+                self._buffers[name] = old.to(self._buffers[name].device)
+        return self
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool,
+        missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        keys = [prefix + name for name in _BUFFERS]
+        mine = "fallback_threshold" in self._buffers
+        saved = mine and all(key in state_dict for key in keys)
+        super()._load_from_state_dict(
+            {key: value for key, value in state_dict.items() if saved or key not in keys},
+            prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs,
+        )  # fmt: skip
+        if not mine:
+            return
+        if saved:
+            problem = _bad_threshold(state_dict[keys[0]])
+            if problem is not None:  # load_state_dict raises, and lists it with what else is wrong
+                error_msgs.append(problem)
+            threshold = self.fallback_threshold
+            self._fallback_started = not threshold.is_meta and bool(threshold > 0)
+            return
+        for key in keys:  # a plain checkpoint: start anew
+            if key in missing_keys:
+                missing_keys.remove(key)
+        if prefix + "weight" in state_dict:
+            for name in _BUFFERS:
+                self._buffers[name].zero_()
+            self._fallback_started = False
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "fallback_threshold" in self._buffers:
+            _register(self)
+
+
+def _bad_threshold(threshold: object) -> str | None:
+    """What is wrong with fallback_threshold of a state_dict, or None."""
+    if not isinstance(threshold, Tensor) or threshold.numel() != 1:
+        got = show(threshold)
+    elif threshold.is_meta or (threshold.isfinite() and threshold >= 0):
+        return None
+    else:
+        got = float(threshold)
+    advice = "Load what state_dict returned, or remove the keys fallback_* to start anew."
+    condition = "be one finite number of at least 0"
+    return refusal("load_state_dict", "fallback_threshold", condition, got, kind(threshold), advice)
+
+
+# ---- updates ----
+
+_LAYERS: dict[int, weakref.ref[FallbackLinear]] = {}  # in the order of definition
+_GROUP: Any = None
+_LOCAL = False
+_HOOK: Any = None
+
+
+def _register(layer: FallbackLinear) -> None:
+    global _HOOK
+    _LAYERS[id(layer)] = weakref.ref(layer)
+    if _HOOK is None:
+        # Not traced, even where the optimizer's step is compiled.
+        _HOOK = register_optimizer_step_post_hook(torch.compiler.disable(_after_step))
+
+
+def _forget(layer: FallbackLinear) -> None:
+    _LAYERS.pop(id(layer), None)
+
+
+def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    alive: list[FallbackLinear] = []
+    for key, ref in list(_LAYERS.items()):
+        layer = ref()
+        if layer is None:
+            del _LAYERS[key]
+        elif not layer.fallback_counts.is_meta:
+            alive.append(layer)
+    update_fallback_thresholds(alive)
+
+
+def set_fallback_group(group: Any = None, local: bool = False) -> None:
+    """Over which ranks the counts of fallen blocks are summed, from now on in this process.
+
+    Args:
+        group: a `torch.distributed` process group; None is the default group. Every rank of it
+            must hold the same layers: name the data-parallel group under pipeline parallelism.
+        local: sum over no ranks.
+    """
+    global _GROUP, _LOCAL
+    _GROUP, _LOCAL = group, bool(local)
+
+
+@torch.no_grad()
+def update_fallback_thresholds(layers: Iterable[FallbackLinear]) -> None:
+    """Move the threshold of every layer by what it counted, and count anew. The hook calls it.
+
+    A collective where torch.distributed is initialized; a handful of kernels for all layers of a
+    recipe and device, and no synchronization with the host.
+    """
+    groups: dict[tuple[Any, ...], list[FallbackLinear]] = {}
+    for layer in _checked(layers):
+        if layer._recipe.fprop_x.fallback:
+            key = layer._recipe, layer.fallback_counts.device
+            groups.setdefault(key, []).append(layer)
+    for (recipe, _), same in groups.items():
+        counts = torch.stack([layer.fallback_counts for layer in same])
+        if not _LOCAL and dist.is_available() and dist.is_initialized():
+            dist.all_reduce(counts, group=_GROUP)
+        thresholds = [layer.fallback_threshold for layer in same]
+        steps = [layer.fallback_step for layer in same]
+        threshold, step = next_threshold(torch.cat(thresholds), torch.cat(steps), counts, recipe)
+        torch._foreach_copy_(thresholds, list(threshold.split(1)))
+        torch._foreach_copy_(steps, list(step.split(1)))
+        torch._foreach_zero_([layer.fallback_counts for layer in same])
+
+
+def _checked(layers: Iterable[FallbackLinear]) -> list[FallbackLinear]:
+    what, argument = "update_fallback_thresholds", "layers"
+    advice = "Pass a list of mxtrain.MXLinear."
+    if not isinstance(layers, Iterable) or isinstance(layers, (str, Tensor)):
+        got = type(layers).__name__
+        raise TypeError(refusal(what, argument, "be a list", got, show(layers), advice))
+    layers = list(layers)
+    for layer in layers:
+        if not isinstance(layer, FallbackLinear):
+            got = type(layer).__name__
+            raise TypeError(
+                refusal(what, argument, "be made of MXLinear", got, show(layer), advice)
+            )
+    return layers
+
+
+def check_threshold(what: str, threshold: object, recipe: Recipe) -> None:
+    """TypeError or ValueError unless it is None, or one float32 for a recipe with a fallback."""
+    check_tensor(what, "threshold", threshold, optional=True)
+    if threshold is None:
+        return
+    context = f"recipe {recipe.name!r}"
+    if not recipe.fprop_x.fallback:
+        condition, advice = "be None without a fallback", "Leave it out."
+        raise ValueError(refusal(what, "threshold", condition, show(threshold), context, advice))
+    if threshold.dtype != torch.float32 or threshold.numel() != 1:
+        condition, advice = "be one float32", "A block falls back where its maximum exceeds it."
+        raise ValueError(refusal(what, "threshold", condition, show(threshold), context, advice))

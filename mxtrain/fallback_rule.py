@@ -1,0 +1,41 @@
+"""How a fallback's threshold moves: the numbers of a recipe, which mxtrain/fallback.py applies."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from .checks import as_float32, check_that, is_number
+
+
+@dataclass(frozen=True)
+class Fallback:
+    """The band of the share of blocks that fall back, and what the threshold moves by outside it.
+
+    Attributes:
+        low, high: the band; defaults of this package, as are the others.
+        factor: what the threshold is multiplied or divided by.
+        damping: whether the factor shrinks where the threshold jumps to and fro over the band.
+
+    Raises:
+        ValueError: for a band that is none, or a factor that does not move.
+    """
+
+    low: float = 0.1
+    high: float = 0.3
+    factor: float = 1.3
+    damping: bool = True
+
+    def __post_init__(self) -> None:
+        what, low, high, factor = "Fallback", self.low, self.high, self.factor
+        ok = is_number(low) and is_number(high) and 0 <= low < high <= 1
+        condition = "be shares with 0 <= low < high <= 1"
+        check_that(ok, what, "low, high", condition, (low, high), "Try 0.1 and 0.3.")
+        ok = is_number(factor) and 1 < as_float32(factor) < math.inf
+        check_that(ok, what, "factor", "be above 1", factor, "Try 1.3.")
+        ok = isinstance(self.damping, bool)
+        advice = "Pass one of the two."
+        check_that(ok, what, "damping", "be True or False", self.damping, advice)
+
+
+DEFAULT = Fallback()

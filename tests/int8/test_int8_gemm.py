@@ -1,0 +1,174 @@
+"""int8_gemm: exact integer products, one order of float32 additions, a residual on either side."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from common import assert_same_bytes, refuses
+
+import mxtrain
+from mxtrain import Int8Operand, reference
+
+pytestmark = pytest.mark.ops("int8_quantize", "int8_quantize_fallback", "int8_gemm")
+SHAPES = [
+    (1, 1, 1),
+    (128, 128, 128),
+    (130, 257, 300),
+    (5, 300, 1000),
+    (256, 16, 128),
+    (300, 72, 513),
+]
+
+
+def operands(m, n, k, device, threshold=6.0):
+    """A with blocks that fall back and blocks that do not, poison in the latter; B without."""
+    g = torch.Generator().manual_seed(0)
+    x, w = torch.randn(m, k, generator=g), torch.randn(n, k, generator=g)
+    x[::97, ::61] *= 40
+    a, _ = mxtrain.int8_quantize_fallback(x, threshold)
+    rows = a.mask.repeat_interleave(128, 0)[:m].repeat_interleave(128, 1).bool()
+    residual = torch.where(rows, a.residual, 127)  # what is not masked must not be read
+    a = Int8Operand.of((a.data, a.scale, residual, a.residual_scale, a.mask), a.shape)
+    return move(a, device), move(mxtrain.int8_quantize(w), device)
+
+
+def move(a, device):
+    return Int8Operand.of([None if t is None else t.to(device) for t in a.parts], a.shape)
+
+
+def expected(a, b):
+    of_b = b.residual is not None
+    own = (b if of_b else a).parts[2:]
+    parts = (t.cpu() for t in (a.data, a.scale, b.data, b.scale))
+    residual = None if own[0] is None else tuple(t.cpu() for t in own)
+    return reference.int8_gemm(*parts, residual, of_b)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_bytes(shape, device):
+    """Every float32 step in the order of the definition; either side may have the residual."""
+    a, b = operands(*shape, device)
+    for left, right in ((a.without_fallback(), b), (a, b), (b, a)):
+        got = mxtrain.int8_gemm(left, right, out_dtype=torch.float32)
+        assert_same_bytes(got, expected(left, right), str(shape))
+
+
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_bias_and_output_types(out_dtype, device):
+    a, b = operands(130, 200, 256, device)
+    bias = torch.randn(200, device=device)
+    want = mxtrain.int8_gemm(a, b, out_dtype=torch.float32)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        got = mxtrain.int8_gemm(a, b, bias.to(dtype), out_dtype)
+        assert_same_bytes(got, (want + bias.to(dtype).float()).to(out_dtype))
+    assert_same_bytes(mxtrain.int8_gemm(a, b, out_dtype=out_dtype), want.to(out_dtype))
+
+
+def test_scales_and_masks_of_any_strides(device):
+    a, b = operands(260, 300, 400, device)
+    want = mxtrain.int8_gemm(a, b)
+
+    def strided(t):
+        return None if t is None else t.t().contiguous().t()
+
+    parts = a.parts
+    again = Int8Operand.of(
+        (parts[0], strided(parts[1]), parts[2], *map(strided, parts[3:])), a.shape
+    )
+    other = Int8Operand(b.data, strided(b.scale), b.shape)
+    assert_same_bytes(mxtrain.int8_gemm(again, other), want)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_every_kernel_gives_the_same_bytes(monkeypatch):
+    """The portable kernel and that of the architecture, both sides' residuals, large and small."""
+    for shape in ((260, 300, 400), (1024, 1280, 512)):
+        a, b = operands(*shape, "cuda")
+        for left, right in ((a.without_fallback(), b), (a, b), (b, a)):
+            want = mxtrain.int8_gemm(left, right)
+            with monkeypatch.context() as context:
+                context.setenv("MXTRAIN_INT8_GEMM", "portable")
+                assert_same_bytes(mxtrain.int8_gemm(left, right), want, str(shape))
+
+
+def test_the_largest_integers_are_exact(device):
+    """T8: |I| = 128 * 127^2 = 2,064,512 in every block of K."""
+    ones = torch.full((130, 512), 127, dtype=torch.int8, device=device)
+    grid = torch.ones(2, 4, device=device)
+    for sign in (1, -1):
+        a, b = Int8Operand(ones, grid, (130, 512)), Int8Operand(sign * ones, grid, (130, 512))
+        got = mxtrain.int8_gemm(a, b, out_dtype=torch.float32)
+        assert (got == sign * 4 * 2_064_512).all()
+
+
+def test_error_against_float64(device):
+    """T8: relative to float64 of the same codes, 3e-7 sqrt(K / 128)."""
+    a, b = operands(256, 256, 2048, device, threshold=60.0)
+    got = mxtrain.int8_gemm(a, b, out_dtype=torch.float32).double().cpu()
+    want = a.dequantize(torch.float32).double().cpu() @ b.dequantize().double().cpu().T
+    assert ((got - want).norm() / want.norm()) <= 3e-7 * (2048 / 128) ** 0.5
+
+
+def test_no_block_and_every_block(device):
+    """T7: no fallback is the plain product bitwise; all of it is the sum of two."""
+    x, w = torch.randn(300, 384, device=device), torch.randn(140, 384, device=device)
+    b = mxtrain.int8_quantize(w)
+    plain = mxtrain.int8_gemm(mxtrain.int8_quantize(x), b, out_dtype=torch.float32)
+    a, _ = mxtrain.int8_quantize_fallback(x, 1e30)
+    assert_same_bytes(mxtrain.int8_gemm(a, b, out_dtype=torch.float32), plain)
+    a, _ = mxtrain.int8_quantize_fallback(x, 1e-30)
+    second = Int8Operand(a.residual, a.residual_scale, a.shape)
+    want = plain + mxtrain.int8_gemm(second, b, out_dtype=torch.float32)
+    got = mxtrain.int8_gemm(a, b, out_dtype=torch.float32)
+    assert (got - want).norm() <= 1e-6 * want.norm()
+
+
+def test_outliers_in_a_product(device):
+    """T6, at 1024^3: 3 of 64 blocks hold one 1000; plain errs by a tenth, the fallback by 1%."""
+    g = torch.Generator().manual_seed(0)
+    x, w = torch.randn(1024, 1024, generator=g), torch.randn(1024, 1024, generator=g)
+    for i, j in ((0, 3), (4, 4), (6, 1)):
+        x[128 * i + 5, 128 * j + 77] = 1000.0
+    x, w = x.to(device), w.to(device)
+    exact = x.double() @ w.double().T
+    b = mxtrain.int8_quantize(w)
+
+    def off(a):
+        d = mxtrain.int8_gemm(a, b, out_dtype=torch.float32).double()
+        return float((d - exact).norm() / exact.norm())
+
+    a, counts = mxtrain.int8_quantize_fallback(x, 10.0)
+    assert counts.tolist()[0] == 3
+    assert 0.08 < off(a.without_fallback()) < 0.13 and off(a) < 0.0125
+
+
+def test_a_nan_scale_reaches_its_block_of_rows_or_columns(device):
+    x, w = torch.randn(300, 300), torch.randn(140, 300)
+    x[130, 7], w[5, 299] = float("nan"), float("inf")
+    a, b = (mxtrain.int8_quantize(t.to(device)) for t in (x, w))
+    expected = torch.zeros(300, 140, dtype=torch.bool)
+    expected[128:256] = expected[:, :128] = True
+    assert torch.equal(mxtrain.int8_gemm(a, b).isnan().cpu(), expected)
+
+
+def test_empty_and_deterministic(device):
+    a, b = operands(300, 640, 256, device)
+    none = Int8Operand(a.data[:0], a.scale[:0], (0, 256))
+    assert mxtrain.int8_gemm(none, b).shape == (0, 640)
+    assert mxtrain.int8_gemm(b, none).shape == (640, 0)
+    first = mxtrain.int8_gemm(a, b)
+    assert all(torch.equal(first, mxtrain.int8_gemm(a, b)) for _ in range(3))
+
+
+def test_refusals():
+    a, b = operands(130, 200, 256, "cpu")
+    with refuses(ValueError, match="a and b must have the same K, got 256 and 200"):
+        mxtrain.int8_gemm(a, b.transposed())
+    with refuses(ValueError, match="a and b must have at most one residual"):
+        mxtrain.int8_gemm(a, a)
+    lowest = Int8Operand(torch.full((4, 128), -128, dtype=torch.int8), torch.ones(1, 1), (4, 128))
+    with refuses(RuntimeError, match=r"a must hold codes in \[-127, 127\], got -128"):
+        mxtrain.int8_gemm(lowest, mxtrain.int8_quantize(torch.ones(4, 128)))
+    other = Int8Operand.of((*a.parts[:4], a.mask[:1]), a.shape)
+    with refuses(RuntimeError, match=r"mask must be Byte of shape \[2, 2\], got Byte \[1, 2\]"):
+        mxtrain.int8_gemm(other, b)
