@@ -190,6 +190,8 @@ class QRamping(AdamW):
             context = "steps that are compared with the one before"
             raise ValueError(refusal(what, "transitions", condition, transitions, context, advice))
         self._refuse_nested(what)
+        if scaler is not None and not scaler.is_enabled():
+            scaler = None  # one that is off has no state to put back
         with self._put_back(scaler):
             changes = self.track_changes(self._model)
             for i in range(transitions + 1):

@@ -190,7 +190,8 @@ def load(layer):
 
 
 def assign(layer):
-    layer.load_state_dict(MXLinear(128, 128, recipe=layer.recipe).state_dict(), assign=True)
+    other = MXLinear(128, 128, device=layer.weight.device, recipe=layer.recipe)
+    layer.load_state_dict(other.state_dict(), assign=True)
 
 
 def new_parameter(layer):

@@ -227,7 +227,10 @@ __device__ __forceinline__ void multiply(float (&d)[T::kParts][64], RingPosition
         if (block + 1 < k_blocks) ptx::mbarrier_wait(ring.full(), ring.parity);
       }
       ptx::wgmma_wait_group<0>(sum);
-      if (last) release<T>(empty, lane);
+      if (last) {
+        __syncwarp();  // every lane has read the facts
+        release<T>(empty, lane);
+      }
       promote(d[part], sum, scale);
     }
     if (fallen == 0) continue;
