@@ -335,3 +335,27 @@ def test_every_tile_size_gives_the_same_bytes():
                 a.data[row : row + 1], a.scale[row : row + 1], a.format, (1, 1024)
             )
             assert torch.equal(mxtrain.gemm(one, b, accumulate=accumulate)[0], whole[row])
+
+
+@needs_fold
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16])
+def test_overlapped_tiles_are_those_one_after_the_other(out_dtype, monkeypatch):
+    """Several tiles a thread block, of both sizes, K of one stage and of many, rows and columns
+    that end inside a tile and a box, a factor that takes the slow way of scaling."""
+    for m, n, k in [(8200, 2056, 96), (3970, 2048, 1024), (8192, 1800, 384), (1500, 1544, 2080),
+                    (16384, 1024, 256)]:  # fmt: skip
+        a = mxtrain.quantize(values("blocks-4", m, k, seed=1), "mxfp4")
+        b = mxtrain.quantize(values("blocks-4", n, k, seed=2), "mxfp4")
+        bias = values("gaussian", 1, n, seed=3)[0]
+        start = values("gaussian", m, n, seed=4)
+        got = []
+        for overlap in ("1", "0"):
+            monkeypatch.setenv("MXTRAIN_GEMM_OVERLAP", overlap)
+            got.append([
+                mxtrain.gemm(a, b, out_dtype=out_dtype),
+                mxtrain.gemm(a, b, bias, alpha=0.7, out_dtype=out_dtype),
+                mxtrain.gemm(a, b, alpha=2.0**-20, out_dtype=out_dtype),
+                mxtrain.gemm_add_(start.clone(), a, b),
+            ])  # fmt: skip
+        for i, (one, other) in enumerate(zip(*got, strict=True)):
+            assert torch.equal(one, other), (m, n, k, i)
