@@ -114,6 +114,11 @@ def _requantize(op: Packed, q: Quantizer, rng: Tensor | None, signs: Tensor | No
     )  # fmt: skip
 
 
+def _one_square(forward: Quantizer, backward: Quantizer) -> bool:
+    """Whether one quantization in squares serves both GEMMs, made for both from one read."""
+    return forward.square and backward.square and backward.source == "forward"
+
+
 def _filled(n: int, q: Quantizer) -> int:
     """n, rounded up to q's Hadamard group where n in whole blocks is not a multiple of it."""
     if q.hadamard == 0 or FORMATS[q.format].padded(n) % q.hadamard == 0:
@@ -195,10 +200,19 @@ def _forward(
     col_signs = _signs(recipe, "wgrad", drawn, x.device) if col else None
     rows = x.reshape(-1, x.shape[-1])
     x_row, x_col, counts = _quantize_both(rows, row, col, x_rng, signs, col_signs, threshold)
-    w_row = None
+    w_row = w_col = None
     if fw.format:
         make = partial(_quantize, weight, fw, w_rng, signs, toward=ema)
+        if need_x and _one_square(fw, dw):
+            make = partial(_quantize_both, weight, fw, dw, w_rng, None, None)
         w_row = make() if cache is None else cache.fprop(weight, ema, recipe, make)
+        if need_x and _one_square(fw, dw):
+            if not isinstance(w_row, tuple):  # kept from a call that needed no gradient
+                cache.drop()
+                w_row = cache.fprop(weight, ema, recipe, make)
+            w_row, w_col, _ = w_row
+        elif isinstance(w_row, tuple):
+            w_row = w_row[0]
     y = _product(
         rows if x_row is None else x_row, weight if w_row is None else w_row, bias,
         recipe.alpha("fprop"), dtype, dtype, recipe.accumulate,
@@ -208,7 +222,7 @@ def _forward(
     if need_w:
         keep_x = x if wx.format is None else x_row if x_col is None else x_col
     if need_x:
-        keep_w = w_row if dw.source == "forward" else weight
+        keep_w = weight if dw.source == "original" else w_row if w_col is None else w_col
     if x.dim() != 2:
         # As F.linear does it: no in-place op may follow if a Function returns a view.
         y = torch.ops.aten._unsafe_view(y, [*x.shape[:-1], weight.shape[0]])
@@ -263,6 +277,8 @@ class _Linear(torch.autograd.Function):
             q = recipe.dgrad_w
             if q.format is None:
                 w = w_data.t()
+            elif _one_square(recipe.fprop_w, q):
+                w = restored(w_parts, q, (k, c))
             else:
                 make = partial(_quantize, w_data, q, w_rng, dgrad_signs, transpose=True)
                 if q.source == "forward":
