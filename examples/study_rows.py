@@ -16,12 +16,12 @@ from mxtrain.recipe import RECIPES
 # Options of the tasks, as their scripts take them. The GPT has 25.4 million parameters; 1224 steps
 # of 128 windows of 512 bytes are 80.2 million.
 GPT = (
-    "--text packages --megabytes 300 --windows 1024 --context 512 --batch 128 --steps 1224 "
+    "--text packages --megabytes 200 --windows 1024 --context 512 --batch 128 --steps 1224 "
     "--eval-every 102 --dim 512 --depth 8 --heads 8 --lr 1e-3 --compile"
 )
 DIGITS = "--augment deit --steps 600 --eval-every 60"
 MNIST = (
-    "--data mnist5k --augment deit --batch 128 --steps 1500 --eval-every 150 --dim 128 --depth 6 "
+    "--data mnist5k --augment deit --batch 128 --steps 1000 --eval-every 100 --dim 128 --depth 6 "
     "--heads 4 --lr 1e-3"
 )
 
