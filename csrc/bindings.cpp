@@ -6,11 +6,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <stdexcept>
 #include <string>
 
+#include "cuda/split_k.h"
 #include "formats/block.h"
 #include "formats/layout.h"
 #include "random/philox.h"
@@ -94,6 +96,43 @@ py::tuple philox(const std::array<uint32_t, 4>& counter, const std::array<uint32
   return py::make_tuple(w.w[0], w.w[1], w.w[2], w.w[3]);
 }
 
+// The plan of a product, and what each worker does by it: (tile, first stage, end, slot of its sum,
+// or -1 where it has the whole tile).
+py::dict split_k(int64_t m, int64_t n, int64_t k, int multiprocessors) {
+  const cuda::SplitK split = cuda::plan_split(m, n, k, multiprocessors);
+  py::dict plan;
+  plan["parts"] = split.parts;
+  plan["slabs"] = split.slabs;
+  py::list workers;
+  if (split.slabs > 1) {
+    const int tiles = static_cast<int>(cuda::split_k::tiles_of(m, n, split.parts)),
+              k_blocks = static_cast<int>((k + cuda::split_k::kStage - 1) / cuda::split_k::kStage);
+    for (int w = 0; w < split.workers(tiles); ++w) {
+      py::list segments;
+      int at = w * split.share, stop = std::min(at + split.share, split.line(tiles));
+      while (at < stop) {
+        const cuda::Segment s = split.segment(at, stop, k_blocks);
+        at += s.count;
+        if (w < split.first_worker(s.tile) || w > split.last_worker(s.tile))
+          throw std::logic_error("a worker outside of its tile's");
+        const int slot = s.count == split.slabs ? -1 : split.slot(w, s.tile);
+        segments.append(py::make_tuple(s.tile, s.begin, s.end, slot));
+      }
+      workers.append(segments);
+    }
+    plan["tiles"] = tiles;
+    plan["slots"] = split.workers(tiles) * split.slots();
+    plan["sharers"] = [&] {
+      py::list sharers;
+      for (int tile = 0; tile < tiles; ++tile)
+        sharers.append(split.last_worker(tile) - split.first_worker(tile) + 1);
+      return sharers;
+    }();
+  }
+  plan["workers"] = workers;
+  return plan;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_host, m) {
@@ -110,6 +149,8 @@ PYBIND11_MODULE(_host, m) {
         "Values of E8M0 codes. float32, same shape.");
   m.def("philox4x32", &philox, py::arg("counter"), py::arg("key"),
         "One Philox4x32-10 block: 4 words from a counter of 4 and a key of 2.");
+  m.def("split_k", &split_k, py::arg("m"), py::arg("n"), py::arg("k"), py::arg("multiprocessors"),
+        "How gemm's fold backend shares out a product on Hopper whose tiles are too few.");
   m.def("swizzled_offset", &swizzled_offset, py::arg("row"), py::arg("col"), py::arg("col_tiles"),
         "Byte offset of scale (row, col) in the 128x4 tile layout.");
 }

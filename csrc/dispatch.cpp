@@ -133,6 +133,24 @@ cudaError_t run_folded_gemm(const FoldedGemmParams& p, GemmBackend backend, cuda
   return cudaErrorNotSupported;
 }
 
+SplitScratch plan_folded_gemm(FoldedGemmParams* p, GemmBackend backend) {
+  p->split = {};
+#ifdef MXT_HAVE_SM90
+  const char* asked = std::getenv("MXTRAIN_SPLIT_K");
+  if (backend != GemmBackend::kFold || p->accumulate != Accumulate::kFp32 ||
+      (asked && std::string(asked) == "0"))
+    return {};
+  int device = 0, multiprocessors = 0;
+  check_runtime("gemm", cudaGetDevice(&device));
+  check_runtime("gemm",
+                cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
+  p->split = plan_split(p->m, p->n, p->k, multiprocessors);
+  return sm90::split_scratch(p->split, p->m, p->n);
+#else
+  return {};
+#endif
+}
+
 cudaError_t run_packed_gemm(const PackedGemmParams& p, cudaStream_t stream) {
 #ifdef MXT_HAVE_SM90
   return sm90::launch_packed_gemm(p, stream);

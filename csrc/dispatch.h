@@ -38,8 +38,11 @@ GemmChoice best_gemm_backend(int major, int minor, int64_t format);
 GemmBackend gemm_backend_for(const char* op, const Tensor& t, int64_t format);
 
 // The product of two folded operands by kFold or kFoldMma, as gemm_backend_for has it, and of two
-// packed ones, on the current device.
+// packed ones, on the current device. plan_folded_gemm comes first: it sets p's split from the rest
+// of p, and returns what p's partial and arrived must point to; the environment variable
+// MXTRAIN_SPLIT_K = "0" keeps K whole.
 cudaError_t run_folded_gemm(const FoldedGemmParams& p, GemmBackend backend, cudaStream_t stream);
+SplitScratch plan_folded_gemm(FoldedGemmParams* p, GemmBackend backend);
 cudaError_t run_packed_gemm(const PackedGemmParams& p, cudaStream_t stream);
 
 // int8_gemm for t's device, which is current: the kernel of its architecture, or the portable one

@@ -435,7 +435,7 @@ class MXLinear(FallbackLinear):
 
     The average is updated after every `step()` of an optimizer that holds the weight, unless the
     weight is frozen: the first update copies the weight, a later one is
-    `weight_ema.lerp_(weight, 1 - ema_beta)`. Where an optimizer holds a copy instead (float32
+    `weight_ema.lerp_(weight, layer.ema_step)`. Where an optimizer holds a copy instead (float32
     masters), call `update_weight_ema([layer])` after its step. For the first `ema_warmup` updates
     `ema_active` is False and the weight rounds to nearest, in training and evaluation alike. Every
     rank computes the same average: pass `broadcast_buffers=False` to DistributedDataParallel, or it

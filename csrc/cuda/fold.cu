@@ -69,14 +69,18 @@ struct FoldWork {
 // kAligned: all codes start at multiples of 8 bytes (rows are multiples of 16).
 template <bool kAligned>
 __global__ void __launch_bounds__(FoldTraits::kThreads, 2048 / FoldTraits::kThreads)
-    fold_kernel(const FoldWork work) {
+    fold_kernel(const FoldWork work, uint32_t* zero, int counters) {
   using T = FoldTraits;
   ptx::griddepcontrol_launch_dependents();
   const int lane = threadIdx.x % 32;
   int warp = blockIdx.x * (T::kThreads / 32) + threadIdx.x / 32;
   const bool second = warp >= work.a_warps;
   if (second) warp -= work.a_warps;
-  if (second && warp >= work.b_warps) return;
+  if (second && warp >= work.b_warps) {
+    const int i = (warp - work.b_warps) * 32 + lane;
+    if (i < counters) zero[i] = 0;
+    return;
+  }
   const int row = warp / work.chunks, chunk = warp - row * work.chunks;
   const int kp = static_cast<int>(work.a.kp), blocks = kp / 32;
   const int k0 = chunk * T::kChunk + lane * T::kLaneElements;
@@ -153,7 +157,8 @@ cudaError_t launch_shifts(const ShiftParams& a, const ShiftParams& b, cudaStream
   return launch(shift_kernel, grid, FoldTraits::kThreads, stream, w);
 }
 
-cudaError_t launch_fold(const FoldParams& a, const FoldParams& b, cudaStream_t stream) {
+cudaError_t launch_fold(const FoldParams& a, const FoldParams& b, uint32_t* zero, int counters,
+                        cudaStream_t stream) {
   const auto aligned = [](const void* x, const void* y, int bytes) {
     return (reinterpret_cast<uintptr_t>(x) | reinterpret_cast<uintptr_t>(y)) % bytes == 0;
   };
@@ -163,11 +168,11 @@ cudaError_t launch_fold(const FoldParams& a, const FoldParams& b, cudaStream_t s
   w.b_warps = static_cast<int>(b.rows) * w.chunks;
   w.words = aligned(a.scale, b.scale, 4) && a.kp % 128 == 0;
   constexpr int kWarps = FoldTraits::kThreads / 32;
-  const int64_t warps = static_cast<int64_t>(w.a_warps) + w.b_warps;
+  const int64_t warps = int64_t{w.a_warps} + w.b_warps + ceil_div(counters, 32);
   if (warps == 0) return cudaSuccess;
   const unsigned grid = static_cast<unsigned>((warps + kWarps - 1) / kWarps);
   return launch(aligned(a.data, b.data, 8) ? fold_kernel<true> : fold_kernel<false>, grid,
-                FoldTraits::kThreads, stream, w);
+                FoldTraits::kThreads, stream, w, zero, counters);
 }
 
 }  // namespace mxtrain::cuda

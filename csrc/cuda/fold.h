@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/quantize.h"
+#include "cuda/split_k.h"
 #include "formats/block.h"
 
 namespace mxtrain::cuda {
@@ -16,8 +17,9 @@ struct FoldParams {
   uint8_t* row_scale;  // [rows] E8M0
 };
 
-// Both operands of a GEMM in one launch.
-cudaError_t launch_fold(const FoldParams& a, const FoldParams& b, cudaStream_t stream);
+// Both operands of a GEMM in one launch, which also sets the `counters` words from `zero` on to 0.
+cudaError_t launch_fold(const FoldParams& a, const FoldParams& b, uint32_t* zero, int counters,
+                        cudaStream_t stream);
 
 // The product of two folded operands:
 //   D[m, n] = alpha * 2^(a_scale[m] + b_scale[n] - 280) * sum over k of a[m, k] b[n, k] + bias[n]
@@ -34,6 +36,16 @@ struct FoldedGemmParams {
   FloatType bias_type, out_type;
   void* out;  // [m, n]
   bool add;   // to what a float32 out holds
+
+  SplitK split;       // K in slabs, if it has any; of plan_folded_gemm
+  float* partial;     // the sums of workers that share a tile; 16-byte aligned
+  uint32_t* arrived;  // how many of them are there, of each warp of each tile; 0 at first
+};
+
+// What a split product needs beside its operands; nothing, if it is not split.
+struct SplitScratch {
+  int64_t partial_bytes;
+  int counters;
 };
 
 // How far each block of an mxfp4 operand lies below the largest of its row.

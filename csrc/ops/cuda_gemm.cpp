@@ -91,18 +91,24 @@ static void gemm_fold(const char* op, const GemmArguments& g, GemmBackend backen
   const Tensor a = torch::stable::contiguous(g.a), a_scale = torch::stable::contiguous(g.a_scale),
                b = torch::stable::contiguous(g.b), b_scale = torch::stable::contiguous(g.b_scale);
   const int64_t pitch = (g.kp + 127) / 128 * 128;
-  // A and B in E5M2, then the row scales of both.
-  Tensor workspace = torch::stable::new_empty(g.a, {(g.m + g.n) * (pitch + 1)}, ScalarType::Byte);
+  FoldedGemmParams p = product_of(g, out);
+  const SplitScratch scratch = plan_folded_gemm(&p, backend);
+  // A and B in E5M2, the sums of a split product and their counters, the row scales of both.
+  Tensor workspace = torch::stable::new_empty(
+      g.a, {(g.m + g.n) * (pitch + 1) + scratch.partial_bytes + 4 * scratch.counters},
+      ScalarType::Byte);
   uint8_t* folded = static_cast<uint8_t*>(workspace.mutable_data_ptr());
-  uint8_t* scales = folded + (g.m + g.n) * pitch;
+  uint8_t* partial = folded + (g.m + g.n) * pitch;
+  p.partial = reinterpret_cast<float*>(partial);
+  p.arrived = reinterpret_cast<uint32_t*>(partial + scratch.partial_bytes);
+  uint8_t* scales = reinterpret_cast<uint8_t*>(p.arrived + scratch.counters);
   const auto bytes = [](const Tensor& t) {
     return static_cast<const uint8_t*>(t.const_data_ptr());
   };
   const FoldParams fa = {bytes(a), bytes(a_scale), g.m, g.kp, folded, pitch, scales};
   const FoldParams fb = {bytes(b), bytes(b_scale), g.n, g.kp, folded + g.m * pitch,
                          pitch,    scales + g.m};
-  check_launch(op, launch_fold(fa, fb, stream));
-  FoldedGemmParams p = product_of(g, out);
+  check_launch(op, launch_fold(fa, fb, p.arrived, scratch.counters, stream));
   p.a = fa.out;
   p.b = fb.out;
   p.a_scale = fa.row_scale;

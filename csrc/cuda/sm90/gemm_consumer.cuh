@@ -11,7 +11,8 @@
 //        less than 8 binades, so none is cut: what is added in float32 is exact. The additions take
 //        as many issue slots as the products take cycles.
 //   0    all of K in the tensor cores.
-// Every sum has one order, so the same operands give the same bytes.
+// Every sum has one order, so the same operands give the same bytes. (cuda/split_k.h: K may be cut
+// into slabs that are summed apart.)
 #pragma once
 
 #include <cuda.h>
@@ -34,6 +35,35 @@ struct KernelArgs {
 
   // gemm_packed.cu only: p.a and p.b are codes, and these the shifts of their blocks.
   const uint32_t *a_shift, *b_shift;  // [m, k_blocks], [n, k_blocks]: four of a stage in a word
+};
+
+// ---- the tiles ----
+
+// What a cluster computes, one after the other: whole tiles, every so many of their order, or its
+// slabs of the line (kSplit).
+template <class T, bool kSplit>
+struct Walk {
+  const KernelArgs& args;
+  int at, stop;
+
+  __device__ __forceinline__ explicit Walk(const KernelArgs& args) : args(args) {
+    const int worker = blockIdx.x / T::kCluster;
+    if constexpr (kSplit) {
+      at = worker * args.p.split.share;
+      stop = min(at + args.p.split.share, args.p.split.line(args.order.count()));
+    } else {
+      at = worker;
+      stop = args.order.count();
+    }
+  }
+  __device__ __forceinline__ bool more() const { return at < stop; }
+  __device__ __forceinline__ Segment segment() const {
+    if constexpr (kSplit) return args.p.split.segment(at, stop, args.k_blocks);
+    return {at, 0, args.k_blocks, 1};
+  }
+  __device__ __forceinline__ void step(const Segment& done) {
+    at += kSplit ? done.count : gridDim.x / T::kCluster;
+  }
 };
 
 // ---- the consumers ----
@@ -162,6 +192,65 @@ __device__ __forceinline__ void multiply_fast(float (&d)[T::kParts][64], RingPos
   release<T>(previous, lane);
 }
 
+// The warp's sum of a part of a tile joins those of the other workers of the tile. Whether they are
+// all there: then d is their sum, in the order of K, and the warp finishes its rows. A warp has one
+// counter and one order of its own, so no warp waits for another.
+template <class T>
+__device__ __forceinline__ bool join(float (&d)[T::kParts][64], const FoldedGemmParams& p, int tile,
+                                     uint32_t rank, int warp, int lane) {
+  constexpr int kVectors = T::kParts * 16, kFlight = 8;  // float4 of a lane; asked for at a time
+  const SplitK& split = p.split;
+  const int self = blockIdx.x / T::kCluster, first = split.first_worker(tile),
+            last = split.last_worker(tile);
+  const auto sum_of = [&](int worker) {
+    const int at = (split.slot(worker, tile) * T::kCluster + rank) * T::kWarps + warp;
+    return reinterpret_cast<float4*>(p.partial) + at * (kVectors * 32) + lane;
+  };
+  float4* mine = sum_of(self);
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) {
+    const float* v = &d[i / 16][i % 16 * 4];
+    __stcg(mine + i * 32, make_float4(v[0], v[1], v[2], v[3]));
+  }
+  __syncwarp();
+  uint32_t before = 0;
+  if (lane == 0) {
+    __threadfence();  // what the warp wrote, before its arrival
+    before = atomicAdd(p.arrived + (tile * T::kCluster + rank) * T::kWarps + warp, 1u);
+    __threadfence();  // the arrivals of the others, before what they wrote is read
+  }
+  before = __shfl_sync(0xFFFFFFFFu, before, 0);
+  __syncwarp();
+  if (before != static_cast<uint32_t>(last - first)) return false;
+#pragma unroll
+  for (int i = 0; i < kVectors; i += kFlight) {
+    float4 sum[kFlight];
+#pragma unroll 1
+    for (int worker = first; worker <= last; ++worker) {
+      const float4* theirs = sum_of(worker) + i * 32;
+      float4 v[kFlight];
+#pragma unroll
+      for (int j = 0; j < kFlight; ++j) v[j] = __ldcg(theirs + j * 32);
+#pragma unroll
+      for (int j = 0; j < kFlight; ++j) {
+        sum[j].x = worker == first ? v[j].x : sum[j].x + v[j].x;
+        sum[j].y = worker == first ? v[j].y : sum[j].y + v[j].y;
+        sum[j].z = worker == first ? v[j].z : sum[j].z + v[j].z;
+        sum[j].w = worker == first ? v[j].w : sum[j].w + v[j].w;
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kFlight; ++j) {
+      float* v = &d[(i + j) / 16][(i + j) % 16 * 4];
+      v[0] = sum[j].x;
+      v[1] = sum[j].y;
+      v[2] = sum[j].z;
+      v[3] = sum[j].w;
+    }
+  }
+  return true;
+}
+
 // 64 columns at a time: scaled, then on their way to memory while the next are scaled.
 template <class T, FloatType kType>
 __device__ __forceinline__ void finish(float (&d)[T::kParts][64],
@@ -187,7 +276,7 @@ __device__ __forceinline__ void finish(float (&d)[T::kParts][64],
   }
 }
 
-template <class T, FloatType kType>
+template <class T, FloatType kType, bool kSplit = false>
 __device__ __forceinline__ void consume(const CUtensorMap& map_out, const KernelArgs& args,
                                         uint32_t shared, uint32_t rank) {
   const int warp = threadIdx.x / 32 - 4, lane = threadIdx.x % 32;
@@ -195,21 +284,24 @@ __device__ __forceinline__ void consume(const CUtensorMap& map_out, const Kernel
   const uint32_t boxes = shared + T::kOffsetOut + warp * T::kBoxes * T::kBoxBytes;
   const Factors<T> factors(shared, group);
   RingPosition<T> ring(shared);
-  for (int tile = blockIdx.x / T::kCluster; tile < args.order.count();
-       tile += gridDim.x / T::kCluster) {
+  for (Walk<T, kSplit> walk(args); walk.more();) {
+    const Segment s = walk.segment();
+    walk.step(s);
     int m, n;
-    args.order.at(tile, m, n);
+    args.order.at(s.tile, m, n);
     m = (m * T::kCluster + rank) * T::kTileM + warp * 16;  // the warp's 16 rows
     n *= T::kTileN;
     TileScales<T::kTileN> scales;
     scales.fetch(args.p, m, n, lane);
     float d[T::kParts][64] = {};
     if constexpr (T::kChunk == 128)
-      multiply_promoted<T>(d, ring, factors, args.k_blocks, lane);
+      multiply_promoted<T>(d, ring, factors, s.end - s.begin, lane);
     else if constexpr (T::kChunk == 32)
-      multiply_exact<T>(d, ring, factors, args.k_blocks, lane);
+      multiply_exact<T>(d, ring, factors, s.end - s.begin, lane);
     else
-      multiply_fast<T>(d, ring, factors, args.k_blocks, lane);
+      multiply_fast<T>(d, ring, factors, s.end - s.begin, lane);
+    if constexpr (kSplit)
+      if (s.count < args.p.split.slabs && !join<T>(d, args.p, s.tile, rank, warp, lane)) continue;
     finish<T, kType>(d, scales, args, map_out, m, n, boxes, lane);
   }
   if (lane == 0) ptx::cp_async_bulk_wait_group_read<0>();

@@ -16,15 +16,16 @@ namespace mxtrain::cuda::sm90 {
 
 // ---- the producer ----
 
-template <class T>
+template <class T, bool kSplit>
 __device__ __forceinline__ void produce(const CUtensorMap& map_a, const CUtensorMap& map_b,
                                         const KernelArgs& args, uint32_t shared, uint32_t rank) {
   RingPosition<T> ring(shared);
-  for (int tile = blockIdx.x / T::kCluster; tile < args.order.count();
-       tile += gridDim.x / T::kCluster) {
+  for (Walk<T, kSplit> walk(args); walk.more();) {
+    const Segment s = walk.segment();
+    walk.step(s);
     int m, n;
-    args.order.at(tile, m, n);
-    for (int block = 0; block < args.k_blocks; ++block) {
+    args.order.at(s.tile, m, n);
+    for (int block = s.begin; block < s.end; ++block) {
       ptx::mbarrier_wait(ring.empty(), ring.parity ^ 1);
       load_stage<T>(map_a, map_b, ring, block * T::kTileK, (m * T::kCluster + rank) * T::kTileM,
                     n * T::kTileN, rank);
@@ -35,7 +36,7 @@ __device__ __forceinline__ void produce(const CUtensorMap& map_a, const CUtensor
 
 // ---- the kernel ----
 
-template <class T, FloatType kType>
+template <class T, FloatType kType, bool kSplit>
 __global__ void __launch_bounds__(T::kThreads, 1)
     folded_gemm_kernel(const __grid_constant__ CUtensorMap map_a,
                        const __grid_constant__ CUtensorMap map_b,
@@ -56,18 +57,18 @@ __global__ void __launch_bounds__(T::kThreads, 1)
   ptx::griddepcontrol_wait();  // the folded operands are there
   if (threadIdx.x < 128) {
     ptx::setmaxnreg_dec<T::kProducerRegisters>();
-    if (threadIdx.x == 0) produce<T>(map_a, map_b, args, shared, rank);
+    if (threadIdx.x == 0) produce<T, kSplit>(map_a, map_b, args, shared, rank);
     __syncwarp();
   } else {
     ptx::setmaxnreg_inc<T::kConsumerRegisters>();
-    consume<T, kType>(map_out, args, shared, rank);
+    consume<T, kType, kSplit>(map_out, args, shared, rank);
   }
   sync_cluster<T>();  // a block's barriers outlive the arrivals of the others
 }
 
 // ---- launcher ----
 
-template <class T, FloatType kType>
+template <class T, bool kSplit, FloatType kType>
 static cudaError_t launch(const FoldedGemmParams& p, int multiprocessors, cudaStream_t stream) {
   CUtensorMap map_a, map_b, map_out = {};
   KernelArgs args = {};
@@ -78,19 +79,21 @@ static cudaError_t launch(const FoldedGemmParams& p, int multiprocessors, cudaSt
         make_tensor_map(&map_b, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, p.b, p.n, p.k, p.pitch, T::kBoxB);
   if (error == cudaSuccess) error = make_arguments<T>(p, &args, &map_out);
   if (error != cudaSuccess) return error;
-  return launch_persistent<T>(folded_gemm_kernel<T, kType>, args.order.count(), multiprocessors,
-                              stream, map_a, map_b, map_out, args);
+  const int tiles = args.order.count();
+  return launch_persistent<T>(folded_gemm_kernel<T, kType, kSplit>,
+                              kSplit ? p.split.workers(tiles) : tiles, multiprocessors, stream,
+                              map_a, map_b, map_out, args);
 }
 
-template <class T>
+template <class T, bool kSplit = false>
 static cudaError_t launch(const FoldedGemmParams& p, int multiprocessors, cudaStream_t stream) {
   switch (p.out_type) {
     case FloatType::kFloat32:
-      return launch<T, FloatType::kFloat32>(p, multiprocessors, stream);
+      return launch<T, kSplit, FloatType::kFloat32>(p, multiprocessors, stream);
     case FloatType::kBfloat16:
-      return launch<T, FloatType::kBfloat16>(p, multiprocessors, stream);
+      return launch<T, kSplit, FloatType::kBfloat16>(p, multiprocessors, stream);
     case FloatType::kFloat16:
-      return launch<T, FloatType::kFloat16>(p, multiprocessors, stream);
+      return launch<T, kSplit, FloatType::kFloat16>(p, multiprocessors, stream);
   }
   return cudaErrorInvalidValue;
 }
@@ -102,6 +105,20 @@ static cudaError_t launch_chunk(const FoldedGemmParams& p, int multiprocessors,
   if (prefer_large(p.m, p.n, 128 * kParts, kParts == 2 ? 1.7 : 1.0, multiprocessors))
     return launch<GemmTraits<kParts, 2, kChunk>>(p, multiprocessors, stream);
   return launch<GemmTraits<1, 1, kChunk>>(p, multiprocessors, stream);
+}
+
+// Partial sums of a chunk of 128, K in slabs.
+using LargeSplit = GemmTraits<2, 2, 128>;
+using SmallSplit = GemmTraits<1, 1, 128>;
+
+SplitScratch split_scratch(const SplitK& split, int64_t m, int64_t n) {
+  if (split.slabs == 1) return {};
+  const bool large = split.parts == 2;
+  const int blocks = large ? LargeSplit::kCluster : SmallSplit::kCluster,
+            bytes = large ? LargeSplit::kSumBytes : SmallSplit::kSumBytes;
+  const int tiles = static_cast<int>(split_k::tiles_of(m, n, split.parts));
+  return {int64_t{split.workers(tiles)} * split.slots() * blocks * bytes,
+          tiles * blocks * LargeSplit::kWarps};
 }
 
 cudaError_t launch_folded_gemm(const FoldedGemmParams& p, cudaStream_t stream) {
@@ -117,6 +134,9 @@ cudaError_t launch_folded_gemm(const FoldedGemmParams& p, cudaStream_t stream) {
     case Accumulate::kFp32:
       break;
   }
+  if (p.split.slabs > 1)
+    return p.split.parts == 2 ? launch<LargeSplit, true>(p, multiprocessors, stream)
+                              : launch<SmallSplit, true>(p, multiprocessors, stream);
   return launch_chunk<128>(p, multiprocessors, stream);
 }
 

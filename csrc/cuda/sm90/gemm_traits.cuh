@@ -37,6 +37,8 @@ struct GemmTraits {
                 "what setmaxnreg gives back");
   static_assert(64 * kParts + 64 * kSums + 16 <= kConsumerRegisters, "no spills");
 
+  static constexpr int kSumBytes = kTileM * kTileN * 4;  // of a tile
+
   // Shared memory: the stages of A, those of B, the 2 KB boxes of output, the barriers.
   static constexpr int kStages = kStages_;
   static constexpr int kBytesA = kTileM * kTileK, kBytesB = kTileN * kTileK;
