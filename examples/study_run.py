@@ -1,9 +1,9 @@
 """One run of the study: a row trained from one seed, and the process that makes many of them.
 
-The worker (`python study_run.py DEVICE FOLDER`, which keeps the text in that folder) reads jobs from its standard input, a line of JSON
-each, and answers on its standard output with lines that begin with "@": {"event": "ready"}, "row"
-after every validation, then "done" with the record of the run or "failed" with the error. Runs of
-one row reuse what was compiled for the first.
+The worker (`python study_run.py DEVICE FOLDER`, which keeps the text in that folder) reads jobs
+from its standard input, a line of JSON each, and answers on its standard output with lines that
+begin with "@": {"event": "ready"}, "row" after every validation, then "done" with the record of the
+run or "failed" with the error. Runs of one row reuse what was compiled for the first.
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ class StudyRun(Run):
             return super().evaluate()
 
     def train(self) -> Iterator[Fields]:
-        """All steps; yields the record after every validation. Stops where the loss is no number."""
+        """All steps; yields the record after every validation. Ends where the loss is no number."""
         started, rows = time.perf_counter(), 0
         while self.step < self.args.steps:
             loss = self.advance()

@@ -2,9 +2,9 @@
 
 - Formula, with W the weight after step t: A_1 = W_1, then A_t = A_(t-1).lerp(W_t, s) in float32,
   whatever the dtype of W, with s = max(1 - ema_beta, 1 / (1 + ema_fraction (t - 1))), or without an
-  ema_fraction 1 - ema_beta. So the average never remembers more than that fraction of the run: an
-  average that lags the weights by more than a step of the grid rounds them at random. Rounding "toward" takes, of the two grid values around an
-  element of W, the one nearer to that of A (docs/numerics.md).
+  ema_fraction 1 - ema_beta. So the average never remembers more than that fraction of the steps so
+  far: one that lags the weights by a step of the grid rounds them at random. Rounding "toward"
+  takes, of the two grid values around an element of W, the one nearer to that of A (numerics.md).
 - When: one update after every `step()` of an optimizer that holds the weight and trains it, from a
   hook on all optimizers that the first such layer installs; mxtrain.optim.AdamW does it within its
   step, to the same bits. `update_weight_ema` does one by hand.

@@ -288,7 +288,10 @@ def test_the_budget_ends_it(tmp_path, capsys):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--runs", "gpt/bf17@0"], "--runs must be a row of `study.py list`, @ and a seed, got gpt"),
+        (
+            ["--runs", "gpt/bf17@0"],
+            "--runs must be a row of `study.py list`, @ and a seed, got gpt",
+        ),
         (["--runs", "gpt/bf16"], "--runs must be a row"),
         ([], "--plan or --runs must name a run"),
         (["--plan", "repeat", "--per-gpu", "0"], "--per-gpu must be positive, got 0"),
