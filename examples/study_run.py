@@ -8,6 +8,7 @@ run or "failed" with the error. Runs of one row reuse what was compiled for the 
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import gc
 import importlib
@@ -230,6 +231,7 @@ class Worker:
         name, _, seed = job["run"].rpartition("@")
         row = ROWS[name]
         task, args = self.task(row, [*row.options.split(), *job["options"].split()])
+        args = argparse.Namespace(**vars(args))  # the next run may compile
         args.compile = args.compile and job["compile"]
         started = time.perf_counter()
         fresh, self.compiled = self.compiled != name, name
