@@ -15,6 +15,7 @@ written. `report` writes it again, with a figure of the learning curves for each
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import queue
@@ -72,10 +73,8 @@ class Worker:
 
     def kill(self) -> None:
         """The process and the compilers that it started."""
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self.process.wait()
 
 
@@ -88,7 +87,9 @@ class Study:
         self.results_path = os.path.join(args.out, "results.json")
         self.records = read_results([self.results_path, *args.done])
         done = {record["run"] for record in self.records}
-        self.jobs = [Job(run, args.options, not args.no_compile) for run in args.runs if run not in done]
+        self.jobs = [
+            Job(run, args.options, not args.no_compile) for run in args.runs if run not in done
+        ]
         self.events: queue.Queue[tuple[Worker, str | None]] = queue.Queue()
         self.log: TextIO = open(os.path.join(args.out, "log.txt"), "a")  # noqa: SIM115
         self.workers: list[Worker] = []
@@ -188,7 +189,8 @@ class Study:
             worker.ready = True
         elif fields["event"] == "row":
             step, train, loss, metric, rate = fields["row"]
-            self.log.write(f"{fields['run']} step {step} {train:.4f} {loss:.4f} {metric:.4f} {rate:,.0f}/s\n")  # fmt: skip
+            numbers = f"{train:.4f} {loss:.4f} {metric:.4f} {rate:,.0f}/s"
+            self.log.write(f"{fields['run']} step {step} {numbers}\n")
         elif fields["event"] == "done":
             self.finish(worker, fields["record"])
         elif fields["event"] == "failed":
@@ -241,12 +243,12 @@ class Study:
                 starting = any(not w.ready for w in self.workers)
                 if not starting and not any(w.job for w in self.workers):
                     break  # nothing left, or nothing that would end in time
-                try:
+                with contextlib.suppress(queue.Empty):
                     self.handle(*self.events.get(timeout=min(1.0, self.deadline - now)))
-                except queue.Empty:
-                    pass
                 for worker in list(self.workers):
-                    if time.monotonic() - worker.heard > SILENCE and (worker.job or not worker.ready):
+                    if time.monotonic() - worker.heard > SILENCE and (
+                        worker.job or not worker.ready
+                    ):
                         self.lose(worker, f"silent for {SILENCE:.0f} s")
         finally:
             self.end()
@@ -261,7 +263,8 @@ class Study:
             _, args = task_of(ROWS[row], options, self.args.scratch)
             if getattr(args, "cache", "") and not os.path.exists(args.cache):
                 texts = read_text(args.text, int(1e6 * args.megabytes), args.cache)
-                self.note("{:.1f} MB to train on, {:.1f} MB held out".format(*(len(t) / 1e6 for t in texts)))  # fmt: skip
+                training, held_out = (len(t) / 1e6 for t in texts)
+                self.note(f"{training:.1f} MB to train on, {held_out:.1f} MB held out")
 
     def end(self) -> None:
         for worker in self.workers:
@@ -281,7 +284,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="study", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="train what is missing, then write the report")
-    run.add_argument("--plan", nargs="+", default=[], choices=PLANS, help="runs that belong together")
+    run.add_argument(
+        "--plan", nargs="+", default=[], choices=PLANS, help="runs that belong together"
+    )
     run.add_argument("--runs", nargs="+", default=[], metavar="ROW@SEED", help="further runs")
     run.add_argument("--gpus", nargs="*", default=[], metavar="N", help="none: on the CPU")
     run.add_argument("--per-gpu", type=int, default=1, help="processes; speed is measured with one")

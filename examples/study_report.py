@@ -143,7 +143,8 @@ def heading(task: str, group: str, rows: dict[str, list[Fields]]) -> str:
     record = next(iter(rows.values()))[0]
     size, units = record["parameters"] / 1e6, record["units"] / 1e6
     what = f"{size:.1f} million parameters, {record['steps']} steps, {units:.1f} million"
-    return f"## {task}, {group}\n\n{what} {record['unit']}; {record['device']}, torch {record['torch']}"
+    where = f"{record['device']}, torch {record['torch']}"
+    return f"## {task}, {group}\n\n{what} {record['unit']}; {where}"
 
 
 def write_report(records: list[Fields], folder: str, figures: bool = False) -> str:

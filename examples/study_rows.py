@@ -137,8 +137,11 @@ def _backward(dy: Quantizer, other: Quantizer) -> dict[str, Quantizer]:
 # rotated by signs that are drawn anew.
 _RHT_DY = _backward(_rotated(_CEIL_SR, 64, "drawn"), _rotated(_CEIL, 64, "drawn"))
 _NV_RHT_DY = _backward(_rotated(_NV_SR, 16, "drawn"), _rotated(_NV, 16, "drawn"))
-_NVIDIA = {name: getattr(RECIPES["nvfp4"], name) for name in ("dgrad_dy", "dgrad_w", "wgrad_dy", "wgrad_x")}  # fmt: skip
-_AMAZON = {name: getattr(RECIPES["mxfp4_backward"], name) for name in ("dgrad_dy", "dgrad_w", "wgrad_dy", "wgrad_x")}  # fmt: skip
+
+
+def _backward_of(recipe: str) -> dict[str, Quantizer]:
+    names = ("dgrad_dy", "dgrad_w", "wgrad_dy", "wgrad_x")
+    return {name: getattr(RECIPES[recipe], name) for name in names}
 
 
 def _forward(q: Quantizer) -> dict[str, Quantizer]:
@@ -174,8 +177,8 @@ WHOLE = [
         wgrad_x=dataclasses.replace(_NV_SR, source="forward"),
     ),
     _candidate("even+rht_dy", **_forward(_EVEN), **_RHT_DY),
-    _candidate("ceil+rht", **_forward(_CEIL), **_AMAZON),
-    _candidate("nv_h16+nvidia", **_forward(_rotated(_NV, 16)), **_NVIDIA),
+    _candidate("ceil+rht", **_forward(_CEIL), **_backward_of("mxfp4_backward")),
+    _candidate("nv_h16+nvidia", **_forward(_rotated(_NV, 16)), **_backward_of("nvfp4")),
 ]
 
 # ---- images ----

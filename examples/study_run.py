@@ -1,13 +1,14 @@
 """One run of the study: a row trained from one seed, and the process that makes many of them.
 
-The worker (`python study_run.py DEVICE FOLDER`, which keeps the text in that folder) reads jobs from its standard input, a line of JSON
-each, and answers on its standard output with lines that begin with "@": {"event": "ready"}, "row"
-after every validation, then "done" with the record of the run or "failed" with the error. Runs of
-one row reuse what was compiled for the first.
+The worker (`python study_run.py DEVICE FOLDER`, which keeps the text in that folder) reads jobs
+from its standard input, a line of JSON each, and answers on its standard output with lines that
+begin with "@": {"event": "ready"}, "row" after every validation, then "done" with the record of the
+run or "failed" with the error. Runs of one row reuse what was compiled for the first.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import gc
 import importlib
@@ -177,7 +178,7 @@ class StudyRun(Run):
             return super().evaluate()
 
     def train(self) -> Iterator[Fields]:
-        """All steps; yields the record after every validation. Stops where the loss is no number."""
+        """All steps; yields the record after every validation. Ends where the loss is no number."""
         started, rows = time.perf_counter(), 0
         while self.step < self.args.steps:
             loss = self.advance()
@@ -230,6 +231,7 @@ class Worker:
         name, _, seed = job["run"].rpartition("@")
         row = ROWS[name]
         task, args = self.task(row, [*row.options.split(), *job["options"].split()])
+        args = argparse.Namespace(**vars(args))  # the next run may compile
         args.compile = args.compile and job["compile"]
         started = time.perf_counter()
         fresh, self.compiled = self.compiled != name, name

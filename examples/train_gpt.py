@@ -8,9 +8,10 @@
     python examples/train_gpt.py --resume runs/gpt/checkpoint.pt
 
 The text is that of the Python that runs this script, so nothing is downloaded: its standard library
-or all installed packages, some files of which are held out for validation (text.py). The metric is bits per byte: how well the model would compress them. A
-recipe quantizes the four linear layers of each block; embeddings and head stay in BF16. On two CPU
-cores a run of the default size takes several minutes.
+or all installed packages, some files of which are held out for validation (text.py). The metric is
+bits per byte: how well the model would compress them. A recipe quantizes the four linear layers of
+each block; embeddings and head stay in BF16. On two CPU cores a run of the default size takes
+several minutes.
 """
 
 from __future__ import annotations

