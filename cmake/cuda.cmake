@@ -20,7 +20,7 @@ endif()
 set(MXT_CUDA_SOURCES
   csrc/cuda/quantize_rows.cu csrc/cuda/quantize_columns.cu csrc/cuda/quantize_dual.cu
   csrc/cuda/quantize_strips.cu csrc/cuda/quantize_pairs.cu
-  csrc/cuda/requantize.cu csrc/cuda/dequantize.cu csrc/cuda/elementwise.cu csrc/cuda/column_sum.cu
+  csrc/cuda/requantize.cu csrc/cuda/requantize_codes.cu csrc/cuda/dequantize.cu csrc/cuda/elementwise.cu csrc/cuda/column_sum.cu
   csrc/cuda/fold.cu csrc/cuda/optimizer.cu csrc/cuda/statistics.cu
   csrc/cuda/int8_quantize.cu csrc/cuda/int8_gemm.cu)
 add_library(mxt_cuda_portable OBJECT ${MXT_CUDA_SOURCES})

@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(ElementwiseTraits::kThreads)
     stochastic_round_kernel(const StochasticRoundParams p, bool vector) {
   const int64_t group =
       static_cast<int64_t>(blockIdx.x) * ElementwiseTraits::kThreads + threadIdx.x;
-  const int64_t i0 = group * kDrawGroup;
+  const int64_t i0 = group * kDrawQuarter;
   if (i0 >= p.n) return;
   const PhiloxKey key = {static_cast<uint64_t>(p.rng[0]),
                          static_cast<uint32_t>(p.rng[p.rng_stride]), kRowStream};
@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(ElementwiseTraits::kThreads)
   } else {
     for (int i = 0; i < 8; ++i) v[i] = i0 + i < p.n ? p.x[i0 + i] : 0.0f;
   }
-  const Philox4 draws = philox_group(key, static_cast<uint64_t>(group));
+  const Philox4 draws = philox_quarter(key, static_cast<uint64_t>(group));
 #pragma unroll
   for (int i = 0; i < 8; ++i) codes[i] = round_element(v[i], draw16(draws, i), p.target);
   if (p.target == RoundTarget::kBfloat16) {
@@ -130,7 +130,7 @@ cudaError_t launch_stochastic_round(const StochasticRoundParams& p, cudaStream_t
   if (p.n == 0) return cudaSuccess;
   const bool vector =
       reinterpret_cast<uintptr_t>(p.x) % 16 == 0 && reinterpret_cast<uintptr_t>(p.out) % 16 == 0;
-  const unsigned grid = grid_for(p.n, ElementwiseTraits::kThreads * kDrawGroup);
+  const unsigned grid = grid_for(p.n, ElementwiseTraits::kThreads * kDrawQuarter);
   return launch(stochastic_round_kernel, grid, ElementwiseTraits::kThreads, stream, p, vector);
 }
 

@@ -27,7 +27,8 @@ struct EncodeTraits {
                 "the draw's thresholds must be whole units of b's last mantissa bit");
 };
 
-// sum - draw j * kDrawStep, the draw taken from its half of Philox's word by the multiplication.
+// sum - draw j * kDrawStep, the draw taken from its half of the quarter's word by the
+// multiplication.
 template <class E>
 __device__ __forceinline__ uint32_t subtract_draw(uint32_t sum, const Philox4& draws, int j) {
   constexpr uint32_t kStep = EncodeTraits<E>::kDrawStep;

@@ -5,6 +5,7 @@
 // those along its columns, 16 x 2 at a time. Warps are persistent and walk along the rows of tiles;
 // the next tile is copied as soon as the last blocks of one are in registers. The copies are 16
 // bytes, so x must be aligned to that, in both directions.
+#include "cuda/divide.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/strip.cuh"
 
@@ -13,11 +14,11 @@ namespace mxtrain::cuda {
 // ---- device helpers ----
 
 // x as the tiles see it: height x width bfloat16, rows `pitch` bytes apart; across: tiles in a row
-// of tiles, 2^32 / across + 1 and its shift for a division by multiplication.
+// of tiles.
 struct StripGrid {
   const uint8_t* x;
-  uint32_t height, width, pitch;
-  uint32_t across, tiles, magic, shift;
+  uint32_t height, width, pitch, tiles;
+  Divisor across;
 };
 
 // First row and column of a tile. kFlat: one column of tiles, without gaps between the rows.
@@ -25,10 +26,9 @@ template <bool kFlat>
 struct StripPlace {
   uint32_t row, column;
   __device__ __forceinline__ StripPlace(const StripGrid& g, uint32_t tile) {
-    // Granlund and Montgomery, "Division by invariant integers using multiplication"; tile < 2^31
-    const uint32_t down = kFlat ? tile : (__umulhi(tile, g.magic) + tile) >> g.shift;
+    const uint32_t down = kFlat ? tile : g.across.divide(tile);
     row = down * StripTraits::kTile;
-    column = kFlat ? 0 : (tile - down * g.across) * StripTraits::kTile;
+    column = kFlat ? 0 : (tile - down * g.across.value) * StripTraits::kTile;
   }
 };
 
@@ -220,17 +220,8 @@ static StripGrid make_grid(const void* x, int64_t height, int64_t width, int64_t
   const int64_t across = (padded_width + kTile - 1) / kTile,
                 down = (padded_height + kTile - 1) / kTile;
   const auto narrow = [](int64_t n) { return static_cast<uint32_t>(n); };
-  int shift = 0;
-  while ((int64_t{1} << shift) < across) ++shift;
-  const int64_t magic = ((((int64_t{1} << shift) - across) << 32) / across) + 1;
-  return {static_cast<const uint8_t*>(x),
-          narrow(height),
-          narrow(width),
-          narrow(height == 1 ? 0 : pitch * 2),
-          narrow(across),
-          narrow(across * down),
-          narrow(magic),
-          static_cast<uint32_t>(shift)};
+  return {static_cast<const uint8_t*>(x),      narrow(height),        narrow(width),
+          narrow(height == 1 ? 0 : pitch * 2), narrow(across * down), Divisor::of(across)};
 }
 
 // As many CTAs as fit the GPU, and no more than there are tiles for their warps.
@@ -291,7 +282,12 @@ static cudaError_t launch_requantize_strips(const QuantizeParams& p, cudaStream_
 
 template <Strip kCol>
 static cudaError_t launch_column_strip(const QuantizeParams& p, cudaStream_t stream) {
-  if (p.in_format >= 0) return launch_requantize_strips<kCol>(p, stream);
+  if (p.in_format >= 0) {
+    if constexpr (kCol == Strip::kStochastic)
+      return launch_requantize_codes(p, stream);
+    else
+      return launch_requantize_strips<kCol>(p, stream);
+  }
   const StripGrid grid = make_grid(p.x, p.cols, p.rows, p.stride_k, p.kp, p.rows);
   return launch_strips<Strip::kNone, kCol>(p, p, grid, stream);
 }

@@ -112,25 +112,22 @@ struct StripBlock {
   uint32_t scale;
 };
 
-// Draws of groups group .. group + 3, in lockstep; group is a multiple of 4.
-__device__ __forceinline__ void draw_block(const StripTables& t, uint64_t group, uint32_t stream,
-                                           Philox4 (&draws)[4]) {
+// The call of a block, which is a group of draws.
+__device__ __forceinline__ Philox4 draw_block(const StripTables& t, uint64_t group,
+                                              uint32_t stream) {
   ptx::compiler_fence();  // the keys wait in shared memory, so that no draw is made too early
-  const uint32_t low = static_cast<uint32_t>(group), high = static_cast<uint32_t>(group >> 32);
-#pragma unroll
-  for (int n = 0; n < 4; ++n) draws[n] = {{low + n, high, t.plan.offset, stream}};
+  Philox4 c = {
+      {static_cast<uint32_t>(group), static_cast<uint32_t>(group >> 32), t.plan.offset, stream}};
 #pragma unroll
   for (int i = 0; i < kPhiloxRounds / 2; ++i) {
     const uint4 key = t.keys[i];
-#pragma unroll
-    for (int n = 0; n < 4; ++n) draws[n] = philox_round(draws[n], key.x, key.y);
-#pragma unroll
-    for (int n = 0; n < 4; ++n) draws[n] = philox_round(draws[n], key.z, key.w);
+    c = philox_round(c, key.x, key.y);
+    c = philox_round(c, key.z, key.w);
   }
+  return c;
 }
 
-// v: a block, before a norm that moves the scale; max_bits: of its maximum; group: of its first
-// elements.
+// v: a block, before a norm that moves the scale; max_bits: of its maximum; group: of its draws.
 template <Strip kStrip>
 __device__ __forceinline__ StripBlock quantize_block(float (&v)[32], uint32_t max_bits,
                                                      const QuantizeParams& p,
@@ -170,10 +167,10 @@ __device__ __forceinline__ StripBlock quantize_block(float (&v)[32], uint32_t ma
   for (int i = 0; i < 32; ++i) v[i] = ptx::opaque(v[i]);
   uint32_t w[4];
   if (draws_bits(kStrip)) {
-    Philox4 draws[4];
-    draw_block(tables, group, p.stream, draws);
+    const Philox4 words = draw_block(tables, group, p.stream);
 #pragma unroll
-    for (int n = 0; n < 4; ++n) w[n] = e2m1_stochastic8(v + 8 * n, scale_bits, draws[n]);
+    for (int n = 0; n < kQuarters; ++n)
+      w[n] = e2m1_stochastic8(v + 8 * n, scale_bits, quarter_words(words, n));
   } else {
 #pragma unroll
     for (int n = 0; n < 4; ++n) w[n] = e2m1_nearest8(v + 8 * n, scale_bits);
@@ -234,7 +231,7 @@ __device__ __forceinline__ void finish_block(float (&v)[32], uint32_t raw_max,
     rotate_block(v, p.hadamard, p.hadamard_norm);
     raw_max = amax32(v);
   }
-  const uint64_t group = static_cast<uint64_t>(row) * (tables.plan.kp / 8) + k / 8;
+  const uint64_t group = static_cast<uint64_t>(row) * (tables.plan.kp / 32) + k / 32;
   store_block(p, tables.plan, row, k, quantize_block<kStrip>(v, raw_max, p, tables, group));
 }
 

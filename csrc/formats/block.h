@@ -26,7 +26,7 @@ struct BlockFormat {
   static constexpr bool kE4M3Scale = E4M3Scale;
   static constexpr int kBits = Element::kBits;
   static_assert(Block % 16 == 0,
-                "a block is whole groups of 8 draws and whole bytes of packed codes");
+                "a block is whole quarters of a group of draws and whole bytes of packed codes");
 };
 
 struct Mxfp4 : BlockFormat<E2M1, 32, false> {};
