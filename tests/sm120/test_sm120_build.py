@@ -14,8 +14,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "csrc/cuda/sm120"
-# Format: the instruction in PTX, in machine code, and how many a stage has: 2 or 4 steps of 2 x 8
-# fragments with the narrow tile, twice (products added in float32, too), and of 4 x 8 with the wide.
+# Format: the instruction in PTX, in machine code, and the steps of a stage. A step has 2 x 8
+# fragments with the narrow tile, twice (products added in float32, too), and 4 x 8 with the wide.
 INSTRUCTIONS = {
     "mxfp4": ("kind::mxf4.block_scale.scale_vec::2X.f32.e2m1.e2m1.f32.ue8m0",
               "OMMA.SF.16864.F32.E2M1.E2M1.E8 ", 2),
