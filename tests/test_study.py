@@ -183,7 +183,7 @@ def queue(tmp_path, monkeypatch):
             out=str(tmp_path), done=[], runs=runs, options="", budget=1000.0, expect=100.0, gpus=[],
             per_gpu=2, no_compile=False, scratch=str(tmp_path), **changes,
         )  # fmt: skip
-        made = study.Study(args)
+        made = study.Study(args, time.monotonic())
         made.workers = [study.Worker(i, FakeProcess(), ready=True) for i in range(2)]
         return made
 
