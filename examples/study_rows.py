@@ -135,7 +135,7 @@ def _backward(dy: Quantizer, other: Quantizer) -> dict[str, Quantizer]:
 
 # Unbiased where it matters: gradients are rounded stochastically, W and X to nearest, and both are
 # rotated by signs that are drawn anew. Or all to nearest, with half the noise: the rotation leaves
-# a shrinkage of about a hundredth.
+# a shrinkage of one or two hundredths.
 _RHT, _NV_RHT = _rotated(_CEIL, 64, "drawn"), _rotated(_NV, 16, "drawn")
 _RHT_DY = _backward(_rotated(_CEIL_SR, 64, "drawn"), _RHT)
 _NV_RHT_DY = _backward(_rotated(_NV_SR, 16, "drawn"), _NV_RHT)
