@@ -70,8 +70,9 @@ class Worker:
         now = time.monotonic()
         self.job, self.started, self.heard = job, now, now
         line = {"run": job.run, "options": job.options, "compile": job.compile and job.tries == 0}
-        self.process.stdin.write(json.dumps(line) + "\n")
-        self.process.stdin.flush()
+        with contextlib.suppress(OSError):  # it has died, as the end of its output will say
+            self.process.stdin.write(json.dumps(line) + "\n")
+            self.process.stdin.flush()
 
     def kill(self) -> None:
         """The process and the compilers that it started."""
@@ -181,9 +182,10 @@ class Study:
         if worker not in self.workers:
             return  # it was given up before
         if line is None:
-            self.lose(worker, f"its process ended with {worker.process.wait()}")
+            worker.kill()  # what has closed its output may still live
+            self.lose(worker, f"its process ended with {worker.process.returncode}")
             return
-        if not line.startswith("@"):
+        if not (line.startswith("@") and line.endswith("\n")):  # a warning, or cut off
             self.log.write(line)
             return
         fields = json.loads(line[1:])
