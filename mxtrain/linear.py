@@ -169,17 +169,30 @@ def _signs(recipe: Recipe, name: str, drawn: Tensor | None, device: torch.device
     return drawn[_SIGNS_ROW[name], : q.hadamard]
 
 
-def _draw(
-    recipe: Recipe, backward: bool, device: torch.device
-) -> tuple[Tensor | None, Tensor | None]:
+@torch.library.custom_op("mxtrain::keep_draws", mutates_args=())
+def _keep_draws(draws: Tensor, x: Tensor) -> Tensor:
+    """A copy of draws that the compiler saves for backward.
+
+    Its partition of a traced forward and backward makes again in backward what depends on no input
+    of the graph, random numbers too: the two operands of a GEMM were rotated by different signs.
+    What an op that it does not know makes of an input, it saves.
+    """
+    return draws.clone()
+
+
+_keep_draws.register_fake(lambda draws, x: torch.empty_like(draws))
+
+
+def _draw(recipe: Recipe, backward: bool, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """rng [3, 2] and signs [3, g] for a forward, and its backward; None where none are needed."""
     rng = recipe.needs_rng if backward else recipe.fprop_needs_rng
     pairs = [recipe.pair(name) for name in (_SIGNS_ROW if backward else ("fprop",))]
     group = max(q.hadamard if q.signs == "drawn" else 0 for q, _ in pairs)
-    return (
-        draw_rng(3, device) if rng else None,
-        draw_signs(group, 3, device) if group else None,
-    )
+    device = x.device
+    drawn = draw_rng(3, device) if rng else None, draw_signs(group, 3, device) if group else None
+    if torch.compiler.is_compiling():
+        return tuple(None if t is None else _keep_draws(t, x) for t in drawn)
+    return drawn
 
 
 # ---- the autograd function ----
@@ -326,7 +339,7 @@ def _linear(
     grad = torch.is_grad_enabled()
     # In training the draw does not depend on whether autograd records: a reentrant checkpoint runs
     # the first forward without, and its recomputation must advance the generator alike.
-    rng, drawn = _draw(recipe, training or grad, x.device)
+    rng, drawn = _draw(recipe, training or grad, x)
     requires_grad = x.requires_grad or weight.requires_grad
     if grad and (requires_grad or (bias is not None and bias.requires_grad)):
         out = _Linear.apply(x, weight, bias, ema, rng, drawn, recipe, dtype, cache, threshold)
