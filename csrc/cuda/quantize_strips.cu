@@ -85,7 +85,6 @@ __global__ void __launch_bounds__(StripTraits::kThreads, strip_ctas(kRow, kCol))
   fill_tables<kRow>(row_tables, row);
   fill_tables<kCol>(col_tables, col);
   __syncthreads();
-  constexpr int kLast = StripTraits::kPasses - 1;
   const uint32_t warp = uniform_warp();
   uint8_t* mine = tiles[warp];
   uint32_t tile = blockIdx.x * StripTraits::kWarps + warp;
@@ -101,15 +100,15 @@ __global__ void __launch_bounds__(StripTraits::kThreads, strip_ctas(kRow, kCol))
     __syncwarp();
     if constexpr (kRow != Strip::kNone)
 #pragma unroll 1
-      for (int pass = 0; pass <= kLast; ++pass)
+      for (int pass = 0; pass < StripTraits::kPasses; ++pass)
         row_pass<kRow>(mine, pass, row, row_tables, at.row, at.column, [&] {
-          if (kCol == Strip::kNone && pass == kLast) copy_next();
+          if (kCol == Strip::kNone && pass == StripTraits::kPasses - 1) copy_next();
         });
     if constexpr (kCol != Strip::kNone)
 #pragma unroll 1
-      for (int pass = 0; pass <= kLast; ++pass)
+      for (int pass = 0; pass < StripTraits::kPasses; ++pass)
         column_pass<kCol>(mine, pass, col, col_tables, at.column, at.row, [&] {
-          if (pass == kLast) copy_next();
+          if (pass == StripTraits::kPasses - 1) copy_next();
         });
   }
 }
@@ -185,6 +184,7 @@ __global__ void __launch_bounds__(StripTraits::kThreads, kRequantizeCtas)
 
 static Strip strip_of(const QuantizeParams& p) {
   const bool stochastic = p.rounding == static_cast<int>(Rounding::kStochastic);
+  if (p.hadamard == 64) return stochastic ? Strip::kRotated64Stochastic : Strip::kRotated64Nearest;
   if (p.hadamard) return stochastic ? Strip::kRotatedStochastic : Strip::kRotatedNearest;
   return stochastic ? Strip::kStochastic : Strip::kNone;
 }
@@ -256,6 +256,10 @@ static cudaError_t launch_row_strip(const QuantizeParams& p, cudaStream_t stream
       return launch_strips<Strip::kRotatedStochastic, Strip::kNone, kFlat>(p, p, grid, stream);
     case Strip::kRotatedNearest:
       return launch_strips<Strip::kRotatedNearest, Strip::kNone, kFlat>(p, p, grid, stream);
+    case Strip::kRotated64Stochastic:
+      return launch_strips<Strip::kRotated64Stochastic, Strip::kNone, kFlat>(p, p, grid, stream);
+    case Strip::kRotated64Nearest:
+      return launch_strips<Strip::kRotated64Nearest, Strip::kNone, kFlat>(p, p, grid, stream);
     case Strip::kNone:
       break;
   }
@@ -300,6 +304,10 @@ cudaError_t launch_column_strips(const QuantizeParams& p, cudaStream_t stream) {
       return launch_column_strip<Strip::kRotatedStochastic>(p, stream);
     case Strip::kRotatedNearest:
       return launch_column_strip<Strip::kRotatedNearest>(p, stream);
+    case Strip::kRotated64Stochastic:
+      return launch_column_strip<Strip::kRotated64Stochastic>(p, stream);
+    case Strip::kRotated64Nearest:
+      return launch_column_strip<Strip::kRotated64Nearest>(p, stream);
     case Strip::kNone:
       break;
   }
@@ -313,15 +321,34 @@ bool can_strip_dual(const QuantizeParams& row, const QuantizeParams& col) {
   return can_strip_rows(row) && can_strip_columns(col) && stochastic(row) && stochastic(col);
 }
 
+template <Strip kRow>
+static cudaError_t launch_dual_strip(const QuantizeParams& row, const QuantizeParams& col,
+                                     const StripGrid& grid, cudaStream_t stream) {
+  switch (strip_of(col)) {
+    case Strip::kStochastic:
+      return launch_strips<kRow, Strip::kStochastic>(row, col, grid, stream);
+    case Strip::kRotatedStochastic:
+      return launch_strips<kRow, Strip::kRotatedStochastic>(row, col, grid, stream);
+    case Strip::kRotated64Stochastic:
+      return launch_strips<kRow, Strip::kRotated64Stochastic>(row, col, grid, stream);
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
 cudaError_t launch_dual_strips(const QuantizeParams& row, const QuantizeParams& col,
                                cudaStream_t stream) {
-  constexpr Strip kPlain = Strip::kStochastic, kRotated = Strip::kRotatedStochastic;
   const StripGrid grid = make_grid(row.x, row.rows, row.cols, row.stride_row, col.kp, row.kp);
-  if (row.hadamard)
-    return col.hadamard ? launch_strips<kRotated, kRotated>(row, col, grid, stream)
-                        : launch_strips<kRotated, kPlain>(row, col, grid, stream);
-  return col.hadamard ? launch_strips<kPlain, kRotated>(row, col, grid, stream)
-                      : launch_strips<kPlain, kPlain>(row, col, grid, stream);
+  switch (strip_of(row)) {
+    case Strip::kStochastic:
+      return launch_dual_strip<Strip::kStochastic>(row, col, grid, stream);
+    case Strip::kRotatedStochastic:
+      return launch_dual_strip<Strip::kRotatedStochastic>(row, col, grid, stream);
+    case Strip::kRotated64Stochastic:
+      return launch_dual_strip<Strip::kRotated64Stochastic>(row, col, grid, stream);
+    default:
+      return cudaErrorInvalidValue;
+  }
 }
 
 }  // namespace mxtrain::cuda

@@ -33,14 +33,26 @@ struct OrdinaryTraits {
   static constexpr float kSmallestPrescale = 0x1p-20f, kLargestPrescale = 0x1p20f;
 };
 
-// What a kernel does with an operand. kNone: it has none.
-enum class Strip { kNone, kStochastic, kRotatedStochastic, kRotatedNearest };
+// What a kernel does with an operand. kNone: it has none. 64: the Hadamard group, which is one of
+// the shorter ones elsewhere.
+enum class Strip {
+  kNone,
+  kStochastic,
+  kRotatedStochastic,
+  kRotatedNearest,
+  kRotated64Stochastic,
+  kRotated64Nearest
+};
 
+constexpr bool rotates64(Strip s) {
+  return s == Strip::kRotated64Stochastic || s == Strip::kRotated64Nearest;
+}
 constexpr bool rotates(Strip s) {
-  return s == Strip::kRotatedStochastic || s == Strip::kRotatedNearest;
+  return rotates64(s) || s == Strip::kRotatedStochastic || s == Strip::kRotatedNearest;
 }
 constexpr bool draws_bits(Strip s) {
-  return s == Strip::kStochastic || s == Strip::kRotatedStochastic;
+  return s == Strip::kStochastic || s == Strip::kRotatedStochastic ||
+         s == Strip::kRotated64Stochastic;
 }
 
 // ---- what is the same for all blocks of an operand ----
@@ -127,37 +139,12 @@ __device__ __forceinline__ Philox4 draw_block(const StripTables& t, uint64_t gro
   return c;
 }
 
-// v: a block, before a norm that moves the scale; max_bits: of its maximum; group: of its draws.
+// The codes of v over the scale of these float32 bits, prescaled and limited. group: of its draws.
 template <Strip kStrip>
-__device__ __forceinline__ StripBlock quantize_block(float (&v)[32], uint32_t max_bits,
-                                                     const QuantizeParams& p,
-                                                     const StripTables& tables, uint64_t group) {
-  const StripPlan& plan = tables.plan;
-  const bool ordinary = max_bits - OrdinaryTraits::kFirst < plan.ordinary;
-  uint32_t scale_bits, code;
-  float factor = 1.0f;
-  bool empty = false;
-  if (ordinary) {
-    code = e8m0_scale<E2M1>(max_bits - plan.norm_shift, plan.round_up);
-    scale_bits = (code << 23) + plan.norm_shift;
-  } else {  // by the steps of docs/numerics.md one after the other, to S = 1
-    if (rotates(kStrip))
-#pragma unroll
-      for (int i = 0; i < 32; ++i) v[i] *= plan.norm;
-    const uint32_t m = float_bits(bits_float(max_bits) * plan.norm);
-    empty = m == 0 || m >= kInfBits;
-    code = e8m0_scale<E2M1>(m, plan.round_up);
-    factor = e8m0_reciprocal(code);
-    scale_bits = float_bits(1.0f);
-    code = m >= kInfBits ? kE8M0Nan : code;
-  }
-  if (plan.prescaled)
-#pragma unroll
-    for (int i = 0; i < 32; ++i) v[i] *= p.prescale;
-  if (!ordinary)
-#pragma unroll
-    for (int i = 0; i < 32; ++i) v[i] = empty ? 0.0f : v[i] * factor;
-  if (!plan.fits) {
+__device__ __forceinline__ uint4 encode_block(float (&v)[32], uint32_t scale_bits,
+                                              const QuantizeParams& p, const StripTables& tables,
+                                              uint64_t group) {
+  if (!tables.plan.fits) {
     const float max = bits_float(E2M1::kMaxBits) * bits_float(scale_bits);
 #pragma unroll
     for (int i = 0; i < 32; ++i) v[i] = fminf(fmaxf(v[i], -max), max);
@@ -175,7 +162,41 @@ __device__ __forceinline__ StripBlock quantize_block(float (&v)[32], uint32_t ma
 #pragma unroll
     for (int n = 0; n < 4; ++n) w[n] = e2m1_nearest8(v + 8 * n, scale_bits);
   }
-  return {make_uint4(w[0], w[1], w[2], w[3]), code};
+  return make_uint4(w[0], w[1], w[2], w[3]);
+}
+
+// By the steps of docs/numerics.md one after the other, to S = 1: where the maximum is no ordinary
+// number.
+template <Strip kStrip>
+__device__ __forceinline__ StripBlock quantize_odd_block(float (&v)[32], uint32_t max_bits,
+                                                         const QuantizeParams& p,
+                                                         const StripTables& tables,
+                                                         uint64_t group) {
+  const StripPlan& plan = tables.plan;
+  const uint32_t m = float_bits(bits_float(max_bits) * plan.norm);
+  const bool empty = m == 0 || m >= kInfBits;
+  const uint32_t code = e8m0_scale<E2M1>(m, plan.round_up);
+  const float factor = e8m0_reciprocal(code);
+#pragma unroll
+  for (int i = 0; i < 32; ++i) v[i] = empty ? 0.0f : v[i] * plan.norm * p.prescale * factor;
+  return {encode_block<kStrip>(v, float_bits(1.0f), p, tables, group),
+          m >= kInfBits ? kE8M0Nan : code};
+}
+
+// v: a block, before a norm that moves the scale; max_bits: of its maximum; group: of its draws.
+template <Strip kStrip>
+__device__ __forceinline__ StripBlock quantize_block(float (&v)[32], uint32_t max_bits,
+                                                     const QuantizeParams& p,
+                                                     const StripTables& tables, uint64_t group) {
+  const StripPlan& plan = tables.plan;
+  // A path of its own, or the compiler moves all of v where the paths meet.
+  if (__builtin_expect(max_bits - OrdinaryTraits::kFirst >= plan.ordinary, 0))
+    return quantize_odd_block<kStrip>(v, max_bits, p, tables, group);
+  const uint32_t code = e8m0_scale<E2M1>(max_bits - plan.norm_shift, plan.round_up);
+  if (plan.prescaled)
+#pragma unroll
+    for (int i = 0; i < 32; ++i) v[i] *= p.prescale;
+  return {encode_block<kStrip>(v, (code << 23) + plan.norm_shift, p, tables, group), code};
 }
 
 // Largest |v| bits of 32 elements; a NaN wins.
@@ -192,6 +213,7 @@ __device__ __forceinline__ uint32_t amax32(const float* v) {
 
 // Sylvester order, strides 1 upward; signs are already in v. Neighbour lanes hold the halves of 64:
 // the even one keeps a + b, the odd one a - b.
+template <Strip kStrip>
 __device__ __forceinline__ void rotate_block(float (&v)[32], int group, float norm) {
   const auto stage = [&](int stride) {
 #pragma unroll
@@ -203,15 +225,17 @@ __device__ __forceinline__ void rotate_block(float (&v)[32], int group, float no
       }
   };
   stage(1), stage(2), stage(4), stage(8);
-  if (group >= 32) stage(16);
-  if (group == 64) {
+  if constexpr (rotates64(kStrip)) {
+    stage(16);
     const float sign = threadIdx.x % 2 ? -1.0f : 1.0f;
 #pragma unroll
     for (int i = 0; i < 32; ++i) v[i] = __fmaf_rn(v[i], sign, __shfl_xor_sync(kAllLanes, v[i], 1));
+    return;
   }
-  if (group == 32)
+  if (group == 16) return;
+  stage(16);
 #pragma unroll
-    for (int i = 0; i < 32; ++i) v[i] *= norm;
+  for (int i = 0; i < 32; ++i) v[i] *= norm;
 }
 
 // Neighbour lanes write the 32 bytes of codes, and the two scales, of 64 elements of a row.
@@ -224,15 +248,15 @@ __device__ __forceinline__ void store_block(const QuantizeParams& p, const Strip
 }
 
 template <Strip kStrip>
-__device__ __forceinline__ void finish_block(float (&v)[32], uint32_t raw_max,
+__device__ __forceinline__ void finish_block(float (&v)[32], uint32_t max_bits,
                                              const QuantizeParams& p, const StripTables& tables,
                                              uint32_t row, uint32_t k) {
   if constexpr (rotates(kStrip)) {
-    rotate_block(v, p.hadamard, p.hadamard_norm);
-    raw_max = amax32(v);
+    rotate_block<kStrip>(v, p.hadamard, p.hadamard_norm);
+    max_bits = amax32(v);
   }
   const uint64_t group = static_cast<uint64_t>(row) * (tables.plan.kp / 32) + k / 32;
-  store_block(p, tables.plan, row, k, quantize_block<kStrip>(v, raw_max, p, tables, group));
+  store_block(p, tables.plan, row, k, quantize_block<kStrip>(v, max_bits, p, tables, group));
 }
 
 // ---- blocks from a tile in shared memory ----
@@ -261,10 +285,11 @@ __device__ __forceinline__ void row_pass(const uint8_t* tile, int pass, const Qu
                                          const StripTables& tables, uint32_t row, uint32_t k,
                                          AfterRead after_read) {
   const int lane = threadIdx.x % 32, b = lane % 2, r = pass * StripTraits::kPassRows + lane / 2;
+  const uint32_t from = ptx::shared_address(tile + strip_offset(r, 4 * b));
   uint32_t w[16];
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
-    const uint4 raw = *reinterpret_cast<const uint4*>(tile + strip_offset(r, 4 * b + j));
+    const uint4 raw = ptx::ld_shared_v4(from ^ (j * 16));
     w[4 * j] = raw.x, w[4 * j + 1] = raw.y, w[4 * j + 2] = raw.z, w[4 * j + 3] = raw.w;
   }
   float v[32];
@@ -289,14 +314,13 @@ __device__ __forceinline__ void column_pass(const uint8_t* tile, int pass, const
                                             const StripTables& tables, uint32_t row, uint32_t k,
                                             AfterRead after_read) {
   const int lane = threadIdx.x % 32, b = lane % 2, c = pass * StripTraits::kPassRows + lane / 2;
+  const uint32_t from = ptx::shared_address(tile + strip_offset(32 * b, c / 8) + c % 8 * 2);
   uint32_t half[32];
 #pragma unroll
-  for (int j = 0; j < 8; ++j) {
-    const uint8_t* at = tile + strip_offset(32 * b + j, c / 8) + c % 8 * 2;
+  for (int j = 0; j < 8; ++j)
 #pragma unroll
     for (int i = 0; i < 32; i += 8)
-      half[i + j] = *reinterpret_cast<const uint16_t*>(at + i * StripTraits::kRowBytes);
-  }
+      half[i + j] = ptx::ld_shared_u16((from ^ (j * 16)) + (i + j) * StripTraits::kRowBytes);
   float v[32];
   uint32_t m = 0;
   fill_block<kStrip>(v, tables, b,
