@@ -105,6 +105,13 @@ __device__ __forceinline__ uint4 ld_shared_v4(uint32_t shared) {
   return v;
 }
 
+// ld.shared.u16, widened.
+__device__ __forceinline__ uint32_t ld_shared_u16(uint32_t shared) {
+  uint16_t v;
+  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(shared) : "memory");
+  return v;
+}
+
 // st.shared.v4.b32: 16 bytes.
 __device__ __forceinline__ void st_shared_v4(uint32_t shared, uint32_t w0, uint32_t w1, uint32_t w2,
                                              uint32_t w3) {
