@@ -1,4 +1,4 @@
-"""`python -m bench run | compare | plot | list`.
+"""`python -m bench run | compare | plot | profile | list`.
 
 Exit codes: 0 ok; 1 a row is slower than allowed, differs from the reference, or failed; 2 usage; 3
 no GPU where one is needed.
@@ -67,7 +67,9 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = top.add_subparsers(dest="command", required=True, metavar="run|compare|plot|list")
+    commands = top.add_subparsers(
+        dest="command", required=True, metavar="run|compare|plot|profile|list"
+    )
     run = commands.add_parser("run", help="measure, print a table, write JSON")
     run.add_argument("--suite", choices=SUITE_NAMES, default="quick", help="default: %(default)s")
     run.add_argument("--json", type=Path, metavar="FILE", help="where to write the measurements")
@@ -89,6 +91,11 @@ def parser() -> argparse.ArgumentParser:
     compare.add_argument(
         "--fail-above", metavar="PCT", help="exit with 1 where a row of B is more percent slower"
     )
+    profile = commands.add_parser("profile", help="the device time of one row by kind of kernel")
+    profile.add_argument(
+        "row", metavar="ROW", help="such as train/gpt/tetrajet/24x1024/16x1024/step"
+    )
+    profile.add_argument("--calls", type=int, default=3, metavar="N", help="default: %(default)s")
     plot = commands.add_parser("plot", help="roofline and bars as PNG")
     plot.add_argument("file", type=Path, metavar="FILE.json")
     plot.add_argument("-o", "--out", type=Path, required=True, metavar="DIR")
@@ -179,6 +186,21 @@ def command_compare(args: argparse.Namespace) -> int:
     return OK
 
 
+def command_profile(args: argparse.Namespace) -> int:
+    """Profile one row."""
+    if not 1 <= args.calls <= 1000:
+        raise BadInput(f"--calls must be between 1 and 1000, got {args.calls}")
+    from .cases import build
+    from .profile import profile
+
+    try:
+        case = build(args.row)
+    except ValueError as error:
+        raise BadInput(str(error)) from error
+    print(profile(case, args.calls))
+    return OK
+
+
 def command_plot(args: argparse.Namespace) -> int:
     """Draw a file."""
     data = report.read(args.file)
@@ -197,6 +219,7 @@ COMMANDS = {
     "run": command_run,
     "compare": command_compare,
     "plot": command_plot,
+    "profile": command_profile,
     "list": command_list,
 }
 

@@ -175,11 +175,15 @@ cudaError_t run_folded_gemm(const FoldedGemmParams& p, GemmBackend backend, cuda
 
 SplitScratch plan_folded_gemm(FoldedGemmParams* p, GemmBackend backend) {
   p->split = {};
+  p->overlap = false;
 #ifdef MXT_HAVE_SM90
-  const char* asked = std::getenv("MXTRAIN_SPLIT_K");
-  if (backend != GemmBackend::kFold || p->accumulate != Accumulate::kFp32 ||
-      (asked && std::string(asked) == "0"))
-    return {};
+  const auto on = [](const char* variable) {
+    const char* asked = std::getenv(variable);
+    return asked == nullptr || std::string(asked) != "0";
+  };
+  if (backend != GemmBackend::kFold || p->accumulate != Accumulate::kFp32) return {};
+  p->overlap = on("MXTRAIN_GEMM_OVERLAP");
+  if (!on("MXTRAIN_SPLIT_K")) return {};
   int device = 0, multiprocessors = 0;
   check_runtime("gemm", cudaGetDevice(&device));
   check_runtime("gemm",

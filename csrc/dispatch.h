@@ -39,9 +39,10 @@ GemmChoice best_gemm_backend(int major, int minor, int64_t format);
 GemmBackend gemm_backend_for(const char* op, const Tensor& t, int64_t format);
 
 // The product of two folded operands by kFold or kFoldMma, as gemm_backend_for has it, and of two
-// packed ones, on the current device. plan_folded_gemm comes first: it sets p's split from the rest
-// of p, and returns what p's partial and arrived must point to; the environment variable
-// MXTRAIN_SPLIT_K = "0" keeps K whole.
+// packed ones, on the current device. plan_folded_gemm comes first: it sets p's split and overlap
+// from the rest of p, and returns what p's partial and arrived must point to. To compare, the
+// environment variable MXTRAIN_SPLIT_K = "0" keeps K whole, and MXTRAIN_GEMM_OVERLAP = "0" tiles
+// one after the other.
 cudaError_t run_folded_gemm(const FoldedGemmParams& p, GemmBackend backend, cudaStream_t stream);
 SplitScratch plan_folded_gemm(FoldedGemmParams* p, GemmBackend backend);
 cudaError_t run_packed_gemm(const PackedGemmParams& p, cudaStream_t stream);

@@ -39,6 +39,7 @@ struct FoldedGemmParams {
 
   SplitK split;       // K in slabs, if it has any; of plan_folded_gemm
   float* partial;     // the sums of workers that share a tile; 16-byte aligned
+  bool overlap;       // a tile's end under the next one's products; the same bytes
   uint32_t* arrived;  // how many of them are there, of each warp of each tile; 0 at first
 };
 

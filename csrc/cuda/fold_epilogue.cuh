@@ -72,38 +72,46 @@ struct TileScales {
 };
 
 // The next three take 64 columns: d their 8 accumulators of 4, `own` what TileScales has of them.
+
+// f(d, i, factor of its column), for all of d; i: which of the lane's rows. own: this lane's two
+// columns' factors as a pair of bfloat16, which holds powers of two.
+template <class F>
+__device__ __forceinline__ void with_columns(float* d, uint32_t own, int lane, const F& f) {
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    const uint32_t pair = __shfl_sync(0xFFFFFFFFu, own, 4 * j + lane % 4);
+    const float low = bits_float(pair << 16), high = bits_float(pair & 0xFFFF0000u);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      f(d[4 * j + 2 * i], i, low);
+      f(d[4 * j + 2 * i + 1], i, high);
+    }
+  }
+}
+
 __device__ __forceinline__ void scale_moderate(float* d, const uint32_t (&rows)[2],
                                                const uint32_t* own, float alpha, int lane) {
   const float row[2] = {bits_float(moderate_factor(rows[0])) * alpha,
                         bits_float(moderate_factor(rows[1])) * alpha};
-  const uint32_t factors = (moderate_factor(own[0]) >> 16) | moderate_factor(own[1]);
-#pragma unroll
-  for (int j = 0; j < 8; ++j) {
-    const uint32_t pair = __shfl_sync(0xFFFFFFFFu, factors, 4 * j + lane % 4);
-    const float low = bits_float(pair << 16), high = bits_float(pair & 0xFFFF0000u);
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      d[4 * j + 2 * i] = d[4 * j + 2 * i] * row[i] * low;
-      d[4 * j + 2 * i + 1] = d[4 * j + 2 * i + 1] * row[i] * high;
-    }
-  }
+  with_columns(d, (moderate_factor(own[0]) >> 16) | moderate_factor(own[1]), lane,
+               [&](float& v, int i, float column) { v = v * row[i] * column; });
 }
 
 // Any scales and any alpha, slowly.
 __device__ __forceinline__ void scale_any(float* d, const uint32_t (&rows)[2], const uint32_t* own,
                                           float alpha, int lane) {
-  const float2 row[2] = {split_factor(rows[0]), split_factor(rows[1])};
+#pragma unroll 1
+  for (int half = 0; half < 2; ++half) {
+    const auto factor = [&](uint32_t scale) {
+      const float2 f = split_factor(scale);
+      return half ? f.y : f.x;
+    };
+    const float row[2] = {factor(rows[0]), factor(rows[1])};
+    with_columns(d, (float_bits(factor(own[0])) >> 16) | float_bits(factor(own[1])), lane,
+                 [&](float& v, int i, float column) { v = v * (row[i] * column); });
+  }
 #pragma unroll
-  for (int j = 0; j < 8; ++j)
-#pragma unroll
-    for (int c = 0; c < 2; ++c) {
-      const float2 column = split_factor(__shfl_sync(0xFFFFFFFFu, own[c], 4 * j + lane % 4));
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        float& v = d[4 * j + 2 * i + c];
-        v = v * (row[i].x * column.x) * (row[i].y * column.y) * alpha;
-      }
-    }
+  for (int i = 0; i < 32; ++i) d[i] *= alpha;
 }
 
 // n: the first of the 64 columns. Params: of any GEMM.
@@ -120,6 +128,15 @@ __device__ __forceinline__ void add_bias(float* d, const Params& p, int n, int l
       d[4 * j + 2 + c] += bias;
     }
   }
+}
+
+// What add_bias will read of the kTileN columns from n on, on its way into the L1.
+template <int kTileN, class Params>
+__device__ __forceinline__ void prefetch_bias(const Params& p, int n, int lane) {
+  if (p.bias == nullptr) return;
+  const int at = min(n + lane * (kTileN / 32), static_cast<int>(p.n) - 1),
+            size = p.bias_type == FloatType::kFloat32 ? 4 : 2;
+  ptx::prefetch_global_l1(static_cast<const uint8_t*>(p.bias) + int64_t{at} * size);
 }
 
 // ---- storing ----

@@ -30,6 +30,11 @@ __device__ __forceinline__ uint32_t ld_global_nc_u8(const uint8_t* p) {
   return v;
 }
 
+// prefetch.global.L1: the line of p, which is in memory.
+__device__ __forceinline__ void prefetch_global_l1(const void* p) {
+  asm volatile("prefetch.global.L1 [%0];" ::"l"(p));
+}
+
 // cp.async.cg.shared.global: 16 bytes into shared memory, of which the first `bytes` come from p
 // and the rest are zero.
 __device__ __forceinline__ void cp_async_16(uint32_t shared, const void* p, int bytes) {
@@ -130,6 +135,11 @@ __device__ __forceinline__ float opaque(float v) {
 }
 
 __device__ __forceinline__ uint32_t opaque(uint32_t v) {
+  asm("" : "+r"(v));
+  return v;
+}
+
+__device__ __forceinline__ int opaque(int v) {
   asm("" : "+r"(v));
   return v;
 }

@@ -26,6 +26,10 @@ namespace mxtrain::cuda::sm90 {
 
 // ---- arguments ----
 
+// How tiles follow one another: whole ones, one after the other; the same with their ends under
+// other products, where boxes can be stored; or parts of them, by slabs of K.
+enum class Tiling { kWhole, kOverlapped, kSlabs };
+
 struct KernelArgs {
   FoldedGemmParams p;
   TileOrder order;
@@ -40,9 +44,11 @@ struct KernelArgs {
 // ---- the tiles ----
 
 // What a cluster computes, one after the other: whole tiles, every so many of their order, or its
-// slabs of the line (kSplit).
-template <class T, bool kSplit>
+// slabs of the line.
+template <class T, Tiling kTiling>
 struct Walk {
+  static constexpr bool kSplit = kTiling == Tiling::kSlabs;
+
   const KernelArgs& args;
   int at, stop;
 
@@ -53,10 +59,9 @@ struct Walk {
       stop = min(at + args.p.split.share, args.p.split.line(args.order.count()));
     } else {
       at = worker;
-      stop = args.order.count();
     }
   }
-  __device__ __forceinline__ bool more() const { return at < stop; }
+  __device__ __forceinline__ bool more() const { return at < (kSplit ? stop : args.order.count()); }
   __device__ __forceinline__ Segment segment() const {
     if constexpr (kSplit) return args.p.split.segment(at, stop, args.k_blocks);
     return {at, 0, args.k_blocks, 1};
@@ -98,8 +103,8 @@ struct Factors {
   __device__ __forceinline__ uint64_t a_at(int stage, int k) const {
     return ptx::wgmma_descriptor(stage_a(stage) + k * kStep);
   }
-  __device__ __forceinline__ uint64_t b_at(int stage, int k, int part) const {
-    return ptx::wgmma_descriptor(stage_b(stage, part) + k * kStep);
+  __device__ __forceinline__ uint64_t b_at(int stage, int k, int part, int half = 0) const {
+    return ptx::wgmma_descriptor(stage_b(stage, part) + half * (kPart / 2) + k * kStep);
   }
 };
 
@@ -251,40 +256,46 @@ __device__ __forceinline__ bool join(float (&d)[T::kParts][64], const FoldedGemm
   return true;
 }
 
-// 64 columns at a time: scaled, then on their way to memory while the next are scaled.
-template <class T, FloatType kType>
-__device__ __forceinline__ void finish(float (&d)[T::kParts][64],
-                                       const TileScales<T::kTileN>& scales, const KernelArgs& args,
-                                       const CUtensorMap& map_out, int m, int n, uint32_t boxes,
-                                       int lane) {
-  const FoldedGemmParams& p = args.p;
-  const bool moderate = scales.all_moderate() && args.moderate_alpha;
-#pragma unroll
-  for (int i = 0; i < 2 * T::kParts; ++i, n += 64) {
-    float* v = &d[i / 2][i % 2 * 32];
-    if (n >= p.n) break;
-    if (__builtin_expect(moderate, 1))
-      scale_moderate(v, scales.rows, scales.columns + 2 * i, p.alpha, lane);
-    else
-      scale_any(v, scales.rows, scales.columns + 2 * i, p.alpha, lane);
-    if (__builtin_expect(p.bias != nullptr, 0)) add_bias(v, p, n, lane);
-    if (__builtin_expect(args.boxes, 1))
-      store_boxes<kType, T::kBoxes, T::kBoxBytes>(v, &map_out, m, n, boxes, i, p.add, lane);
-    else
-      store_elements<kType>(v, p.out, m, n, static_cast<int>(p.m), static_cast<int>(p.n), p.add,
-                            lane);
-  }
+template <class T>
+__device__ __forceinline__ uint32_t boxes_of(uint32_t shared, int warp) {
+  return shared + T::kOffsetOut + warp * T::kBoxes * T::kBoxBytes;
 }
 
-template <class T, FloatType kType, bool kSplit = false>
+// 64 columns of a tile, the unit-th ones: scaled, then on their way to memory while the next are
+// scaled. v: their 32 accumulators; own: of TileScales; m, n: the warp's first row and the tile's
+// first column. kBoxed: args.boxes is known to be set.
+template <class T, FloatType kType, bool kBoxed = false>
+__device__ __forceinline__ void finish_columns(float* v, int unit, const uint32_t (&rows)[2],
+                                               const uint32_t* own, bool moderate,
+                                               const KernelArgs& args, const CUtensorMap& map_out,
+                                               int m, int n, uint32_t boxes, int lane) {
+  const FoldedGemmParams& p = args.p;
+  n += 64 * unit;
+  if (n >= p.n) {  // a group for no box, so that boxes keep their turns
+    if (lane == 0) ptx::cp_async_bulk_commit_group();
+    return;
+  }
+  if (__builtin_expect(moderate, 1))
+    scale_moderate(v, rows, own, p.alpha, lane);
+  else
+    scale_any(v, rows, own, p.alpha, lane);
+  if (__builtin_expect(p.bias != nullptr, 0)) add_bias(v, p, n, lane);
+  if (kBoxed || __builtin_expect(args.boxes, 1))
+    store_boxes<kType, T::kBoxes, T::kBoxBytes>(v, &map_out, m, n, boxes, unit, p.add, lane);
+  else
+    store_elements<kType>(v, p.out, m, n, static_cast<int>(p.m), static_cast<int>(p.n), p.add,
+                          lane);
+}
+
+template <class T, FloatType kType, Tiling kTiling = Tiling::kWhole>
 __device__ __forceinline__ void consume(const CUtensorMap& map_out, const KernelArgs& args,
                                         uint32_t shared, uint32_t rank) {
   const int warp = threadIdx.x / 32 - 4, lane = threadIdx.x % 32;
   const int group = __shfl_sync(0xFFFFFFFFu, warp / 4, 0);  // uniform, and known to be
-  const uint32_t boxes = shared + T::kOffsetOut + warp * T::kBoxes * T::kBoxBytes;
+  const uint32_t boxes = boxes_of<T>(shared, warp);
   const Factors<T> factors(shared, group);
   RingPosition<T> ring(shared);
-  for (Walk<T, kSplit> walk(args); walk.more();) {
+  for (Walk<T, kTiling> walk(args); walk.more();) {
     const Segment s = walk.segment();
     walk.step(s);
     int m, n;
@@ -300,9 +311,14 @@ __device__ __forceinline__ void consume(const CUtensorMap& map_out, const Kernel
       multiply_exact<T>(d, ring, factors, s.end - s.begin, lane);
     else
       multiply_fast<T>(d, ring, factors, s.end - s.begin, lane);
-    if constexpr (kSplit)
+    if constexpr (kTiling == Tiling::kSlabs)
       if (s.count < args.p.split.slabs && !join<T>(d, args.p, s.tile, rank, warp, lane)) continue;
-    finish<T, kType>(d, scales, args, map_out, m, n, boxes, lane);
+    const bool moderate = scales.all_moderate() && args.moderate_alpha;
+#pragma unroll
+    for (int unit = 0; unit < 2 * T::kParts; ++unit)
+      finish_columns<T, kType>(&d[unit / 2][unit % 2 * 32], unit, scales.rows,
+                               scales.columns + 2 * unit, moderate, args, map_out, m, n, boxes,
+                               ptx::opaque(lane));
   }
   if (lane == 0) ptx::cp_async_bulk_wait_group_read<0>();
   __syncwarp();

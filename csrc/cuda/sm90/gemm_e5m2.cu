@@ -11,16 +11,17 @@
 #include "cuda/sm90/gemm_consumer.cuh"
 #include "cuda/sm90/gemm_e5m2.h"
 #include "cuda/sm90/gemm_launch.h"
+#include "cuda/sm90/gemm_overlapped.cuh"
 
 namespace mxtrain::cuda::sm90 {
 
 // ---- the producer ----
 
-template <class T, bool kSplit>
+template <class T, Tiling kTiling>
 __device__ __forceinline__ void produce(const CUtensorMap& map_a, const CUtensorMap& map_b,
                                         const KernelArgs& args, uint32_t shared, uint32_t rank) {
   RingPosition<T> ring(shared);
-  for (Walk<T, kSplit> walk(args); walk.more();) {
+  for (Walk<T, kTiling> walk(args); walk.more();) {
     const Segment s = walk.segment();
     walk.step(s);
     int m, n;
@@ -36,7 +37,7 @@ __device__ __forceinline__ void produce(const CUtensorMap& map_a, const CUtensor
 
 // ---- the kernel ----
 
-template <class T, FloatType kType, bool kSplit>
+template <class T, FloatType kType, Tiling kTiling>
 __global__ void __launch_bounds__(T::kThreads, 1)
     folded_gemm_kernel(const __grid_constant__ CUtensorMap map_a,
                        const __grid_constant__ CUtensorMap map_b,
@@ -57,18 +58,21 @@ __global__ void __launch_bounds__(T::kThreads, 1)
   ptx::griddepcontrol_wait();  // the folded operands are there
   if (threadIdx.x < 128) {
     ptx::setmaxnreg_dec<T::kProducerRegisters>();
-    if (threadIdx.x == 0) produce<T, kSplit>(map_a, map_b, args, shared, rank);
+    if (threadIdx.x == 0) produce<T, kTiling>(map_a, map_b, args, shared, rank);
     __syncwarp();
   } else {
     ptx::setmaxnreg_inc<T::kConsumerRegisters>();
-    consume<T, kType, kSplit>(map_out, args, shared, rank);
+    if constexpr (kTiling == Tiling::kOverlapped)
+      consume_overlapped<T, kType>(map_out, args, shared);
+    else
+      consume<T, kType, kTiling>(map_out, args, shared, rank);
   }
   sync_cluster<T>();  // a block's barriers outlive the arrivals of the others
 }
 
 // ---- launcher ----
 
-template <class T, bool kSplit, FloatType kType>
+template <class T, Tiling kTiling, FloatType kType>
 static cudaError_t launch(const FoldedGemmParams& p, int multiprocessors, cudaStream_t stream) {
   CUtensorMap map_a, map_b, map_out = {};
   KernelArgs args = {};
@@ -79,32 +83,36 @@ static cudaError_t launch(const FoldedGemmParams& p, int multiprocessors, cudaSt
         make_tensor_map(&map_b, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, p.b, p.n, p.k, p.pitch, T::kBoxB);
   if (error == cudaSuccess) error = make_arguments<T>(p, &args, &map_out);
   if (error != cudaSuccess) return error;
+  if constexpr (kTiling == Tiling::kOverlapped) {
+    if (!args.boxes) return launch<T, Tiling::kWhole, kType>(p, multiprocessors, stream);
+    args.k_blocks = std::max(args.k_blocks, 2);  // beyond K there are zeros
+  }
   const int tiles = args.order.count();
-  return launch_persistent<T>(folded_gemm_kernel<T, kType, kSplit>,
-                              kSplit ? p.split.workers(tiles) : tiles, multiprocessors, stream,
-                              map_a, map_b, map_out, args);
+  return launch_persistent<T>(folded_gemm_kernel<T, kType, kTiling>,
+                              kTiling == Tiling::kSlabs ? p.split.workers(tiles) : tiles,
+                              multiprocessors, stream, map_a, map_b, map_out, args);
 }
 
-template <class T, bool kSplit = false>
+template <class T, Tiling kTiling = Tiling::kWhole>
 static cudaError_t launch(const FoldedGemmParams& p, int multiprocessors, cudaStream_t stream) {
   switch (p.out_type) {
     case FloatType::kFloat32:
-      return launch<T, kSplit, FloatType::kFloat32>(p, multiprocessors, stream);
+      return launch<T, kTiling, FloatType::kFloat32>(p, multiprocessors, stream);
     case FloatType::kBfloat16:
-      return launch<T, kSplit, FloatType::kBfloat16>(p, multiprocessors, stream);
+      return launch<T, kTiling, FloatType::kBfloat16>(p, multiprocessors, stream);
     case FloatType::kFloat16:
-      return launch<T, kSplit, FloatType::kFloat16>(p, multiprocessors, stream);
+      return launch<T, kTiling, FloatType::kFloat16>(p, multiprocessors, stream);
   }
   return cudaErrorInvalidValue;
 }
 
-template <int kChunk>
+template <int kChunk, Tiling kTiling = Tiling::kWhole>
 static cudaError_t launch_chunk(const FoldedGemmParams& p, int multiprocessors,
                                 cudaStream_t stream) {
   constexpr int kParts = kChunk == 32 ? 1 : 2;  // two sums and two parts do not fit
   if (prefer_large(p.m, p.n, 128 * kParts, kParts == 2 ? 1.7 : 1.0, multiprocessors))
-    return launch<GemmTraits<kParts, 2, kChunk>>(p, multiprocessors, stream);
-  return launch<GemmTraits<1, 1, kChunk>>(p, multiprocessors, stream);
+    return launch<GemmTraits<kParts, 2, kChunk>, kTiling>(p, multiprocessors, stream);
+  return launch<GemmTraits<1, 1, kChunk>, kTiling>(p, multiprocessors, stream);
 }
 
 // Partial sums of a chunk of 128, K in slabs.
@@ -135,8 +143,9 @@ cudaError_t launch_folded_gemm(const FoldedGemmParams& p, cudaStream_t stream) {
       break;
   }
   if (p.split.slabs > 1)
-    return p.split.parts == 2 ? launch<LargeSplit, true>(p, multiprocessors, stream)
-                              : launch<SmallSplit, true>(p, multiprocessors, stream);
+    return p.split.parts == 2 ? launch<LargeSplit, Tiling::kSlabs>(p, multiprocessors, stream)
+                              : launch<SmallSplit, Tiling::kSlabs>(p, multiprocessors, stream);
+  if (p.overlap) return launch_chunk<128, Tiling::kOverlapped>(p, multiprocessors, stream);
   return launch_chunk<128>(p, multiprocessors, stream);
 }
 
