@@ -61,7 +61,8 @@ class Task(Protocol):
     def units(self, args: argparse.Namespace) -> int: ...
     # The model, on the CPU, with `blocks` alike. Raises BadInput for sizes that do not fit.
     def build_model(self, args: argparse.Namespace) -> nn.Module: ...
-    # Inputs and target classes of a step. All that is random comes from the generator.
+    # Inputs of a step and its target classes, or their probabilities [N, classes]. All that is
+    # random comes from the generator.
     def batch(self, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]: ...
     # All validation batches, the same at every call.
     def validation(self) -> Iterator[tuple[Tensor, Tensor]]: ...
@@ -73,6 +74,11 @@ class Task(Protocol):
 
 WARM_UP = 20  # steps after each start that the throughput leaves out: compilation, the first of EMA
 SHOW = 20  # steps after which a GPU is waited for, to show the loss
+
+
+def to_device(t: Tensor, device: torch.device) -> Tensor:
+    """A small tensor from the CPU, without waiting for what the device still has to do."""
+    return t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t.to(device)
 
 
 def bf16_linear(layer: nn.Linear, x: Tensor) -> Tensor:
@@ -93,23 +99,20 @@ class Run:
         self.task, self.args, self.device = task, args, torch.device(args.device)
         torch.manual_seed(seed)
         self.model = task.build_model(args)
-        if recipe != "bf16":
-            print(f"{recipe}: {mxtrain.convert(self.model, recipe).summary}")
+        self.convert(recipe)
         if self.device.type == "cpu":
             for layer in self.model.modules():
                 if type(layer) is nn.Linear:  # and not converted
                     layer.forward = partial(bf16_linear, layer)
         self.model.to(self.device)
         if args.compile:
-            torch.compiler.reset()  # the graphs of the last run count towards the limit
-            for block in self.model.blocks:  # which share one graph, so 24 take as long as 3
-                block.compile(dynamic=False)
+            self.compile()
         # As usual, only matrices decay: not biases, norms and positions.
         groups = [
             {"params": [p for p in self.model.parameters() if p.ndim == 2], "weight_decay": 0.05},
             {"params": [p for p in self.model.parameters() if p.ndim != 2], "weight_decay": 0.0},
         ]
-        self.optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), fused=True)
+        self.optimizer = self.make_optimizer(groups)
         # Batches have their own generator: stochastic rounding draws from torch's.
         self.data_rng = torch.Generator().manual_seed(seed)
         torch.manual_seed(seed)
@@ -123,6 +126,18 @@ class Run:
         self.record: Fields = {"recipe": recipe, "seed": seed, "seconds": 0.0, "timed_steps": 0,
                                "timed_seconds": 0.0, "rows": []}  # fmt: skip
 
+    def convert(self, recipe: str) -> None:
+        if recipe != "bf16":
+            print(f"{recipe}: {mxtrain.convert(self.model, recipe).summary}")
+
+    def compile(self) -> None:
+        torch.compiler.reset()  # the graphs of the last run count towards the limit
+        for block in self.model.blocks:  # which share one graph, so 24 take as long as 3
+            block.compile(dynamic=False)
+
+    def make_optimizer(self, groups: list[Fields]) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(groups, lr=self.args.lr, betas=(0.9, 0.98), fused=True)
+
     def learning_rate(self) -> float:
         """Linear warm-up over a tenth of the steps, then half a cosine down to zero."""
         warmup = max(1, self.args.steps // 10)
@@ -134,7 +149,8 @@ class Run:
         with torch.autocast(self.device.type, torch.bfloat16):
             logits = self.model(inputs)
         logits = logits.float().flatten(0, -2)
-        return F.cross_entropy(logits, targets.flatten()), logits
+        targets = targets if targets.is_floating_point() else targets.flatten()
+        return F.cross_entropy(logits, targets), logits
 
     @torch.no_grad()
     def evaluate(self) -> tuple[float, float]:
@@ -174,6 +190,13 @@ class Run:
             self.loss = self.recent[-1]
             self.pending = []
 
+    def gradients(self) -> Tensor:
+        """Those of the next batch, clipped. Returns its loss."""
+        loss, _ = self.forward(*self.task.batch(self.args.batch, self.data_rng))
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        return loss
+
     def advance(self) -> float:
         """One step, and a row of the log where one is due. Returns the last known training loss."""
         started = time.perf_counter()
@@ -181,9 +204,7 @@ class Run:
             self.clock = self.step, self.synchronized()
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
-        loss, _ = self.forward(*self.task.batch(self.args.batch, self.data_rng))
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        loss = self.gradients()
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1

@@ -47,7 +47,7 @@ def make_parser(task: Task) -> argparse.ArgumentParser:
 # Past these, a mistyped number would fill the memory or take forever before it failed.
 LIMITS = {
     "batch": 65536, "dim": 65536, "depth": 1024, "heads": 4096, "context": 65536, "threads": 4096,
-    "megabytes": 1000, "steps": 10**9, "eval_every": 10**9, "save_every": 10**9,
+    "megabytes": 1000, "windows": 10**6, "steps": 10**9, "eval_every": 10**9, "save_every": 10**9,
 }  # fmt: skip
 
 

@@ -1,33 +1,32 @@
-"""Train a byte-level GPT on the source text of Python's standard library, once for each recipe.
+"""Train a byte-level GPT on Python source that is on this machine, once for each recipe.
 
     python examples/train_gpt.py --recipe bf16 mxfp4_baseline tetrajet --device cuda
     python examples/train_gpt.py --recipe bf16 tetrajet --compile \\
         --depth 24 --dim 1024 --heads 16 --context 1024 --lr 3e-4  # 303 million parameters, a GPU
     python examples/train_gpt.py --recipe bf16 tetrajet nvfp4 --seed 0 1 2 --steps 2000
+    python examples/train_gpt.py --text packages --megabytes 300 --compile --dim 512 --depth 8
     python examples/train_gpt.py --resume runs/gpt/checkpoint.pt
 
-The text is that of the Python that runs this script, so nothing is downloaded. Every tenth file is
-held out for validation. The metric is bits per byte: how well the model would compress them. A
-recipe quantizes the four linear layers of each block; embeddings and head stay in BF16. On two CPU
-cores a run of the default size takes several minutes.
+The text is that of the Python that runs this script, so nothing is downloaded: its standard library
+or all installed packages, some files of which are held out for validation (text.py). The metric is
+bits per byte: how well the model would compress them. A recipe quantizes the four linear layers of
+each block; embeddings and head stay in BF16. On two CPU cores a run of the default size takes
+several minutes.
 """
 
 from __future__ import annotations
 
 import argparse
-import glob
 import math
-import os
 import sys
 from collections.abc import Iterator
 from typing import ClassVar
 
 import torch
-from harness import BadInput, main
+from harness import BadInput, main, to_device
+from text import read_text
 from torch import Tensor, nn
 from train_vit import Block, init_weights
-
-VALIDATION = 256  # windows of held-out text
 
 
 class GPT(nn.Module):
@@ -48,17 +47,7 @@ class GPT(nn.Module):
         return self.head(self.norm(x))
 
 
-def read_standard_library(limit: int) -> tuple[bytearray, bytearray]:
-    """Training and validation text: the library's top-level modules, at most `limit` bytes."""
-    texts = bytearray(), bytearray()
-    files = sorted(glob.glob(os.path.join(os.path.dirname(os.__file__), "*.py")))
-    for i, path in enumerate(files):
-        with open(path, "rb") as file:
-            texts[i % 10 == 9].extend(file.read(limit - sum(map(len, texts))))
-    return texts
-
-
-class StandardLibrary:
+class PythonSource:
     name = "train_gpt"
     metric = "bits per byte"
     unit = "tokens"
@@ -70,21 +59,24 @@ class StandardLibrary:
         "depth": (4, "blocks"),
         "heads": (4, "attention heads"),
         "context": (128, "bytes that the model sees at once"),
+        "text": ("library", "library: the standard library; packages: all installed ones"),
         "megabytes": (8.0, "text to read at most"),
+        "cache": ("", "file that keeps the text between runs"),
+        "windows": (256, "windows of held-out text, evenly spread, that a validation reads"),
         "threads": (torch.get_num_threads(), "CPU threads"),
     }
 
     def load(self, args: argparse.Namespace) -> list[Tensor]:
-        texts = read_standard_library(int(1e6 * args.megabytes))
+        texts = read_text(args.text, int(1e6 * args.megabytes), args.cache)
         if min(map(len, texts)) <= 10 * args.context:
             raise BadInput(
                 f"--megabytes must leave text for both parts, got {len(texts[0])} and "
                 f"{len(texts[1])} bytes. Use more, or a Python that has its library's source."
             )
         train_text, held_out = (torch.frombuffer(t, dtype=torch.uint8) for t in texts)
-        # A window is a context and its next byte. Validation windows are spread evenly.
+        # A window is a context and its next byte.
         offsets = torch.arange(args.context + 1)
-        starts = torch.linspace(0, len(held_out) - len(offsets), VALIDATION).long()
+        starts = torch.linspace(0, len(held_out) - len(offsets), args.windows).long()
         self.held_out = held_out[starts[:, None] + offsets].to(args.device)
         self.train_text, self.offsets = train_text.to(args.device), offsets.to(args.device)
         return [self.train_text, self.held_out]
@@ -103,7 +95,7 @@ class StandardLibrary:
     def batch(self, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         last = len(self.train_text) - len(self.offsets)
         starts = torch.randint(last + 1, (size, 1), generator=generator)
-        window = self.train_text[starts.to(self.offsets.device) + self.offsets].long()
+        window = self.train_text[to_device(starts, self.offsets.device) + self.offsets].long()
         return window[:, :-1], window[:, 1:]
 
     def validation(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -115,4 +107,4 @@ class StandardLibrary:
 
 
 if __name__ == "__main__":
-    sys.exit(main(StandardLibrary()))
+    sys.exit(main(PythonSource()))

@@ -1,8 +1,10 @@
 """Q-EMA: the running average of a weight that its forward quantizer rounds toward.
 
-- Formula, with W the weight after step t: A_1 = W_1, then A_t = A_(t-1).lerp(W_t, 1 - ema_beta),
-  in float32 whatever the dtype of W. Rounding "toward" takes, of the two grid values around an
-  element of W, the one nearer to that of A (docs/numerics.md).
+- Formula, with W the weight after step t: A_1 = W_1, then A_t = A_(t-1).lerp(W_t, s) in float32,
+  whatever the dtype of W, with s = max(1 - ema_beta, 1 / (1 + ema_fraction (t - 1))), or without an
+  ema_fraction 1 - ema_beta. So the average never remembers more than that fraction of the steps so
+  far: one that lags the weights by a step of the grid rounds them at random. Rounding "toward"
+  takes, of the two grid values around an element of W, the one nearer to that of A (numerics.md).
 - When: one update after every `step()` of an optimizer that holds the weight and trains it, from a
   hook on all optimizers that the first such layer installs; mxtrain.optim.AdamW does it within its
   step, to the same bits. `update_weight_ema` does one by hand.
@@ -74,8 +76,13 @@ class EmaLinear(nn.Linear):
 
     @property
     def ema_step(self) -> float:
-        """How far the next update takes weight_ema toward the weight; the first, all the way."""
-        return 1.0 - self._recipe.ema_beta if self._ema_updates else 1.0
+        """How far the next update takes weight_ema toward the weight; the first, all the way.
+
+        A CUDA graph that captures the optimizer's step repeats this number in its replays.
+        """
+        beta, fraction = self._recipe.ema_beta, self._recipe.ema_fraction
+        shortest = 0.0 if fraction is None else 1.0 / (1.0 + fraction * self._ema_updates)
+        return max(1.0 - beta, shortest) if self._ema_updates else 1.0
 
     def count_ema_update(self) -> None:
         """Say that weight_ema was updated, by whoever did it."""
@@ -165,15 +172,17 @@ def averaging_layers(optimizer: torch.optim.Optimizer) -> dict[Tensor, list[EmaL
 
 @torch.no_grad()
 def update_weight_ema(layers: Iterable[EmaLinear]) -> None:
-    """One Q-EMA update of every layer whose recipe has `ema_beta`. The optimizer hook calls it.
+    """One Q-EMA update of these layers, whose recipes have `ema_beta`. The optimizer hook calls it.
 
     The first update of a layer copies its weight, so what the weight was at construction leaves no
-    trace; a later one is weight_ema <- weight_ema.lerp(weight, 1 - ema_beta) in float32.
+    trace; a later one is weight_ema <- weight_ema.lerp(weight, layer.ema_step) in float32.
+
+    Raises:
+        TypeError: for something else than MXLinear.
+        ValueError: for one whose recipe has no average. None is updated then.
     """
     grouped: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
     for layer in _checked(layers):
-        if layer._recipe.ema_beta is None:
-            continue
         weight = _whole(layer.weight)
         if layer._ema_updates == 0:
             layer._copy_to_ema(weight)
@@ -210,6 +219,10 @@ def _checked(layers: Iterable[EmaLinear]) -> list[EmaLinear]:
             raise TypeError(
                 refusal(what, argument, "be made of MXLinear", got, show(layer), advice)
             )
+        if layer._recipe.ema_beta is None:
+            condition, advice = "have an average", "Give the layer a recipe with ema_beta first."
+            context = f"recipe {layer._recipe.name!r}"
+            raise ValueError(refusal(what, argument, condition, "none", context, advice))
     return layers
 
 

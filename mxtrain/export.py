@@ -102,7 +102,7 @@ class FrozenLinear(nn.Module):
         dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
         if x.numel() == 0:
             return x.new_zeros((*x.shape[:-1], self.out_features), dtype=dtype)
-        rng, _ = _draw(recipe, False, x.device)
+        rng, _ = _draw(recipe, False, x)
         signs = _signs(recipe, "fprop", None, x.device)
         rows = x.reshape(-1, self.in_features)
         row = recipe.fprop_x if recipe.fprop_x.format else None

@@ -114,6 +114,11 @@ def _requantize(op: Packed, q: Quantizer, rng: Tensor | None, signs: Tensor | No
     )  # fmt: skip
 
 
+def _one_square(forward: Quantizer, backward: Quantizer) -> bool:
+    """Whether one quantization in squares serves both GEMMs, made for both from one read."""
+    return forward.square and backward.square and backward.source == "forward"
+
+
 def _filled(n: int, q: Quantizer) -> int:
     """n, rounded up to q's Hadamard group where n in whole blocks is not a multiple of it."""
     if q.hadamard == 0 or FORMATS[q.format].padded(n) % q.hadamard == 0:
@@ -164,17 +169,30 @@ def _signs(recipe: Recipe, name: str, drawn: Tensor | None, device: torch.device
     return drawn[_SIGNS_ROW[name], : q.hadamard]
 
 
-def _draw(
-    recipe: Recipe, backward: bool, device: torch.device
-) -> tuple[Tensor | None, Tensor | None]:
+@torch.library.custom_op("mxtrain::keep_draws", mutates_args=())
+def _keep_draws(draws: Tensor, x: Tensor) -> Tensor:
+    """A copy of draws that the compiler saves for backward.
+
+    Its partition of a traced forward and backward makes again in backward what depends on no input
+    of the graph, random numbers too: the two operands of a GEMM were rotated by different signs.
+    What an op that it does not know makes of an input, it saves.
+    """
+    return draws.clone()
+
+
+_keep_draws.register_fake(lambda draws, x: torch.empty_like(draws))
+
+
+def _draw(recipe: Recipe, backward: bool, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """rng [3, 2] and signs [3, g] for a forward, and its backward; None where none are needed."""
     rng = recipe.needs_rng if backward else recipe.fprop_needs_rng
     pairs = [recipe.pair(name) for name in (_SIGNS_ROW if backward else ("fprop",))]
     group = max(q.hadamard if q.signs == "drawn" else 0 for q, _ in pairs)
-    return (
-        draw_rng(3, device) if rng else None,
-        draw_signs(group, 3, device) if group else None,
-    )
+    device = x.device
+    drawn = draw_rng(3, device) if rng else None, draw_signs(group, 3, device) if group else None
+    if torch.compiler.is_compiling():
+        return tuple(None if t is None else _keep_draws(t, x) for t in drawn)
+    return drawn
 
 
 # ---- the autograd function ----
@@ -195,10 +213,19 @@ def _forward(
     col_signs = _signs(recipe, "wgrad", drawn, x.device) if col else None
     rows = x.reshape(-1, x.shape[-1])
     x_row, x_col, counts = _quantize_both(rows, row, col, x_rng, signs, col_signs, threshold)
-    w_row = None
+    w_row = w_col = None
     if fw.format:
         make = partial(_quantize, weight, fw, w_rng, signs, toward=ema)
+        if need_x and _one_square(fw, dw):
+            make = partial(_quantize_both, weight, fw, dw, w_rng, None, None)
         w_row = make() if cache is None else cache.fprop(weight, ema, recipe, make)
+        if need_x and _one_square(fw, dw):
+            if not isinstance(w_row, tuple):  # kept from a call that needed no gradient
+                cache.drop()
+                w_row = cache.fprop(weight, ema, recipe, make)
+            w_row, w_col, _ = w_row
+        elif isinstance(w_row, tuple):
+            w_row = w_row[0]
     y = _product(
         rows if x_row is None else x_row, weight if w_row is None else w_row, bias,
         recipe.alpha("fprop"), dtype, dtype, recipe.accumulate,
@@ -208,7 +235,7 @@ def _forward(
     if need_w:
         keep_x = x if wx.format is None else x_row if x_col is None else x_col
     if need_x:
-        keep_w = w_row if dw.source == "forward" else weight
+        keep_w = weight if dw.source == "original" else w_row if w_col is None else w_col
     if x.dim() != 2:
         # As F.linear does it: no in-place op may follow if a Function returns a view.
         y = torch.ops.aten._unsafe_view(y, [*x.shape[:-1], weight.shape[0]])
@@ -263,6 +290,8 @@ class _Linear(torch.autograd.Function):
             q = recipe.dgrad_w
             if q.format is None:
                 w = w_data.t()
+            elif _one_square(recipe.fprop_w, q):
+                w = restored(w_parts, q, (k, c))
             else:
                 make = partial(_quantize, w_data, q, w_rng, dgrad_signs, transpose=True)
                 if q.source == "forward":
@@ -310,7 +339,7 @@ def _linear(
     grad = torch.is_grad_enabled()
     # In training the draw does not depend on whether autograd records: a reentrant checkpoint runs
     # the first forward without, and its recomputation must advance the generator alike.
-    rng, drawn = _draw(recipe, training or grad, x.device)
+    rng, drawn = _draw(recipe, training or grad, x)
     requires_grad = x.requires_grad or weight.requires_grad
     if grad and (requires_grad or (bias is not None and bias.requires_grad)):
         out = _Linear.apply(x, weight, bias, ema, rng, drawn, recipe, dtype, cache, threshold)
@@ -368,8 +397,8 @@ def linear(
         weight: `[out_features, in_features]`, any of these dtypes.
         bias: `[out_features]` or None.
         recipe: a name of `RECIPES`, or a Recipe.
-        weight_ema: like weight; what fprop_w rounds toward in a recipe with `ema_beta`. None, or
-            another recipe: it rounds to nearest.
+        weight_ema: like weight; what fprop_w rounds toward in a recipe with `ema_beta`. None: it
+            rounds to nearest.
         threshold: float32 `[1]`, positive, above which a block of x falls back in a recipe with a
             fallback. None: the quantile of x's own blocks, which costs another read of x.
 
@@ -379,10 +408,15 @@ def linear(
 
     Raises:
         TypeError: for another dtype.
-        ValueError: where the shapes disagree or the recipe does not fit them.
+        ValueError: where the shapes disagree, the recipe does not fit them, or it has no average
+            to round toward.
     """
     recipe = get_recipe(recipe)
     _check_arguments(x, weight, bias, weight_ema)
+    if weight_ema is not None and recipe.ema_beta is None:
+        condition, advice = "be None in a recipe without ema_beta", "Leave it out."
+        context = f"recipe {recipe.name!r}"
+        raise ValueError(refusal("linear", "weight_ema", condition, "one", context, advice))
     check_threshold("linear", threshold, recipe)
     _check_fit("linear", recipe, weight.shape[1], weight.shape[0])
     return _linear(x, weight, bias, recipe, weight_ema, True, threshold=threshold)[0]
@@ -419,7 +453,7 @@ class MXLinear(FallbackLinear):
 
     The average is updated after every `step()` of an optimizer that holds the weight, unless the
     weight is frozen: the first update copies the weight, a later one is
-    `weight_ema.lerp_(weight, 1 - ema_beta)`. Where an optimizer holds a copy instead (float32
+    `weight_ema.lerp_(weight, layer.ema_step)`. Where an optimizer holds a copy instead (float32
     masters), call `update_weight_ema([layer])` after its step. For the first `ema_warmup` updates
     `ema_active` is False and the weight rounds to nearest, in training and evaluation alike. Every
     rank computes the same average: pass `broadcast_buffers=False` to DistributedDataParallel, or it

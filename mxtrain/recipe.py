@@ -65,6 +65,9 @@ class Recipe:
         ema_beta: decay of the average of the weights that fprop_w rounds toward; set if and only if
             it does.
         ema_warmup: optimizer steps during which fprop_w rounds to nearest instead.
+        ema_fraction: of the updates so far that the average remembers at most: update n + 1 goes
+            max(1 - ema_beta, 1 / (1 + ema_fraction * n)) of the way to the weight. 1 makes it their
+            mean, less a shorter memory; None leaves ema_beta alone.
         accumulate: "fp32", or "fast" where a GEMM backend may accumulate in fewer bits.
         fallback: the rule of the threshold, where a quantizer has a fallback.
         reference: where the recipe was published.
@@ -82,6 +85,7 @@ class Recipe:
     wgrad_x: Quantizer = _NONE
     ema_beta: float | None = None
     ema_warmup: int = 10
+    ema_fraction: float | None = None
     accumulate: str = "fp32"
     reference: str = ""
     fallback: Fallback = DEFAULT
@@ -105,6 +109,13 @@ class Recipe:
         condition = "be set if and only if fprop_w rounds 'toward'"
         advice = f"Set both or neither: fprop_w.rounding is {self.fprop_w.rounding!r}."
         self._refuse_unless(toward == (beta is not None), "ema_beta", condition, beta, advice)
+        fraction = self.ema_fraction
+        if fraction is not None:
+            ok = is_number(fraction) and 0.0 < fraction <= 1.0
+            advice = "Try 0.02, or None for the memory of ema_beta alone."
+            self._refuse_unless(ok, "ema_fraction", "lie in (0, 1]", fraction, advice)
+            condition, advice = "be None without ema_beta", "There is no average to remember."
+            self._refuse_unless(beta is not None, "ema_fraction", condition, fraction, advice)
         advice = "Pass a mxtrain.recipe.Fallback."
         ok = isinstance(self.fallback, Fallback)
         self._refuse_unless(ok, "fallback", "be a Fallback", self.fallback, advice)
@@ -249,7 +260,10 @@ class Recipe:
         if self.alpha(gemm) != 1.0:
             parts.append(f"alpha {self.alpha(gemm):.6g}")
         if gemm == "fprop" and self.ema_beta is not None:
-            parts.append(f"EMA of W: beta {self.ema_beta:g}, used after {self.ema_warmup} steps")
+            memory = f"beta {self.ema_beta:g}"
+            if self.ema_fraction is not None:
+                memory += f", at most {self.ema_fraction:.3g} of the steps so far"
+            parts.append(f"EMA of W: {memory}, used after {self.ema_warmup} steps")
         return separator.join(parts)
 
     def to_dict(self) -> dict[str, Any]:
@@ -323,7 +337,8 @@ _TABLE: dict[str, tuple[tuple[Quantizer, ...], dict[str, Any], str]] = {
         "Chen et al., Oscillation-Reduced MXFP4 Training for Vision Transformers, arXiv 2502.20853",
     ),
     "tetrajet_ema": (
-        (_CEIL, _CEIL_EMA, _CEIL_SR, _CEIL_SR_AGAIN, _CEIL_SR, _CEIL_SR_AGAIN), {"ema_beta": 0.998},
+        (_CEIL, _CEIL_EMA, _CEIL_SR, _CEIL_SR_AGAIN, _CEIL_SR, _CEIL_SR_AGAIN),
+        {"ema_beta": 0.998, "ema_fraction": 0.005},  # the paper's 500 steps are 0.4% of its runs
         "Chen et al., Q-EMA in the same paper, arXiv 2502.20853",
     ),
     "mxfp4_backward": (

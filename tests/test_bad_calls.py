@@ -198,6 +198,7 @@ CALLS = [
             "wgrad_dy": [None, "mxfp4", {}, Thing(), X],
             "ema_beta": ["1", [1.0], True, 1j, Thing(), math.nan, math.inf, 10**400, -1, 0.5],
             "ema_warmup": NO_SIZE,
+            "ema_fraction": ["1", [1.0], True, 1j, Thing(), math.nan, math.inf, 10**400, -1, 0.5],
             "accumulate": [None, *NO_NAME],
             "reference": [None, 3, X],
         },

@@ -130,7 +130,9 @@ def test_stochastic_round_is_unbiased(device):
         assert abs(float((y.mean() - 1) * 128) - fraction) < 7 * (f * (1 - f) / n) ** 0.5 + 2**-17
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (128, 4), (129, 5), (300, 17), (0, 4), (256, 32)])
+@pytest.mark.parametrize(
+    "shape", [(1, 1), (128, 4), (129, 5), (300, 17), (0, 4), (256, 32), (300, 80)]
+)
 @pytest.mark.ops("swizzle_scale", "unswizzle_scale")
 def test_scale_layout(shape, device):
     scale = torch.randint(0, 256, shape, dtype=torch.uint8)

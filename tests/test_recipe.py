@@ -65,11 +65,13 @@ def test_tetrajet_double_quantizes_with_stochastic_rounding():
 
 def test_tetrajet_ema_differs_from_tetrajet_in_the_weight_quantizer_only():
     recipe = RECIPES["tetrajet_ema"]
-    assert (recipe.fprop_w.rounding, recipe.ema_beta, recipe.ema_warmup) == ("toward", 0.998, 10)
+    ema = recipe.ema_beta, recipe.ema_fraction, recipe.ema_warmup
+    assert recipe.fprop_w.rounding == "toward" and ema == (0.998, 0.005, 10)
     tetrajet = RECIPES["tetrajet"]
-    assert recipe.replace(
-        name="tetrajet", fprop_w=tetrajet.fprop_w, ema_beta=None, reference=tetrajet.reference
-    ) == tetrajet  # fmt: skip
+    assert tetrajet == recipe.replace(
+        name="tetrajet", fprop_w=tetrajet.fprop_w, ema_beta=None, ema_fraction=None,
+        reference=tetrajet.reference,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -343,6 +345,15 @@ BAD_RECIPES = [
     (
         {"fprop_w": MXFP4, "ema_beta": 0.9},
         r"ema_beta must be set if and only if .* got 0.9 .*fprop_w.rounding is 'nearest'",
+    ),
+    ({"ema_fraction": 0.1}, r"ema_fraction must be None without ema_beta, got 0.1"),
+    (
+        {"fprop_w": TOWARD, "ema_beta": 0.9, "ema_fraction": 0.0},
+        r"ema_fraction must lie in \(0, 1\], got 0.0",
+    ),
+    (
+        {"fprop_w": TOWARD, "ema_beta": 0.9, "ema_fraction": 1.5},
+        r"ema_fraction must lie in \(0, 1\], got 1.5",
     ),
     ({"fprop_w": TOWARD, "ema_beta": 1.0}, r"ema_beta must lie in \(0, 1\), got 1.0"),
     ({"fprop_w": TOWARD, "ema_beta": 0.0}, r"ema_beta must lie in \(0, 1\), got 0.0"),

@@ -106,3 +106,50 @@ def test_requantize(rounding, group, shape, device):
     want = reference.requantize(*operand, "mxfp4", shape[1], **opts)
     assert_same_bytes(got.scale, want[1])
     assert_same_bytes(got.data, want[0])
+
+
+@pytest.mark.parametrize("swizzle", [False, True])
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("codes", ["all", "small", "sparse"])
+@pytest.mark.parametrize(
+    "first, last", [(100, 100), (100, 104), (100, 108), (100, 109), (16, 24), (242, 250), (0, 5),
+                    (246, 254), (250, 255)],
+)  # fmt: skip
+def test_requantize_of_scales_near_each_other(first, last, codes, rule, swizzle, device):
+    """Both sides of the limit, 8 binades, within which two elements are rounded a word."""
+    generator = torch.Generator().manual_seed(first + last)
+    data = torch.randint(0, 256, (192, 80), dtype=torch.uint8, generator=generator)
+    scale = torch.randint(first, last + 1, (192, 5), dtype=torch.uint8, generator=generator)
+    if codes == "small":
+        data &= 0x99  # 0 and 1/2, of both signs
+    if codes == "sparse":
+        data[torch.rand(data.shape, generator=generator) < 0.97] &= 0x88
+        scale[torch.rand(scale.shape, generator=generator) < 0.3] = 0
+    got = mxtrain.requantize(
+        mxtrain.Operand(data.to(device), scale.to(device), "mxfp4", (192, 150)),
+        scale_rule=rule, rounding="stochastic", rng=RNG.to(device), swizzle=swizzle,
+    )  # fmt: skip
+    want = reference.requantize(
+        data, scale, None, "mxfp4", 150, scale_rule=rule, rounding="stochastic", rng=RNG,
+        swizzle=swizzle,
+    )  # fmt: skip
+    assert_same_bytes(got.scale, want[1])
+    assert_same_bytes(got.data, want[0])
+
+
+@pytest.mark.parametrize("rows", [64, 130])
+def test_requantize_of_zero_blocks(rows, device):
+    """Whose scale is 0: they take no part in how far scales lie apart; nor do signs of zeros."""
+    x = torch.randn(rows, 100, generator=torch.Generator().manual_seed(rows))
+    x[5], x[32:64, 40:], x[:, 70] = 0.0, 0.0, -0.0
+    operand = reference.quantize(x, "mxfp4")
+    data, scale = operand[0].clone(), operand[1].clone()
+    data[40] = 0x88  # zeros with signs in a row of scale 0
+    scale[40] = 0
+    got = mxtrain.requantize(
+        mxtrain.Operand(data.to(device), scale.to(device), "mxfp4", (rows, 100)),
+        rounding="stochastic", rng=RNG.to(device),
+    )  # fmt: skip
+    want = reference.requantize(data, scale, None, "mxfp4", 100, rounding="stochastic", rng=RNG)
+    assert_same_bytes(got.scale, want[1])
+    assert_same_bytes(got.data, want[0])

@@ -103,9 +103,13 @@ MXT_HD uint8_t round_fp8(float v, uint32_t draw) {
 void stochastic_round(const StochasticRoundParams& p, int64_t group_begin, int64_t group_end) {
   for (int64_t g = group_begin; g < group_end; ++g) {
     const Philox4 words = philox_group(p.key, static_cast<uint64_t>(g));
+    uint32_t draws[kDrawGroup];
+    for (int s = 0; s < kQuarters; ++s)
+      for (int j = 0; j < kDrawQuarter; ++j)
+        draws[s * kDrawQuarter + j] = draw16(quarter_words(words, s), j);
     for (int j = 0; j < kDrawGroup && g * kDrawGroup + j < p.n; ++j) {
       const int64_t i = g * kDrawGroup + j;
-      const uint32_t draw = draw16(words, j);
+      const uint32_t draw = draws[j];
       if (p.target == RoundTarget::kBfloat16)
         static_cast<uint16_t*>(p.out)[i] = float_to_bf16_stochastic(p.x[i], draw);
       if (p.target == RoundTarget::kE4M3)

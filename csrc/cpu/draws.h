@@ -7,14 +7,14 @@
 
 namespace mxtrain::cpu::MXT_ISA {
 
-// The 16-bit draws of n consecutive elements that start a group: draws[i] for element first + i.
-static void draw_row(const PhiloxKey& key, uint64_t first, int n, uint32_t* draws) {
+// The 16-bit draws of n elements from the first of a group on, whole quarters.
+static void draw_row(const PhiloxKey& key, uint64_t first_group, int n, uint32_t* draws) {
   constexpr int kLanes = 8;  // groups side by side: the compiler makes one vector of them
-  const int groups = n / kDrawGroup;
+  const int groups = (n + kDrawGroup - 1) / kDrawGroup;
   for (int g0 = 0; g0 < groups; g0 += kLanes) {
     uint32_t c[4][kLanes];
     for (int i = 0; i < kLanes; ++i) {
-      const uint64_t group = first / kDrawGroup + g0 + i;
+      const uint64_t group = first_group + g0 + i;
       c[0][i] = static_cast<uint32_t>(group);
       c[1][i] = static_cast<uint32_t>(group >> 32);
       c[2][i] = key.offset;
@@ -29,11 +29,12 @@ static void draw_row(const PhiloxKey& key, uint64_t first, int n, uint32_t* draw
       k0 += kPhiloxW0;
       k1 += kPhiloxW1;
     }
-    for (int i = 0; i < kLanes && g0 + i < groups; ++i)
-      for (int w = 0; w < 4; ++w) {
-        uint32_t* out = draws + (g0 + i) * kDrawGroup + 2 * w;
-        out[0] = c[w][i] & 0xFFFFu;
-        out[1] = c[w][i] >> 16;
+    for (int i = 0; i < kLanes; ++i)
+      for (int s = 0; s < kQuarters; ++s) {
+        const int at = (g0 + i) * kDrawGroup + s * kDrawQuarter;
+        if (at >= n) break;
+        const Philox4 words = quarter_words({{c[0][i], c[1][i], c[2][i], c[3][i]}}, s);
+        for (int j = 0; j < kDrawQuarter; ++j) draws[at + j] = draw16(words, j);
       }
   }
 }

@@ -52,7 +52,7 @@ static void encode_block(const Int8QuantizeParams& p, const Extent& e, bool stoc
     float rounded[kBlock];
     if (stochastic) {
       uint32_t draws[kBlock];
-      draw_row(p.key, static_cast<uint64_t>((e.r0 + r) * p.kp + e.k0), kBlock, draws);
+      draw_row(p.key, static_cast<uint64_t>((e.r0 + r) * p.kp + e.k0) / kDrawGroup, kBlock, draws);
       for (int k = 0; k < kBlock; ++k)
         rounded[k] = int8_stochastic(v[r][k] * s.reciprocal, draws[k]);
     } else {

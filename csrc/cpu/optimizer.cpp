@@ -26,9 +26,9 @@ static void store_weights(const AdamwParams& p, int64_t at, int n, Floats& w) {
   auto* out = static_cast<uint16_t*>(p.t.param) + at;
   Philox4 words = {};
   for (int i = 0; i < n; ++i) {
-    const int64_t draw = (at + i) % kDrawGroup;
+    const int64_t draw = (at + i) % kDrawQuarter;
     if (p.stochastic && (i == 0 || draw == 0))
-      words = philox_group(p.key, static_cast<uint64_t>((at + i) / kDrawGroup));
+      words = philox_quarter(p.key, static_cast<uint64_t>((at + i) / kDrawQuarter));
     out[i] = p.stochastic ? float_to_bf16_stochastic(w[i], draw16(words, static_cast<int>(draw)))
                           : float_to_bf16(w[i]);
     w[i] = bf16_to_float(out[i]);

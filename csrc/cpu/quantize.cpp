@@ -105,9 +105,12 @@ static void quantize_block(const QuantizeParams& p, const float* v, const float*
 template <class F, Rounding R>
 static void quantize_row(const QuantizeParams& p, int64_t row, int64_t k0, int n, const float* v,
                          const float* toward) {
-  static_assert(F::kBlock <= kMaxBlock && kTileK % F::kBlock == 0, "tiles hold whole blocks");
+  static_assert(F::kBlock <= kMaxBlock && kTileK % F::kBlock == 0 && kTileK % kDrawGroup == 0,
+                "tiles hold whole blocks and whole groups of draws");
   uint32_t draws[kTileK];
-  if (R == Rounding::kStochastic) draw_row(p.key, static_cast<uint64_t>(row * p.kp + k0), n, draws);
+  if (R == Rounding::kStochastic)
+    draw_row(p.key, static_cast<uint64_t>(row * draw_groups_of_row(p.kp) + k0 / kDrawGroup), n,
+             draws);
   uint8_t* data = p.data + (row * p.kp + k0) * F::kBits / 8;
   uint8_t* scale = p.scale + (row * p.kp + k0) / F::kBlock;
   for (int k = 0; k < n; k += F::kBlock)

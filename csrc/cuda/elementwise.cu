@@ -3,7 +3,7 @@
 // x's type outside. stochastic_round:  float32 to bfloat16, E4M3 or E5M2 with one 16-bit draw an
 // element; finite stays finite, Inf stays (NaN for E4M3). swizzle:           block scales [rows,
 // cols] to the 128x4 tile layout and back; padding bytes 0. A thread takes groups of 8 consecutive
-// elements (swizzle: one byte of the output); grid.x covers them all.
+// elements (swizzle: 64 bytes); grid.x covers them all.
 #include "cuda/group.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/store.cuh"
@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(ElementwiseTraits::kThreads)
     stochastic_round_kernel(const StochasticRoundParams p, bool vector) {
   const int64_t group =
       static_cast<int64_t>(blockIdx.x) * ElementwiseTraits::kThreads + threadIdx.x;
-  const int64_t i0 = group * kDrawGroup;
+  const int64_t i0 = group * kDrawQuarter;
   if (i0 >= p.n) return;
   const PhiloxKey key = {static_cast<uint64_t>(p.rng[0]),
                          static_cast<uint32_t>(p.rng[p.rng_stride]), kRowStream};
@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(ElementwiseTraits::kThreads)
   } else {
     for (int i = 0; i < 8; ++i) v[i] = i0 + i < p.n ? p.x[i0 + i] : 0.0f;
   }
-  const Philox4 draws = philox_group(key, static_cast<uint64_t>(group));
+  const Philox4 draws = philox_quarter(key, static_cast<uint64_t>(group));
 #pragma unroll
   for (int i = 0; i < 8; ++i) codes[i] = round_element(v[i], draw16(draws, i), p.target);
   if (p.target == RoundTarget::kBfloat16) {
@@ -130,7 +130,7 @@ cudaError_t launch_stochastic_round(const StochasticRoundParams& p, cudaStream_t
   if (p.n == 0) return cudaSuccess;
   const bool vector =
       reinterpret_cast<uintptr_t>(p.x) % 16 == 0 && reinterpret_cast<uintptr_t>(p.out) % 16 == 0;
-  const unsigned grid = grid_for(p.n, ElementwiseTraits::kThreads * kDrawGroup);
+  const unsigned grid = grid_for(p.n, ElementwiseTraits::kThreads * kDrawQuarter);
   return launch(stochastic_round_kernel, grid, ElementwiseTraits::kThreads, stream, p, vector);
 }
 
@@ -176,27 +176,92 @@ cudaError_t launch_epilogue(const EpilogueParams& p, cudaStream_t stream) {
 
 // ---- swizzle ----
 
-__global__ void __launch_bounds__(ElementwiseTraits::kThreads)
-    swizzle_kernel(const SwizzleParams p, int64_t n) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * ElementwiseTraits::kThreads + threadIdx.x;
-  if (i >= n) return;
-  const int64_t col_tiles = tiles(p.cols, kTileCols);
-  if (!p.forward) {
-    p.out[i] = p.in[swizzled_offset(i / p.cols, i % p.cols, col_tiles)];
+// A thread takes 16 columns of rows r, r + 32, r + 64 and r + 96 of a row of tiles: 16 bytes of
+// each row, and 16 bytes of each of 4 tiles. A warp takes 4 such pieces of 8 rows, so that it
+// touches 64 bytes of a row and 128 of a tile.
+struct SwizzleTraits {
+  static constexpr int kTiles = 4, kColumns = kTiles * kTileCols;
+  static constexpr int kAcross = 4, kDown = 32 / kAcross;  // lanes of a warp
+  static constexpr int kWarpsDown = 32 / kDown;
+  static_assert(kColumns == 16 && kTileRows == 4 * 32, "16 bytes of 4 rows are 16 of 4 tiles");
+};
+
+// 16 bytes, or the first `valid` of them where they are not all there or not aligned.
+__device__ __forceinline__ void load_bytes16(const uint8_t* from, bool vector, int valid,
+                                             uint32_t (&w)[4]) {
+  if (vector) {
+    const uint4 v = ptx::ld_global_nc_v4(from);
+    w[0] = v.x, w[1] = v.y, w[2] = v.z, w[3] = v.w;
     return;
   }
-  const int64_t tile = i / kTileBytes, in_tile = i % kTileBytes;
-  const int64_t r = tile / col_tiles * kTileRows + in_tile / 16 + in_tile % 16 / 4 * 32,
-                c = tile % col_tiles * kTileCols + in_tile % 4;
-  p.out[i] = r < p.rows && c < p.cols ? p.in[r * p.cols + c] : 0;
+#pragma unroll
+  for (int i = 0; i < 16; ++i)
+    if (i < valid) w[i / 4] |= static_cast<uint32_t>(from[i]) << (8 * (i % 4));
+}
+
+__device__ __forceinline__ void store_bytes16(uint8_t* to, bool vector, int valid, uint32_t w0,
+                                              uint32_t w1, uint32_t w2, uint32_t w3) {
+  if (vector) {
+    *reinterpret_cast<uint4*>(to) = make_uint4(w0, w1, w2, w3);
+    return;
+  }
+  const uint32_t w[4] = {w0, w1, w2, w3};
+#pragma unroll
+  for (int i = 0; i < 16; ++i)
+    if (i < valid) to[i] = static_cast<uint8_t>(w[i / 4] >> (8 * (i % 4)));
+}
+
+// rows_vector, tiles_vector: 16-byte accesses are aligned, and whole in a row.
+template <bool kForward>
+__global__ void __launch_bounds__(ElementwiseTraits::kThreads)
+    swizzle_kernel(const SwizzleParams p, bool rows_vector, bool tiles_vector) {
+  using T = SwizzleTraits;
+  const int64_t col_tiles = tiles(p.cols, kTileCols);
+  const int64_t across = tiles(p.cols, T::kColumns * T::kAcross);  // warps along a row
+  const int64_t warp =
+      (static_cast<int64_t>(blockIdx.x) * ElementwiseTraits::kThreads + threadIdx.x) / 32;
+  const int lane = threadIdx.x % 32;
+  const int r = static_cast<int>(warp % T::kWarpsDown) * T::kDown + lane / T::kAcross;
+  const int64_t at = warp / T::kWarpsDown, tile_row = at / across;
+  const int64_t column = (at % across * T::kAcross + lane % T::kAcross) * T::kColumns;
+  if (tile_row >= tiles(p.rows, kTileRows) || column >= p.cols) return;
+  const int valid = static_cast<int>(min(p.cols - column, static_cast<int64_t>(T::kColumns)));
+  const int64_t row = tile_row * kTileRows + r, plain = row * p.cols + column;
+  const int64_t tiled = (tile_row * col_tiles + column / kTileCols) * kTileBytes + r * 16;
+  uint32_t w[4][4] = {};  // of row r + 32 i, tile j
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    if (kForward) {
+      if (row + 32 * i < p.rows)
+        load_bytes16(p.in + plain + 32 * i * p.cols, rows_vector, valid, w[i]);
+    } else if (i * kTileCols < valid) {
+      uint32_t t[4] = {};
+      load_bytes16(p.in + tiled + i * kTileBytes, tiles_vector, 16, t);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) w[j][i] = t[j];
+    }
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    if (kForward) {
+      if (i * kTileCols < valid)
+        store_bytes16(p.out + tiled + i * kTileBytes, tiles_vector, 16, w[0][i], w[1][i], w[2][i],
+                      w[3][i]);
+    } else if (row + 32 * i < p.rows) {
+      store_bytes16(p.out + plain + 32 * i * p.cols, rows_vector, valid, w[i][0], w[i][1], w[i][2],
+                    w[i][3]);
+    }
 }
 
 cudaError_t launch_swizzle(const SwizzleParams& p, cudaStream_t stream) {
-  const int64_t n = p.forward ? tiles(p.rows, kTileRows) * tiles(p.cols, kTileCols) * kTileBytes
-                              : p.rows * p.cols;
-  if (n == 0) return cudaSuccess;
-  return launch(swizzle_kernel, grid_for(n, ElementwiseTraits::kThreads),
-                ElementwiseTraits::kThreads, stream, p, n);
+  using T = SwizzleTraits;
+  const auto aligned = [](const void* q) { return reinterpret_cast<uintptr_t>(q) % 16 == 0; };
+  const void *plain = p.forward ? p.in : p.out, *tiled = p.forward ? p.out : p.in;
+  const int64_t threads =
+      tiles(p.rows, kTileRows) * tiles(p.cols, T::kColumns * T::kAcross) * (T::kWarpsDown * 32);
+  if (threads == 0) return cudaSuccess;
+  return launch(p.forward ? swizzle_kernel<true> : swizzle_kernel<false>,
+                grid_for(threads, ElementwiseTraits::kThreads), ElementwiseTraits::kThreads, stream,
+                p, aligned(plain) && p.cols % T::kColumns == 0, aligned(tiled));
 }
 
 }  // namespace mxtrain::cuda

@@ -3,9 +3,9 @@
 // thread's registers.
 //   load -> Hadamard (strides 1, 2, 4 in registers, 8 and up across lanes) -> block maximum across
 //   lanes -> scale -> prescale -> codes -> packed bytes.
-// A group is also what one Philox call serves. `lane_in_row` is the group's index modulo 32 along
-// the row, so that groups of one block, and of one Hadamard group, sit in neighbouring lanes of a
-// warp, aligned to their number.
+// A group is also a quarter of what one Philox call serves. `lane_in_row` is the group's index
+// modulo 32 along the row, so that groups of one block, and of one Hadamard group, sit in
+// neighbouring lanes of a warp, aligned to their number.
 #pragma once
 
 #include <type_traits>
@@ -331,16 +331,26 @@ __device__ __forceinline__ DrawKey make_draw_key(const QuantizeParams& p) {
           true};
 }
 
-// Draws of N groups at once: the key schedule is shared and the calls overlap.
+// A row's quarters of draws: its groups, but for nvfp4, whose rows may end in half a group of
+// draws.
+template <class F>
+__device__ __forceinline__ int64_t draw_quarters_of_row(const QuantizeParams& p) {
+  return F::kBlock % kDrawGroup == 0 ? p.kp / kDrawQuarter : draw_groups_of_row(p.kp) * kQuarters;
+}
+
+// Draws of N groups at once, each a quarter of a call: the key schedule is shared and the calls
+// overlap.
 template <int N>
-__device__ __forceinline__ void draw_groups(const DrawKey& k, const int64_t (&group)[N],
+__device__ __forceinline__ void draw_groups(const DrawKey& k, const int64_t (&quarter)[N],
                                             Philox4 (&draws)[N]) {
   if (!k.on) return;
   uint32_t k0 = static_cast<uint32_t>(k.key.seed), k1 = static_cast<uint32_t>(k.key.seed >> 32);
 #pragma unroll
-  for (int n = 0; n < N; ++n)
-    draws[n] = {{static_cast<uint32_t>(group[n]), static_cast<uint32_t>(group[n] >> 32),
-                 k.key.offset, k.key.stream}};
+  for (int n = 0; n < N; ++n) {
+    const uint64_t group = static_cast<uint64_t>(quarter[n]) / kQuarters;
+    draws[n] = {{static_cast<uint32_t>(group), static_cast<uint32_t>(group >> 32), k.key.offset,
+                 k.key.stream}};
+  }
 #pragma unroll
   for (int round = 0; round < kPhiloxRounds; ++round) {
 #pragma unroll
@@ -348,6 +358,9 @@ __device__ __forceinline__ void draw_groups(const DrawKey& k, const int64_t (&gr
     k0 += kPhiloxW0;
     k1 += kPhiloxW1;
   }
+#pragma unroll
+  for (int n = 0; n < N; ++n)
+    draws[n] = quarter_words(draws[n], static_cast<int>(quarter[n] % kQuarters));
 }
 
 }  // namespace mxtrain::cuda

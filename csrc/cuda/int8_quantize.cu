@@ -190,7 +190,7 @@ struct Int8Quantizer {
       const PhiloxKey key = {static_cast<uint64_t>(p.rng[0]),
                              static_cast<uint32_t>(p.rng[p.rng_stride]), kRowStream};
       const int64_t at = (r0 + row + i * T::kRowStep) * p.kp + k0 + col;
-      const Philox4 words = philox_group(key, static_cast<uint64_t>(at) / kDrawGroup);
+      const Philox4 words = philox_quarter(key, static_cast<uint64_t>(at) / kDrawQuarter);
 #pragma unroll
       for (int j = 0; j < 8; ++j)
         rounded[j] = int8_stochastic(v[i][j] * s.reciprocal, draw16(words, j));

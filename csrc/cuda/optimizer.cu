@@ -5,7 +5,7 @@
 // for non-finite gradients. The update takes up to kTensors tensors a launch: a CTA finds its
 // tensor by its number, a thread takes 8 consecutive elements, with 16-byte accesses where
 // addresses allow. Four lanes hold a block of 32 for the statistics; rows are padded to whole
-// blocks, unread. bfloat16 weights round as stochastic_round does: one Philox call for 8 elements.
+// blocks, unread. bfloat16 weights round as stochastic_round does.
 #include "cuda/group.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/optimizer.h"
@@ -95,16 +95,16 @@ __device__ __forceinline__ void store_counts8(void* to, int64_t at, bool vector,
   }
 }
 
-// The draws of elements at..at + 7; a row of the statistics may start within a group of 8.
+// The draws of elements at..at + 7; a row of the statistics may start within a quarter.
 __device__ __forceinline__ void draw8(const int64_t* rng, int64_t at, uint32_t (&draws)[8]) {
   const PhiloxKey key = {static_cast<uint64_t>(rng[0]), static_cast<uint32_t>(rng[1]), kRowStream};
-  const uint64_t group = static_cast<uint64_t>(at) / kDrawGroup;
-  const int skipped = static_cast<int>(at % kDrawGroup);
-  const Philox4 words = philox_group(key, group);
+  const uint64_t quarter = static_cast<uint64_t>(at) / kDrawQuarter;
+  const int skipped = static_cast<int>(at % kDrawQuarter);
+  const Philox4 words = philox_quarter(key, quarter);
 #pragma unroll
   for (int i = 0; i < 8; ++i) draws[i] = draw16(words, i);
   if (skipped == 0) return;
-  const Philox4 more = philox_group(key, group + 1);
+  const Philox4 more = philox_quarter(key, quarter + 1);
   for (int shifts = 0; shifts < skipped; ++shifts) {
 #pragma unroll
     for (int i = 0; i < 7; ++i) draws[i] = draws[i + 1];

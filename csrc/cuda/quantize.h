@@ -65,6 +65,8 @@ cudaError_t launch_row_strips(const QuantizeParams& p, cudaStream_t stream);
 cudaError_t launch_column_strips(const QuantizeParams& p, cudaStream_t stream);
 cudaError_t launch_dual_strips(const QuantizeParams& row, const QuantizeParams& col,
                                cudaStream_t stream);
+// requantize where can_strip_columns and nothing is rotated: stochastic.
+cudaError_t launch_requantize_codes(const QuantizeParams& p, cudaStream_t stream);
 
 // Operand rows across x where quantize_pairs.cu serves: bfloat16 to mxfp4, nearest.
 bool can_pair_columns(const QuantizeParams& p);

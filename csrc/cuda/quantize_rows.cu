@@ -102,7 +102,15 @@ __global__ void __launch_bounds__(RowTraits::kThreads)
       load_raw<Source>(p, at[n], vector, raw[n]);
   }
   Philox4 draws[N] = {};
-  if (kPath == Path::kFloats) draw_groups<N>(make_draw_key(p), group, draws);
+  if (kPath == Path::kFloats) {
+    const DrawKey key = make_draw_key(p);
+    int64_t quarter[N];
+#pragma unroll
+    for (int n = 0; n < N; ++n)
+      quarter[n] =
+          kFlat ? group[n] : at[n].row * draw_quarters_of_row<F>(p) + at[n].k0 / kDrawQuarter;
+    draw_groups<N>(key, quarter, draws);
+  }
   const Rotation rotation = make_rotation(p.hadamard, p.signs, lane);
   const ScaleChooser<F> scales(p);
 #pragma unroll
@@ -204,8 +212,9 @@ static cudaError_t launch_path(const QuantizeParams& p, int64_t groups, bool vec
 
 template <class Source, class F>
 static cudaError_t launch_rows(QuantizeParams p, cudaStream_t stream) {
+  // Nothing ends with a row: no padding, no tile of scales, no group of draws.
   const bool whole = vector_loads<Source>(p) && (p.rows == 1 || p.stride_row == p.cols) &&
-                     !p.swizzled && !p.toward;
+                     !p.swizzled && !p.toward && p.kp % kDrawGroup == 0;
   if (whole) {  // without padding the operand is one long row: no division per group
     p.cols = p.kp = p.rows * p.cols;
     p.rows = 1;

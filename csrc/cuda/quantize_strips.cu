@@ -2,9 +2,10 @@
 // quantize (either axis), quantize_dual and requantize where strip.cuh serves: bfloat16 (or mxfp4
 // operands) to mxfp4, stochastic or rotated. Every warp works for itself, on a tile of x of its own
 // in shared memory, 64 x 64, so that no barrier stops it: first the blocks along its rows, then
-// those along its columns, 16 x 2 at a time. Warps are persistent and walk along the rows of tiles;
-// the next tile is copied as soon as the last blocks of one are in registers. The copies are 16
-// bytes, so x must be aligned to that, in both directions.
+// those along its columns, 32 blocks at a time or 64. Warps are persistent and walk along the rows
+// of tiles; the next tile is copied as soon as the last blocks of one are in registers. The copies
+// are 16 bytes, so x must be aligned to that, in both directions.
+#include "cuda/divide.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/strip.cuh"
 
@@ -13,11 +14,11 @@ namespace mxtrain::cuda {
 // ---- device helpers ----
 
 // x as the tiles see it: height x width bfloat16, rows `pitch` bytes apart; across: tiles in a row
-// of tiles, 2^32 / across + 1 and its shift for a division by multiplication.
+// of tiles.
 struct StripGrid {
   const uint8_t* x;
-  uint32_t height, width, pitch;
-  uint32_t across, tiles, magic, shift;
+  uint32_t height, width, pitch, tiles;
+  Divisor across;
 };
 
 // First row and column of a tile. kFlat: one column of tiles, without gaps between the rows.
@@ -25,10 +26,9 @@ template <bool kFlat>
 struct StripPlace {
   uint32_t row, column;
   __device__ __forceinline__ StripPlace(const StripGrid& g, uint32_t tile) {
-    // Granlund and Montgomery, "Division by invariant integers using multiplication"; tile < 2^31
-    const uint32_t down = kFlat ? tile : (__umulhi(tile, g.magic) + tile) >> g.shift;
+    const uint32_t down = kFlat ? tile : g.across.divide(tile);
     row = down * StripTraits::kTile;
-    column = kFlat ? 0 : (tile - down * g.across) * StripTraits::kTile;
+    column = kFlat ? 0 : (tile - down * g.across.value) * StripTraits::kTile;
   }
 };
 
@@ -71,9 +71,11 @@ __device__ __forceinline__ uint32_t uniform_warp() {
 
 // CTAs of an SM, as many as the registers allow without spilling.
 constexpr int strip_ctas(Strip row, Strip col) {
+  if (rotates64(row) && col == Strip::kStochastic) return 3;
+  if (rotates64(row) || rotates64(col)) return 4;
   return row != Strip::kNone && col != Strip::kNone ? 5 : 6;
 }
-constexpr int kRequantizeCtas = 5;
+constexpr int requantize_ctas(Strip col) { return rotates64(col) ? 4 : 5; }
 
 // Either may be kNone.
 template <Strip kRow, Strip kCol, bool kFlat>
@@ -85,7 +87,6 @@ __global__ void __launch_bounds__(StripTraits::kThreads, strip_ctas(kRow, kCol))
   fill_tables<kRow>(row_tables, row);
   fill_tables<kCol>(col_tables, col);
   __syncthreads();
-  constexpr int kLast = StripTraits::kPasses - 1;
   const uint32_t warp = uniform_warp();
   uint8_t* mine = tiles[warp];
   uint32_t tile = blockIdx.x * StripTraits::kWarps + warp;
@@ -101,15 +102,15 @@ __global__ void __launch_bounds__(StripTraits::kThreads, strip_ctas(kRow, kCol))
     __syncwarp();
     if constexpr (kRow != Strip::kNone)
 #pragma unroll 1
-      for (int pass = 0; pass <= kLast; ++pass)
+      for (int pass = 0; pass < passes(kRow); ++pass)
         row_pass<kRow>(mine, pass, row, row_tables, at.row, at.column, [&] {
-          if (kCol == Strip::kNone && pass == kLast) copy_next();
+          if (kCol == Strip::kNone && pass == passes(kRow) - 1) copy_next();
         });
     if constexpr (kCol != Strip::kNone)
 #pragma unroll 1
-      for (int pass = 0; pass <= kLast; ++pass)
+      for (int pass = 0; pass < passes(kCol); ++pass)
         column_pass<kCol>(mine, pass, col, col_tables, at.column, at.row, [&] {
-          if (pass == kLast) copy_next();
+          if (pass == passes(kCol) - 1) copy_next();
         });
   }
 }
@@ -156,7 +157,7 @@ struct PackedStrips {
 };
 
 template <Strip kCol>
-__global__ void __launch_bounds__(StripTraits::kThreads, kRequantizeCtas)
+__global__ void __launch_bounds__(StripTraits::kThreads, requantize_ctas(kCol))
     requantize_strips_kernel(const QuantizeParams p, const StripGrid grid) {
   __shared__ alignas(128) uint8_t tiles[StripTraits::kWarps][StripTraits::kTileBytes];
   __shared__ alignas(128) uint8_t packed[StripTraits::kWarps][PackedStrips::kBytes];
@@ -175,7 +176,7 @@ __global__ void __launch_bounds__(StripTraits::kThreads, kRequantizeCtas)
     next.copy(p, grid, tile + step, packed[warp]);
     const StripPlace<false> at(grid, tile);
 #pragma unroll 1
-    for (int pass = 0; pass < StripTraits::kPasses; ++pass)
+    for (int pass = 0; pass < passes(kCol); ++pass)
       column_pass<kCol>(tiles[warp], pass, p, tables, at.column, at.row, [] {});
     __syncwarp();
   }
@@ -185,6 +186,7 @@ __global__ void __launch_bounds__(StripTraits::kThreads, kRequantizeCtas)
 
 static Strip strip_of(const QuantizeParams& p) {
   const bool stochastic = p.rounding == static_cast<int>(Rounding::kStochastic);
+  if (p.hadamard == 64) return stochastic ? Strip::kRotated64Stochastic : Strip::kRotated64Nearest;
   if (p.hadamard) return stochastic ? Strip::kRotatedStochastic : Strip::kRotatedNearest;
   return stochastic ? Strip::kStochastic : Strip::kNone;
 }
@@ -220,17 +222,8 @@ static StripGrid make_grid(const void* x, int64_t height, int64_t width, int64_t
   const int64_t across = (padded_width + kTile - 1) / kTile,
                 down = (padded_height + kTile - 1) / kTile;
   const auto narrow = [](int64_t n) { return static_cast<uint32_t>(n); };
-  int shift = 0;
-  while ((int64_t{1} << shift) < across) ++shift;
-  const int64_t magic = ((((int64_t{1} << shift) - across) << 32) / across) + 1;
-  return {static_cast<const uint8_t*>(x),
-          narrow(height),
-          narrow(width),
-          narrow(height == 1 ? 0 : pitch * 2),
-          narrow(across),
-          narrow(across * down),
-          narrow(magic),
-          static_cast<uint32_t>(shift)};
+  return {static_cast<const uint8_t*>(x),      narrow(height),        narrow(width),
+          narrow(height == 1 ? 0 : pitch * 2), narrow(across * down), Divisor::of(across)};
 }
 
 // As many CTAs as fit the GPU, and no more than there are tiles for their warps.
@@ -265,6 +258,10 @@ static cudaError_t launch_row_strip(const QuantizeParams& p, cudaStream_t stream
       return launch_strips<Strip::kRotatedStochastic, Strip::kNone, kFlat>(p, p, grid, stream);
     case Strip::kRotatedNearest:
       return launch_strips<Strip::kRotatedNearest, Strip::kNone, kFlat>(p, p, grid, stream);
+    case Strip::kRotated64Stochastic:
+      return launch_strips<Strip::kRotated64Stochastic, Strip::kNone, kFlat>(p, p, grid, stream);
+    case Strip::kRotated64Nearest:
+      return launch_strips<Strip::kRotated64Nearest, Strip::kNone, kFlat>(p, p, grid, stream);
     case Strip::kNone:
       break;
   }
@@ -284,14 +281,19 @@ template <Strip kCol>
 static cudaError_t launch_requantize_strips(const QuantizeParams& p, cudaStream_t stream) {
   const StripGrid grid = make_grid(p.x, p.cols, p.rows, 0, p.kp, p.rows);
   unsigned ctas = 0;
-  const cudaError_t error = resident_ctas(grid, kRequantizeCtas, &ctas);
+  const cudaError_t error = resident_ctas(grid, requantize_ctas(kCol), &ctas);
   if (error != cudaSuccess) return error;
   return launch(requantize_strips_kernel<kCol>, ctas, StripTraits::kThreads, stream, p, grid);
 }
 
 template <Strip kCol>
 static cudaError_t launch_column_strip(const QuantizeParams& p, cudaStream_t stream) {
-  if (p.in_format >= 0) return launch_requantize_strips<kCol>(p, stream);
+  if (p.in_format >= 0) {
+    if constexpr (kCol == Strip::kStochastic)
+      return launch_requantize_codes(p, stream);
+    else
+      return launch_requantize_strips<kCol>(p, stream);
+  }
   const StripGrid grid = make_grid(p.x, p.cols, p.rows, p.stride_k, p.kp, p.rows);
   return launch_strips<Strip::kNone, kCol>(p, p, grid, stream);
 }
@@ -304,6 +306,10 @@ cudaError_t launch_column_strips(const QuantizeParams& p, cudaStream_t stream) {
       return launch_column_strip<Strip::kRotatedStochastic>(p, stream);
     case Strip::kRotatedNearest:
       return launch_column_strip<Strip::kRotatedNearest>(p, stream);
+    case Strip::kRotated64Stochastic:
+      return launch_column_strip<Strip::kRotated64Stochastic>(p, stream);
+    case Strip::kRotated64Nearest:
+      return launch_column_strip<Strip::kRotated64Nearest>(p, stream);
     case Strip::kNone:
       break;
   }
@@ -317,15 +323,34 @@ bool can_strip_dual(const QuantizeParams& row, const QuantizeParams& col) {
   return can_strip_rows(row) && can_strip_columns(col) && stochastic(row) && stochastic(col);
 }
 
+template <Strip kRow>
+static cudaError_t launch_dual_strip(const QuantizeParams& row, const QuantizeParams& col,
+                                     const StripGrid& grid, cudaStream_t stream) {
+  switch (strip_of(col)) {
+    case Strip::kStochastic:
+      return launch_strips<kRow, Strip::kStochastic>(row, col, grid, stream);
+    case Strip::kRotatedStochastic:
+      return launch_strips<kRow, Strip::kRotatedStochastic>(row, col, grid, stream);
+    case Strip::kRotated64Stochastic:
+      return launch_strips<kRow, Strip::kRotated64Stochastic>(row, col, grid, stream);
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
 cudaError_t launch_dual_strips(const QuantizeParams& row, const QuantizeParams& col,
                                cudaStream_t stream) {
-  constexpr Strip kPlain = Strip::kStochastic, kRotated = Strip::kRotatedStochastic;
   const StripGrid grid = make_grid(row.x, row.rows, row.cols, row.stride_row, col.kp, row.kp);
-  if (row.hadamard)
-    return col.hadamard ? launch_strips<kRotated, kRotated>(row, col, grid, stream)
-                        : launch_strips<kRotated, kPlain>(row, col, grid, stream);
-  return col.hadamard ? launch_strips<kPlain, kRotated>(row, col, grid, stream)
-                      : launch_strips<kPlain, kPlain>(row, col, grid, stream);
+  switch (strip_of(row)) {
+    case Strip::kStochastic:
+      return launch_dual_strip<Strip::kStochastic>(row, col, grid, stream);
+    case Strip::kRotatedStochastic:
+      return launch_dual_strip<Strip::kRotatedStochastic>(row, col, grid, stream);
+    case Strip::kRotated64Stochastic:
+      return launch_dual_strip<Strip::kRotated64Stochastic>(row, col, grid, stream);
+    default:
+      return cudaErrorInvalidValue;
+  }
 }
 
 }  // namespace mxtrain::cuda

@@ -55,8 +55,11 @@ __device__ __forceinline__ void quantize_columns_of(const uint8_t* tile, const Q
   const ScaleChooser<F> scales(p);
   const int64_t k0 = k_base + place.k, groups_per_row = p.kp / 8;
   const bool writes_scale = place.lane_k % kLanes == 0;
-  int64_t row = r_base + place.column, group = row * groups_per_row + k0 / 8;
+  int64_t row = r_base + place.column;
+  const int64_t group = row * groups_per_row + k0 / 8;
   const int64_t row_bytes = groups_per_row * F::kBits, row_blocks = groups_per_row / kLanes;
+  const int64_t quarters_per_row = draw_quarters_of_row<F>(p);
+  int64_t quarter = row * quarters_per_row + k0 / kDrawQuarter;
   uint8_t* out = codes_at<F>(p, group);
   uint8_t* scale_out = p.scale + group / kLanes;
   int left = k0 < p.kp
@@ -73,7 +76,7 @@ __device__ __forceinline__ void quantize_columns_of(const uint8_t* tile, const Q
       quantize_column_pairs(x.w, scales, s, codes);
     } else {
       Philox4 draws[2] = {};
-      const int64_t both[2] = {group, group + groups_per_row};
+      const int64_t both[2] = {quarter, quarter + quarters_per_row};
       draw_groups<2>(key, both, draws);
       // The maxima of both columns at once, where nothing has touched the elements.
       constexpr bool kWords = std::is_same<typename T::Source, Bfloat16Source>::value;
@@ -113,7 +116,7 @@ __device__ __forceinline__ void quantize_columns_of(const uint8_t* tile, const Q
     }
     left -= ColumnPlace<T>::kStep;
     row += ColumnPlace<T>::kStep;
-    group += ColumnPlace<T>::kStep * groups_per_row;
+    quarter += ColumnPlace<T>::kStep * quarters_per_row;
     out += ColumnPlace<T>::kStep * row_bytes;
     scale_out += ColumnPlace<T>::kStep * row_blocks;
   }
@@ -129,6 +132,7 @@ __device__ __forceinline__ void quantize_rows_of(const uint8_t* tile, const Quan
                 kSteps = TileTraits::kTileK / kRowStep;
   constexpr int kLanes = F::kBlock / 8;
   static_assert(kSteps % N == 0 && kGroupsPerRow >= kLanes, "a tile's row holds whole blocks");
+  static_assert(F::kBlock % kDrawGroup == 0, "groups number the quarters of draws too");
   const int lane_in_row = threadIdx.x % kGroupsPerRow, column = lane_in_row * 8;
   const Rotation rotation = make_rotation(p.hadamard, p.signs, lane_in_row);
   const DrawKey key = make_draw_key(p);

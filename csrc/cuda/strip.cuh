@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Strips: the fast path for bfloat16 to mxfp4 with stochastic rounding, a Hadamard rotation, or
-// both. A lane owns one block, 32 consecutive elements along K of one operand row, in registers;
-// its neighbour lane owns the other half of the 64 that a Hadamard group may span. So maxima,
-// scales and all butterflies but the last need no other lane. A block is rounded where it stands,
+// both. A lane owns one block, 32 consecutive elements along K of one operand row, in registers, or
+// the two of a Hadamard group of 64. So maxima, scales and butterflies need no other lane. A block
+// is rounded where it stands,
 // without dividing it by its scale S: with a = |v| and b = a + max(a, S), the bits of b - S from
 // bit 22 up are the code (encode.cuh, moved up by S), and a Hadamard norm that is a power of two
 // moves S instead of v. Blocks whose maximum is no ordinary number for that (zero, subnormal, huge,
@@ -33,14 +33,27 @@ struct OrdinaryTraits {
   static constexpr float kSmallestPrescale = 0x1p-20f, kLargestPrescale = 0x1p20f;
 };
 
-// What a kernel does with an operand. kNone: it has none.
-enum class Strip { kNone, kStochastic, kRotatedStochastic, kRotatedNearest };
+// What a kernel does with an operand. kNone: it has none. 64: the Hadamard group, which is one of
+// the shorter ones elsewhere.
+enum class Strip {
+  kNone,
+  kStochastic,
+  kRotatedStochastic,
+  kRotatedNearest,
+  kRotated64Stochastic,
+  kRotated64Nearest
+};
 
-constexpr bool rotates(Strip s) {
-  return s == Strip::kRotatedStochastic || s == Strip::kRotatedNearest;
+constexpr bool rotates64(Strip s) {
+  return s == Strip::kRotated64Stochastic || s == Strip::kRotated64Nearest;
 }
+constexpr bool rotates(Strip s) {
+  return rotates64(s) || s == Strip::kRotatedStochastic || s == Strip::kRotatedNearest;
+}
+constexpr int passes(Strip s) { return StripTraits::kPasses / (rotates64(s) ? 2 : 1); }
 constexpr bool draws_bits(Strip s) {
-  return s == Strip::kStochastic || s == Strip::kRotatedStochastic;
+  return s == Strip::kStochastic || s == Strip::kRotatedStochastic ||
+         s == Strip::kRotated64Stochastic;
 }
 
 // ---- what is the same for all blocks of an operand ----
@@ -112,55 +125,27 @@ struct StripBlock {
   uint32_t scale;
 };
 
-// Draws of groups group .. group + 3, in lockstep; group is a multiple of 4.
-__device__ __forceinline__ void draw_block(const StripTables& t, uint64_t group, uint32_t stream,
-                                           Philox4 (&draws)[4]) {
+// The call of a block, which is a group of draws.
+__device__ __forceinline__ Philox4 draw_block(const StripTables& t, uint64_t group,
+                                              uint32_t stream) {
   ptx::compiler_fence();  // the keys wait in shared memory, so that no draw is made too early
-  const uint32_t low = static_cast<uint32_t>(group), high = static_cast<uint32_t>(group >> 32);
-#pragma unroll
-  for (int n = 0; n < 4; ++n) draws[n] = {{low + n, high, t.plan.offset, stream}};
+  Philox4 c = {
+      {static_cast<uint32_t>(group), static_cast<uint32_t>(group >> 32), t.plan.offset, stream}};
 #pragma unroll
   for (int i = 0; i < kPhiloxRounds / 2; ++i) {
     const uint4 key = t.keys[i];
-#pragma unroll
-    for (int n = 0; n < 4; ++n) draws[n] = philox_round(draws[n], key.x, key.y);
-#pragma unroll
-    for (int n = 0; n < 4; ++n) draws[n] = philox_round(draws[n], key.z, key.w);
+    c = philox_round(c, key.x, key.y);
+    c = philox_round(c, key.z, key.w);
   }
+  return c;
 }
 
-// v: a block, before a norm that moves the scale; max_bits: of its maximum; group: of its first
-// elements.
+// The codes of v over the scale of these float32 bits, prescaled and limited. group: of its draws.
 template <Strip kStrip>
-__device__ __forceinline__ StripBlock quantize_block(float (&v)[32], uint32_t max_bits,
-                                                     const QuantizeParams& p,
-                                                     const StripTables& tables, uint64_t group) {
-  const StripPlan& plan = tables.plan;
-  const bool ordinary = max_bits - OrdinaryTraits::kFirst < plan.ordinary;
-  uint32_t scale_bits, code;
-  float factor = 1.0f;
-  bool empty = false;
-  if (ordinary) {
-    code = e8m0_scale<E2M1>(max_bits - plan.norm_shift, plan.round_up);
-    scale_bits = (code << 23) + plan.norm_shift;
-  } else {  // by the steps of docs/numerics.md one after the other, to S = 1
-    if (rotates(kStrip))
-#pragma unroll
-      for (int i = 0; i < 32; ++i) v[i] *= plan.norm;
-    const uint32_t m = float_bits(bits_float(max_bits) * plan.norm);
-    empty = m == 0 || m >= kInfBits;
-    code = e8m0_scale<E2M1>(m, plan.round_up);
-    factor = e8m0_reciprocal(code);
-    scale_bits = float_bits(1.0f);
-    code = m >= kInfBits ? kE8M0Nan : code;
-  }
-  if (plan.prescaled)
-#pragma unroll
-    for (int i = 0; i < 32; ++i) v[i] *= p.prescale;
-  if (!ordinary)
-#pragma unroll
-    for (int i = 0; i < 32; ++i) v[i] = empty ? 0.0f : v[i] * factor;
-  if (!plan.fits) {
+__device__ __forceinline__ uint4 encode_block(float (&v)[32], uint32_t scale_bits,
+                                              const QuantizeParams& p, const StripTables& tables,
+                                              uint64_t group) {
+  if (!tables.plan.fits) {
     const float max = bits_float(E2M1::kMaxBits) * bits_float(scale_bits);
 #pragma unroll
     for (int i = 0; i < 32; ++i) v[i] = fminf(fmaxf(v[i], -max), max);
@@ -170,15 +155,49 @@ __device__ __forceinline__ StripBlock quantize_block(float (&v)[32], uint32_t ma
   for (int i = 0; i < 32; ++i) v[i] = ptx::opaque(v[i]);
   uint32_t w[4];
   if (draws_bits(kStrip)) {
-    Philox4 draws[4];
-    draw_block(tables, group, p.stream, draws);
+    const Philox4 words = draw_block(tables, group, p.stream);
 #pragma unroll
-    for (int n = 0; n < 4; ++n) w[n] = e2m1_stochastic8(v + 8 * n, scale_bits, draws[n]);
+    for (int n = 0; n < kQuarters; ++n)
+      w[n] = e2m1_stochastic8(v + 8 * n, scale_bits, quarter_words(words, n));
   } else {
 #pragma unroll
     for (int n = 0; n < 4; ++n) w[n] = e2m1_nearest8(v + 8 * n, scale_bits);
   }
-  return {make_uint4(w[0], w[1], w[2], w[3]), code};
+  return make_uint4(w[0], w[1], w[2], w[3]);
+}
+
+// By the steps of docs/numerics.md one after the other, to S = 1: where the maximum is no ordinary
+// number.
+template <Strip kStrip>
+__device__ __forceinline__ StripBlock quantize_odd_block(float (&v)[32], uint32_t max_bits,
+                                                         const QuantizeParams& p,
+                                                         const StripTables& tables,
+                                                         uint64_t group) {
+  const StripPlan& plan = tables.plan;
+  const uint32_t m = float_bits(bits_float(max_bits) * plan.norm);
+  const bool empty = m == 0 || m >= kInfBits;
+  const uint32_t code = e8m0_scale<E2M1>(m, plan.round_up);
+  const float factor = e8m0_reciprocal(code);
+#pragma unroll
+  for (int i = 0; i < 32; ++i) v[i] = empty ? 0.0f : v[i] * plan.norm * p.prescale * factor;
+  return {encode_block<kStrip>(v, float_bits(1.0f), p, tables, group),
+          m >= kInfBits ? kE8M0Nan : code};
+}
+
+// v: a block, before a norm that moves the scale; max_bits: of its maximum; group: of its draws.
+template <Strip kStrip>
+__device__ __forceinline__ StripBlock quantize_block(float (&v)[32], uint32_t max_bits,
+                                                     const QuantizeParams& p,
+                                                     const StripTables& tables, uint64_t group) {
+  const StripPlan& plan = tables.plan;
+  // A path of its own, or the compiler moves all of v where the paths meet.
+  if (__builtin_expect(max_bits - OrdinaryTraits::kFirst >= plan.ordinary, 0))
+    return quantize_odd_block<kStrip>(v, max_bits, p, tables, group);
+  const uint32_t code = e8m0_scale<E2M1>(max_bits - plan.norm_shift, plan.round_up);
+  if (plan.prescaled)
+#pragma unroll
+    for (int i = 0; i < 32; ++i) v[i] *= p.prescale;
+  return {encode_block<kStrip>(v, (code << 23) + plan.norm_shift, p, tables, group), code};
 }
 
 // Largest |v| bits of 32 elements; a NaN wins.
@@ -193,10 +212,10 @@ __device__ __forceinline__ uint32_t amax32(const float* v) {
   return float_bits(ptx::max_nan_f32(ptx::max_nan_f32(m[0], m[1]), ptx::max_nan_f32(m[2], m[3])));
 }
 
-// Sylvester order, strides 1 upward; signs are already in v. Neighbour lanes hold the halves of 64:
-// the even one keeps a + b, the odd one a - b.
-__device__ __forceinline__ void rotate_block(float (&v)[32], int group, float norm) {
-  const auto stage = [&](int stride) {
+// The butterflies of the first `last` strides, upward.
+__device__ __forceinline__ void butterflies(float (&v)[32], int last) {
+#pragma unroll
+  for (int stride = 1; stride <= last; stride *= 2)
 #pragma unroll
     for (int i = 0; i < 32; ++i)
       if (!(i & stride)) {
@@ -204,17 +223,29 @@ __device__ __forceinline__ void rotate_block(float (&v)[32], int group, float no
         v[i] = a + b;
         v[i + stride] = a - b;
       }
-  };
-  stage(1), stage(2), stage(4), stage(8);
-  if (group >= 32) stage(16);
-  if (group == 64) {
-    const float sign = threadIdx.x % 2 ? -1.0f : 1.0f;
+}
+
+// Sylvester order; signs are already in v.
+__device__ __forceinline__ void rotate_short(float (&v)[32], int group, float norm) {
+  butterflies(v, 8);
+  if (group == 16) return;
 #pragma unroll
-    for (int i = 0; i < 32; ++i) v[i] = __fmaf_rn(v[i], sign, __shfl_xor_sync(kAllLanes, v[i], 1));
+  for (int i = 0; i < 16; ++i) {
+    const float a = v[i], b = v[i + 16];
+    v[i] = (a + b) * norm;
+    v[i + 16] = (a - b) * norm;
   }
-  if (group == 32)
+}
+
+__device__ __forceinline__ void rotate64(float (&v)[2][32]) {
+  butterflies(v[0], 16);
+  butterflies(v[1], 16);
 #pragma unroll
-    for (int i = 0; i < 32; ++i) v[i] *= norm;
+  for (int i = 0; i < 32; ++i) {
+    const float a = v[0][i], b = v[1][i];
+    v[0][i] = a + b;
+    v[1][i] = a - b;
+  }
 }
 
 // Neighbour lanes write the 32 bytes of codes, and the two scales, of 64 elements of a row.
@@ -227,15 +258,45 @@ __device__ __forceinline__ void store_block(const QuantizeParams& p, const Strip
 }
 
 template <Strip kStrip>
-__device__ __forceinline__ void finish_block(float (&v)[32], uint32_t raw_max,
+__device__ __forceinline__ void finish_block(float (&v)[32], uint32_t max_bits,
                                              const QuantizeParams& p, const StripTables& tables,
                                              uint32_t row, uint32_t k) {
   if constexpr (rotates(kStrip)) {
-    rotate_block(v, p.hadamard, p.hadamard_norm);
-    raw_max = amax32(v);
+    rotate_short(v, p.hadamard, p.hadamard_norm);
+    max_bits = amax32(v);
   }
-  const uint64_t group = static_cast<uint64_t>(row) * (tables.plan.kp / 8) + k / 8;
-  store_block(p, tables.plan, row, k, quantize_block<kStrip>(v, raw_max, p, tables, group));
+  const uint64_t group = static_cast<uint64_t>(row) * (tables.plan.kp / 32) + k / 32;
+  store_block(p, tables.plan, row, k, quantize_block<kStrip>(v, max_bits, p, tables, group));
+}
+
+// Neighbour lanes hold the two blocks of neighbour rows. Afterwards the even lane has the first
+// block of both rows, the odd lane the second.
+__device__ __forceinline__ void exchange_blocks(StripBlock& first, StripBlock& second) {
+  const bool odd = threadIdx.x % 2;
+  const auto exchange = [&](uint32_t& a, uint32_t& b) {
+    const uint32_t got = __shfl_xor_sync(kAllLanes, odd ? a : b, 1);
+    a = odd ? got : a;
+    b = odd ? b : got;
+  };
+  exchange(first.codes.x, second.codes.x);
+  exchange(first.codes.y, second.codes.y);
+  exchange(first.codes.z, second.codes.z);
+  exchange(first.codes.w, second.codes.w);
+  exchange(first.scale, second.scale);
+}
+
+// The blocks at k and k + 32 of an even row in even lanes, of the next row in odd ones.
+template <Strip kStrip>
+__device__ __forceinline__ void finish64(float (&v)[2][32], const QuantizeParams& p,
+                                         const StripTables& tables, uint32_t row, uint32_t k) {
+  rotate64(v);
+  const uint64_t group = static_cast<uint64_t>(row) * (tables.plan.kp / 32) + k / 32;
+  StripBlock first = quantize_block<kStrip>(v[0], amax32(v[0]), p, tables, group);
+  StripBlock second = quantize_block<kStrip>(v[1], amax32(v[1]), p, tables, group + 1);
+  exchange_blocks(first, second);  // so that together they write 32 bytes of one row at a time
+  const uint32_t odd = threadIdx.x % 2;
+  store_block(p, tables.plan, row - odd, k + 32 * odd, first);
+  store_block(p, tables.plan, row - odd + 1, k + 32 * odd, second);
 }
 
 // ---- blocks from a tile in shared memory ----
@@ -257,19 +318,46 @@ __device__ __forceinline__ void fill_block(float (&v)[32], const StripTables& ta
   }
 }
 
-// Pass `pass` of the rows: lane 2 i + b takes block b of row 16 pass + i. (row, k): the operand's
-// at the tile's corner. after_read: called when the blocks are in registers.
+// A block of a row, whose first chunk lies at `from`.
+__device__ __forceinline__ void read_row_block(uint32_t from, uint32_t (&w)[16]) {
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    const uint4 raw = ptx::ld_shared_v4(from ^ (j * 16));
+    w[4 * j] = raw.x, w[4 * j + 1] = raw.y, w[4 * j + 2] = raw.z, w[4 * j + 3] = raw.w;
+  }
+}
+
+template <Strip kStrip>
+__device__ __forceinline__ void fill_from_row(float (&v)[32], const StripTables& tables, int b,
+                                              const uint32_t (&w)[16]) {
+  fill_block<kStrip>(v, tables, b, [&](int i, uint32_t sign) {
+    return i % 2 ? bits_float((w[i / 2] & 0xFFFF0000u) ^ sign) : widen_with_sign(w[i / 2], sign);
+  });
+}
+
+// Pass `pass` of the rows: lane 2 i + b takes block b of row 16 pass + i, or, for a group of 64,
+// lane i both blocks of row 32 pass + i. (row, k): the operand's at the tile's corner. after_read:
+// called when the blocks are in registers.
 template <Strip kStrip, class AfterRead>
 __device__ __forceinline__ void row_pass(const uint8_t* tile, int pass, const QuantizeParams& p,
                                          const StripTables& tables, uint32_t row, uint32_t k,
                                          AfterRead after_read) {
-  const int lane = threadIdx.x % 32, b = lane % 2, r = pass * StripTraits::kPassRows + lane / 2;
+  const int lane = threadIdx.x % 32;
   uint32_t w[16];
+  if constexpr (rotates64(kStrip)) {
+    const int r = pass * 32 + lane;
+    const uint32_t from = ptx::shared_address(tile + strip_offset(r, 0));
+    float v[2][32];
 #pragma unroll
-  for (int j = 0; j < 4; ++j) {
-    const uint4 raw = *reinterpret_cast<const uint4*>(tile + strip_offset(r, 4 * b + j));
-    w[4 * j] = raw.x, w[4 * j + 1] = raw.y, w[4 * j + 2] = raw.z, w[4 * j + 3] = raw.w;
+    for (int b = 0; b < 2; ++b) {
+      read_row_block(from ^ (b * 64), w);
+      fill_from_row<kStrip>(v[b], tables, b, w);
+    }
+    after_read();
+    return finish64<kStrip>(v, p, tables, row + r, k);
   }
+  const int b = lane % 2, r = pass * StripTraits::kPassRows + lane / 2;
+  read_row_block(ptx::shared_address(tile + strip_offset(r, 4 * b)), w);
   float v[32];
   uint32_t m = 0;
   if constexpr (!rotates(kStrip)) {
@@ -278,33 +366,45 @@ __device__ __forceinline__ void row_pass(const uint8_t* tile, int pass, const Qu
     for (int i = 2; i < 16; ++i) m2 = ptx::max_nan_abs_bf16x2(m2, w[i]);
     m = max(m2 << 16 & ~kSignBit, m2 & 0x7FFF0000u);
   }
-  fill_block<kStrip>(v, tables, b, [&](int i, uint32_t sign) {
-    return i % 2 ? bits_float((w[i / 2] & 0xFFFF0000u) ^ sign) : widen_with_sign(w[i / 2], sign);
-  });
+  fill_from_row<kStrip>(v, tables, b, w);
   after_read();
   finish_block<kStrip>(v, m, p, tables, row + r, k + 32 * b);
 }
 
-// Pass `pass` of the columns: lane 2 i + b takes rows 32 b and up of column 16 pass + i. (row, k):
-// the operand's at the tile's corner.
+// Block b of column c of a tile.
+template <Strip kStrip>
+__device__ __forceinline__ void fill_from_column(float (&v)[32], const StripTables& tables, int b,
+                                                 const uint8_t* tile, int c) {
+  const uint32_t from = ptx::shared_address(tile + strip_offset(32 * b, c / 8) + c % 8 * 2);
+  uint32_t half[32];
+#pragma unroll
+  for (int j = 0; j < 8; ++j)
+#pragma unroll
+    for (int i = 0; i < 32; i += 8)
+      half[i + j] = ptx::ld_shared_u16((from ^ (j * 16)) + (i + j) * StripTraits::kRowBytes);
+  fill_block<kStrip>(v, tables, b,
+                     [&](int i, uint32_t sign) { return widen_with_sign(half[i], sign); });
+}
+
+// Pass `pass` of the columns: lane 2 i + b takes rows 32 b and up of column 16 pass + i, or, for a
+// group of 64, lane i all of column 32 pass + i. (row, k): the operand's at the tile's corner.
 template <Strip kStrip, class AfterRead>
 __device__ __forceinline__ void column_pass(const uint8_t* tile, int pass, const QuantizeParams& p,
                                             const StripTables& tables, uint32_t row, uint32_t k,
                                             AfterRead after_read) {
-  const int lane = threadIdx.x % 32, b = lane % 2, c = pass * StripTraits::kPassRows + lane / 2;
-  uint32_t half[32];
-#pragma unroll
-  for (int j = 0; j < 8; ++j) {
-    const uint8_t* at = tile + strip_offset(32 * b + j, c / 8) + c % 8 * 2;
-#pragma unroll
-    for (int i = 0; i < 32; i += 8)
-      half[i + j] = *reinterpret_cast<const uint16_t*>(at + i * StripTraits::kRowBytes);
+  const int lane = threadIdx.x % 32;
+  if constexpr (rotates64(kStrip)) {
+    const int c = pass * 32 + lane;
+    float v[2][32];
+    fill_from_column<kStrip>(v[0], tables, 0, tile, c);
+    fill_from_column<kStrip>(v[1], tables, 1, tile, c);
+    after_read();
+    return finish64<kStrip>(v, p, tables, row + c, k);
   }
+  const int b = lane % 2, c = pass * StripTraits::kPassRows + lane / 2;
   float v[32];
-  uint32_t m = 0;
-  fill_block<kStrip>(v, tables, b,
-                     [&](int i, uint32_t sign) { return widen_with_sign(half[i], sign); });
-  if constexpr (!rotates(kStrip)) m = amax32(v);
+  fill_from_column<kStrip>(v, tables, b, tile, c);
+  const uint32_t m = rotates(kStrip) ? 0 : amax32(v);
   after_read();
   finish_block<kStrip>(v, m, p, tables, row + c, k + 32 * b);
 }

@@ -3,15 +3,20 @@
 // and the stream layout:
 //   key = (low, high word of seed); counter = (low, high word of the group's index, low word of
 //   offset, stream)
-// A group is 8 consecutive elements of the operand; element j takes half j % 2 (low first) of
-// output word j / 2.
+// A group is 32 consecutive elements of an operand's row; rows start new groups. Its four output
+// words w serve its four quarters of 8: quarter s takes the words w[t] ^ c[s],
+//   c[0] = 0, c[1] = rot16(w[0] ^ w[1]), c[2] = rot16(w[2] ^ w[3]), c[3] = c[1] ^ c[2]
+// (rot16 exchanges a word's halves), and its element j half j % 2 (low first) of word j / 2. Each
+// of the 32 draws is the XOR of an odd number of the 8 halves, and no two are of the same ones:
+// so any three draws of a group are uniform and independent (docs/numerics.md).
 #pragma once
 
 #include "formats/host_device.h"
 
 namespace mxtrain {
 
-constexpr int kDrawGroup = 8;  // elements per Philox call
+constexpr int kDrawGroup = 32;   // elements of a Philox call
+constexpr int kDrawQuarter = 8;  // elements of its four words, taken once
 constexpr int kPhiloxRounds = 10;
 constexpr uint32_t kRowStream = 0, kTransposedStream = 1;
 
@@ -50,8 +55,30 @@ MXT_HD Philox4 philox_group(const PhiloxKey& key, uint64_t group) {
                     static_cast<uint32_t>(key.seed >> 32));
 }
 
-MXT_HD uint32_t draw16(const Philox4& words, int j) {
-  return (words.w[j / 2] >> (16 * (j % 2))) & 0xFFFFu;
+MXT_HD uint32_t swap_halves(uint32_t w) { return (w << 16) | (w >> 16); }
+
+// The words of quarter s of a group whose call gave `words`.
+MXT_HD Philox4 quarter_words(const Philox4& words, int s) {
+  const uint32_t* w = words.w;
+  const uint32_t low = s & 1 ? swap_halves(w[0] ^ w[1]) : 0u,
+                 high = s & 2 ? swap_halves(w[2] ^ w[3]) : 0u;
+  return {{w[0] ^ low ^ high, w[1] ^ low ^ high, w[2] ^ low ^ high, w[3] ^ low ^ high}};
+}
+
+// Quarters are numbered across groups: quarter q is quarter q % 4 of group q / 4.
+constexpr int kQuarters = kDrawGroup / kDrawQuarter;
+
+// Of a row of kp elements.
+MXT_HD int64_t draw_groups_of_row(int64_t kp) { return (kp + kDrawGroup - 1) / kDrawGroup; }
+
+MXT_HD Philox4 philox_quarter(const PhiloxKey& key, uint64_t quarter) {
+  return quarter_words(philox_group(key, quarter / kQuarters),
+                       static_cast<int>(quarter % kQuarters));
+}
+
+// Draw j of a quarter's words.
+MXT_HD uint32_t draw16(const Philox4& quarter, int j) {
+  return (quarter.w[j / 2] >> (16 * (j % 2))) & 0xFFFFu;
 }
 
 }  // namespace mxtrain

@@ -29,7 +29,7 @@ from .gemm import FOLD_BIAS, fold, gemm, gemm_float64, gemm_magnitude
 from .int8 import int8_dequantize, int8_gemm, int8_quantize, int8_quantize_fallback
 from .layout import swizzle, unswizzle
 from .optimizer import adamw, factors, fma, lerp, ramped_adamw
-from .philox import draws, philox4x32_10
+from .philox import draws, draws_of_words, philox4x32_10
 from .quantize import (
     column_sum,
     dequantize,
@@ -59,6 +59,7 @@ __all__ = [
     "decode_e8m0",
     "dequantize",
     "draws",
+    "draws_of_words",
     "encode",
     "factors",
     "fma",

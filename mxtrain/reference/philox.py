@@ -10,6 +10,7 @@ from .errors import refusal
 MASK = 0xFFFFFFFF
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
+GROUP = 32  # elements of a call
 
 
 def _mul32(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -31,23 +32,30 @@ def philox4x32_10(counter: list[Tensor], key: list[Tensor]) -> list[Tensor]:
     return [c0, c1, c2, c3]
 
 
+def draws_of_words(words: list[Tensor]) -> Tensor:
+    """The 32 draws, along a new last axis, that a group takes from the four words of its call.
+
+    Quarter s, elements 8 s to 8 s + 7, takes the words w[t] ^ c[s], low halves first.
+    """
+    c1, c2 = (((w << 16) | (w >> 16)) & MASK for w in (words[0] ^ words[1], words[2] ^ words[3]))
+    quarters = [w ^ c for c in (torch.zeros_like(c1), c1, c2, c1 ^ c2) for w in words]
+    return torch.stack([h for word in quarters for h in (word & 0xFFFF, word >> 16)], dim=-1)
+
+
 def draws(rng: Tensor, rows: int, cols: int, stream: int) -> Tensor:
     """The 16-bit draws, int64 [rows, cols], of an operand with ``cols`` padded columns.
 
-    ``rng`` is int64 [2]: (seed, offset). ``cols`` must be a multiple of 8. ``stream`` is 0 for the
-    row operand and 1 for the transposed one. Group g = (r * cols + k) // 8 has the counter (low
-    word of g, high word of g, low word of offset, stream) and the key (low, high word of seed); its
-    element j takes half j % 2 (low half first) of word j // 2.
+    ``rng`` is int64 [2]: (seed, offset). ``stream`` is 0 for the row operand and 1 for the
+    transposed one. Element (r, k) is of group g = r * ceil(cols / 32) + k // 32, which has the
+    counter (low word of g, high word of g, low word of offset, stream) and the key (low, high word
+    of seed).
     """
     if rng.dtype != torch.int64 or rng.shape != (2,):
         got, advice = f"{rng.dtype} {list(rng.shape)}", "See mxtrain.draw_rng."
         raise ValueError(refusal("draws", "rng", "be int64 [2]", got, "seed, offset", advice))
-    if cols % 8:
-        context, advice = f"{rows} rows", "Pad to whole groups of 8."
-        raise ValueError(refusal("draws", "cols", "be a multiple of 8", cols, context, advice))
     seed, offset = rng[0], rng[1]
-    g = torch.arange(rows * cols // 8, dtype=torch.int64, device=rng.device)
+    groups = -(-cols // GROUP)
+    g = torch.arange(rows * groups, dtype=torch.int64, device=rng.device)
     counter = [g & MASK, (g >> 32) & MASK, offset & MASK, torch.full_like(offset, stream)]
     words = philox4x32_10(counter, [seed & MASK, (seed >> 32) & MASK])
-    halves = [h for word in words for h in (word & 0xFFFF, word >> 16)]
-    return torch.stack(halves, dim=-1).reshape(rows, cols)
+    return draws_of_words(words).reshape(rows, groups * GROUP)[:, :cols].contiguous()

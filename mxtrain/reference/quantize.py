@@ -367,7 +367,7 @@ def stochastic_round(x: Tensor, dtype: torch.dtype, rng: Tensor) -> Tensor:
         raise ValueError(refusal("stochastic_round", "dtype", condition, dtype, context, advice))
     element, inf, nan, bits = table[dtype]
     flat = x.reshape(-1)
-    noise = draws(rng.to(x.device), 1, -(-flat.numel() // 8) * 8, 0)[0, : flat.numel()]
+    noise = draws(rng.to(x.device), 1, flat.numel(), 0)[0]
     code = encode(
         torch.where(torch.isnan(flat), torch.zeros_like(flat), flat), element, "stochastic", noise
     )

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from linear_common import relative, run, tensors
+from linear_common import draws, relative, run, tensors
 from torch import nn
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 from torch.optim import SGD
 from torch.utils.checkpoint import checkpoint
 
 from mxtrain.linear import MXLinear
+from mxtrain.recipe import RECIPES
 
 pytestmark = pytest.mark.ops("quantize", "quantize_dual", "requantize", "dequantize", "gemm")
 
@@ -26,6 +27,25 @@ def test_compiled_equals_eager(device, name):
     with torch._inductor.config.patch(fallback_random=True):
         got = run(lambda x, w, b: compiled(x), x, layer.weight, layer.bias, dy)
     assert all(torch.equal(a, e) for a, e in zip(got, eager, strict=True))
+
+
+@pytest.mark.parametrize("name", [n for n in RECIPES if draws(RECIPES[n])])
+def test_compiled_under_autocast_equals_eager(device, name):
+    """There the partition is another, and backward must still see the signs of forward."""
+    torch._dynamo.reset()
+    x, _, _, dy = tensors(128, device=device)
+    layer = MXLinear(128, 128, device=device, recipe=name)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+
+    def amp(f):
+        with torch.autocast(device, dtype=torch.bfloat16):
+            return f(x)
+
+    if RECIPES[name].fprop_x.fallback:
+        layer(x)  # the first call finds the threshold
+    results = [run(lambda *_, f=f: amp(f), x, layer.weight, layer.bias, dy.bfloat16())
+               for f in (layer, compiled)]  # fmt: skip
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_a_compiled_layer_draws_anew_and_the_seed_decides(device):

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.ops("quantize", "quantize_dual", "requantize", "dequant
 
 
 def ema_layer(device="cpu", beta=0.9, warmup=2, features=64, **kwargs) -> MXLinear:
-    recipe = RECIPES["tetrajet_ema"].replace(ema_beta=beta, ema_warmup=warmup)
+    recipe = RECIPES["tetrajet_ema"].replace(ema_beta=beta, ema_warmup=warmup, ema_fraction=None)
     return MXLinear(features, features, device=device, recipe=recipe, **kwargs)
 
 
@@ -78,6 +78,43 @@ def test_first_update_copies_and_later_ones_are_exact(device):
         expected = w.clone() if expected is None else expected.lerp_(w, 1 - 0.998)
         assert torch.equal(layer.weight_ema, expected)
     assert not torch.equal(layer.weight_ema, layer.weight)
+
+
+def test_the_memory_grows_with_the_steps(device):
+    """Update n + 1 goes max(1 - beta, 1 / (1 + fraction n)) of the way, by hook and by AdamW."""
+    recipe = RECIPES["tetrajet_ema"].replace(ema_beta=0.9, ema_fraction=0.25, ema_warmup=3)
+    for kind in (SGD, mxtrain.optim.AdamW):
+        layer = MXLinear(64, 64, device=device, recipe=recipe)
+        optimizer = kind(layer.parameters(), lr=0.1)
+        expected, amounts = None, []
+        for n in range(50):
+            step(layer, optimizer, seed=n)
+            w = layer.weight.detach()
+            amounts.append(max(1 - 0.9, 1 / (1 + 0.25 * n)))
+            expected = w.clone() if n == 0 else torch.lerp(expected, w, amounts[-1])
+            assert torch.equal(layer.weight_ema, expected)
+        assert amounts[:2] == [1.0, 0.8] and amounts[37:] == [1 - 0.9] * 13
+
+
+def test_a_mean_of_all_steps_has_the_fraction_1():
+    recipe = RECIPES["tetrajet_ema"].replace(ema_beta=0.999999, ema_fraction=1.0)
+    layer = MXLinear(32, 32, recipe=recipe)
+    optimizer, weights = SGD(layer.parameters(), lr=0.1), []
+    for n in range(20):
+        step(layer, optimizer, seed=n)
+        weights.append(layer.weight.detach().clone())
+    torch.testing.assert_close(layer.weight_ema, torch.stack(weights).mean(0), rtol=0, atol=1e-6)
+
+
+def test_an_average_that_the_recipe_has_not_is_refused():
+    plain, averaged = MXLinear(32, 32, recipe="tetrajet"), ema_layer(features=32)
+    before = averaged.weight_ema.clone()
+    with pytest.raises(ValueError, match=r"layers must have an average, got none .*'tetrajet'"):
+        update_weight_ema([averaged, plain])
+    assert averaged._ema_updates == 0 and torch.equal(averaged.weight_ema, before)
+    x, w = torch.randn(4, 32), plain.weight.detach()
+    with pytest.raises(ValueError, match=r"weight_ema must be None in a recipe without ema_beta"):
+        linear(x, w, None, "tetrajet", w.clone())
 
 
 def test_bf16_weights_are_averaged_in_float32(device):
@@ -148,8 +185,8 @@ def test_a_shared_weight_updates_both_layers():
 
 
 def test_manual_update_for_optimizers_that_hold_a_copy():
-    layer, plain = ema_layer(), MXLinear(64, 64)
-    update_weight_ema([layer, plain])
+    layer = ema_layer()
+    update_weight_ema([layer])
     with torch.no_grad():
         layer.weight.add_(1)
     expected = layer.weight_ema.lerp(layer.weight.detach(), 1 - 0.9)

@@ -10,6 +10,7 @@ from common import assert_same_bytes, refuses
 from optim_common import NUMBERS, OPS, OPTIONS, assert_same_state, gaussian, model, snapshot
 from torch import nn
 
+import mxtrain
 from mxtrain import reference
 from mxtrain.optim import AdamW, QRamping
 from mxtrain.weight_cache import _Steps
@@ -26,7 +27,11 @@ def _forget_captures(monkeypatch):
     monkeypatch.setattr(_Steps, "captured", False)
 
 
-def ready(recipe="tetrajet_ema", steps=12, ramping=False):
+# An average of constant memory: replays repeat how far its update goes.
+EMA = mxtrain.get_recipe("tetrajet_ema").replace(ema_fraction=None)
+
+
+def ready(recipe=EMA, steps=12, ramping=False):
     """A model on the GPU and its optimizer after some steps on given gradients."""
     net = model(recipe, "cuda")
     lr = torch.tensor(1e-2, dtype=torch.float64, device="cuda")
@@ -47,7 +52,7 @@ def ready(recipe="tetrajet_ema", steps=12, ramping=False):
 @pytest.mark.parametrize("ramping", [False, True], ids=["adamw", "qramping"])
 def test_replays_are_steps(ramping):
     """The step count, the learning rate and the gradients are read on the device."""
-    recipe = "tetrajet" if ramping else "tetrajet_ema"
+    recipe = "tetrajet" if ramping else EMA
     (net, optimizer, lr), (twin, other, other_lr) = (ready(recipe, ramping=ramping),
                                                      ready(recipe, ramping=ramping))  # fmt: skip
     graph = torch.cuda.CUDAGraph()
@@ -71,7 +76,7 @@ def test_replays_are_steps(ramping):
 
 @pytest.mark.parametrize("ramping", [False, True], ids=["adamw", "qramping"])
 def test_a_step_does_not_wait_for_the_device(ramping):
-    _, optimizer, _ = ready("tetrajet" if ramping else "tetrajet_ema", ramping=ramping)
+    _, optimizer, _ = ready("tetrajet" if ramping else EMA, ramping=ramping)
     torch.cuda.set_sync_debug_mode("error")
     try:
         optimizer.step()

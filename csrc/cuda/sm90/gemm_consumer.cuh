@@ -73,10 +73,14 @@ struct Walk {
 
 // ---- the consumers ----
 
-// This warp has read the stage: one arrival at the `empty` barrier of each block of the cluster.
+// This warp has read the stage: an arrival at the `empty` barrier of each block of the cluster.
 template <class T>
 __device__ __forceinline__ void release(uint32_t empty, int lane) {
-  if (lane < T::kCluster) ptx::mbarrier_arrive_cluster(empty, lane);
+  if constexpr (kWarpArrivals == 1) {
+    if (lane < T::kCluster) ptx::mbarrier_arrive_cluster(empty, lane);
+  } else {
+    for (int rank = 0; rank < T::kCluster; ++rank) ptx::mbarrier_arrive_cluster(empty, rank);
+  }
 }
 
 // What a warpgroup multiplies: its 64 rows of A and the columns of B of a stage, as addresses in

@@ -12,12 +12,15 @@
 //
 // The integer sums of a stage are exact. They are converted and added in float32 while the other
 // warpgroup has the tensor cores: acc = fma(scale, sum, acc), K ascending, a residual after its
-// block. (Starting sums at the bits of a float, as cuda/int8_gemm.cu does, would take a move for
-// each: wgmma adds to the registers that it is given. A conversion takes no more.)
+// block. That takes about as long as the other's products, so the warpgroups take turns: left to
+// themselves they multiply together and convert together, and the tensor cores wait half the time.
+// (Starting sums at the bits of a float, as cuda/int8_gemm.cu does, would take a move for each:
+// wgmma adds to the registers that it is given. A conversion takes no more.)
 #include "cuda/sm90/gemm_consumer.cuh"
 #include "cuda/sm90/gemm_int8.h"
 #include "cuda/sm90/gemm_launch.h"
 #include "formats/int8.h"
+#include "ptx/barrier.cuh"
 
 namespace mxtrain::cuda::sm90 {
 
@@ -170,6 +173,23 @@ __device__ __forceinline__ void promote(float (&d)[64], const int32_t (&sum)[64]
   for (int i = 0; i < 64; ++i) d[i] = int8_promote(d[i], scale, static_cast<float>(sum[i]));
 }
 
+// Whose products come next: each warpgroup starts one part's, then lets the other start.
+struct Turns {
+  static constexpr int kBarriers = 1, kThreads = 256;  // barrier 1 + g: warpgroup g may start
+  int group;
+
+  __device__ __forceinline__ explicit Turns(int group) : group(group) {
+    if (group == 1) pass();  // warpgroup 0 begins
+  }
+  __device__ __forceinline__ void wait() const { ptx::barrier_sync(kBarriers + group, kThreads); }
+  __device__ __forceinline__ void pass() const {
+    ptx::barrier_arrive(kBarriers + 1 - group, kThreads);
+  }
+  __device__ __forceinline__ void end() const {
+    if (group == 0) wait();  // for the last pass of warpgroup 1
+  }
+};
+
 template <class T>
 struct ResidualRing {
   uint32_t shared, parity = 0;
@@ -178,7 +198,7 @@ struct ResidualRing {
     ptx::mbarrier_wait(shared + T::kOffsetResidualFull, parity);
   }
   __device__ __forceinline__ void release(int lane) {
-    if (lane == 0) ptx::mbarrier_arrive(shared + T::kOffsetResidualEmpty);
+    if (lane < kWarpArrivals) ptx::mbarrier_arrive(shared + T::kOffsetResidualEmpty);
     parity ^= 1;
   }
 };
@@ -187,7 +207,8 @@ struct ResidualRing {
 template <class T>
 __device__ __forceinline__ void add_residuals(float (&d)[T::kParts][64], const StageFacts& facts,
                                               const Int8Factors<T>& factors, int stage,
-                                              ResidualRing<T>& residual, int lane) {
+                                              ResidualRing<T>& residual, const Turns& turns,
+                                              int lane) {
   const bool of_a = facts.fallen & 1;
   if (of_a) residual.wait();
 #pragma unroll
@@ -196,8 +217,10 @@ __device__ __forceinline__ void add_residuals(float (&d)[T::kParts][64], const S
     if (!of_a && !of_b) continue;
     if (of_b) residual.wait();
     int32_t sum[64];
+    turns.wait();
     start_products<T>(sum, of_a ? factors.residual_of_a() : factors.stage_a(stage),
                       of_a ? factors.stage_b(stage, part) : factors.residual_of_b());
+    turns.pass();
     ptx::wgmma_wait_group<0>(sum);
     if (of_b || part == T::kParts - 1) residual.release(lane);
     promote(d[part], sum, facts.second[part]);
@@ -209,7 +232,8 @@ __device__ __forceinline__ void add_residuals(float (&d)[T::kParts][64], const S
 template <class T>
 __device__ __forceinline__ void multiply(float (&d)[T::kParts][64], RingPosition<T>& ring,
                                          const Int8Factors<T>& factors, uint8_t* memory,
-                                         ResidualRing<T>& residual, int k_blocks, int lane) {
+                                         ResidualRing<T>& residual, const Turns& turns,
+                                         int k_blocks, int lane) {
   ptx::mbarrier_wait(ring.full(), ring.parity);
   for (int block = 0; block < k_blocks; ++block) {
     const int stage = ring.stage;
@@ -221,7 +245,9 @@ __device__ __forceinline__ void multiply(float (&d)[T::kParts][64], RingPosition
       const float scale = shared_facts.main[part];
       const bool last = part == T::kParts - 1 && fallen == 0;
       int32_t sum[64];
+      turns.wait();
       start_products<T>(sum, factors.stage_a(stage), factors.stage_b(stage, part));
+      turns.pass();
       if (last) {
         ring.advance();
         if (block + 1 < k_blocks) ptx::mbarrier_wait(ring.full(), ring.parity);
@@ -235,7 +261,7 @@ __device__ __forceinline__ void multiply(float (&d)[T::kParts][64], RingPosition
     }
     if (fallen == 0) continue;
     const StageFacts facts = shared_facts;
-    add_residuals<T>(d, facts, factors, stage, residual, lane);
+    add_residuals<T>(d, facts, factors, stage, residual, turns, lane);
     __syncwarp();
     release<T>(empty, lane);
     ring.advance();
@@ -253,6 +279,7 @@ __device__ __forceinline__ void consume(const CUtensorMap& map_out, const Int8Ke
   const Int8Factors<T> factors(shared, group);
   RingPosition<T> ring(shared);
   ResidualRing<T> residual = {shared};
+  const Turns turns(group);
   for (int tile = blockIdx.x / T::kCluster; tile < args.order.count();
        tile += gridDim.x / T::kCluster) {
     int m, n;
@@ -260,7 +287,7 @@ __device__ __forceinline__ void consume(const CUtensorMap& map_out, const Int8Ke
     m = (m * T::kCluster + rank) * T::kTileM + warp * 16;  // the warp's 16 rows
     n *= T::kTileN;
     float d[T::kParts][64] = {};
-    multiply<T>(d, ring, factors, memory, residual, args.k_blocks, lane);
+    multiply<T>(d, ring, factors, memory, residual, turns, args.k_blocks, lane);
 #pragma unroll
     for (int i = 0; i < 2 * T::kParts; ++i, n += 64) {
       if (n >= p.n) break;
@@ -278,6 +305,7 @@ __device__ __forceinline__ void consume(const CUtensorMap& map_out, const Int8Ke
                               lane);
     }
   }
+  turns.end();
   if (lane == 0) ptx::cp_async_bulk_wait_group_read<0>();
   __syncwarp();
 }
@@ -297,7 +325,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
   if (threadIdx.x == 0) {
     init_ring<T>(shared, 1);
     ptx::mbarrier_init(shared + T::kOffsetResidualFull, 1);
-    ptx::mbarrier_init(shared + T::kOffsetResidualEmpty, T::kWarps);
+    ptx::mbarrier_init(shared + T::kOffsetResidualEmpty, T::kWarps * kWarpArrivals);
     ptx::fence_mbarrier_init();
     ptx::prefetch_tensormap(&map_a);
     ptx::prefetch_tensormap(&map_b);

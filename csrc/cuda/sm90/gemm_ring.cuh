@@ -12,13 +12,23 @@
 
 namespace mxtrain::cuda::sm90 {
 
-// One thread makes the barriers: a stage is full after `fills` arrivals, and empty after one of
+// Arrivals of a warp that has read something: one lane's, after all lanes have come together. The
+// race checker of compute-sanitizer orders only the lanes that arrive themselves; for it, build
+// with CUDAFLAGS=-DMXT_EVERY_LANE_ARRIVES.
+#ifdef MXT_EVERY_LANE_ARRIVES
+constexpr int kWarpArrivals = 32;
+#else
+constexpr int kWarpArrivals = 1;
+#endif
+
+// One thread makes the barriers: a stage is full after `fills` arrivals, and empty after those of
 // every consumer warp of the cluster.
 template <class T>
 __device__ __forceinline__ void init_ring(uint32_t shared, int fills) {
   for (int stage = 0; stage < T::kStages; ++stage) {
     ptx::mbarrier_init(shared + T::kOffsetFull + stage * 8, fills);
-    ptx::mbarrier_init(shared + T::kOffsetEmpty + stage * 8, T::kWarps * T::kCluster);
+    ptx::mbarrier_init(shared + T::kOffsetEmpty + stage * 8,
+                       T::kWarps * T::kCluster * kWarpArrivals);
   }
 }
 

@@ -1,0 +1,191 @@
+"""The results of the study: their file, the table and the figures."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from harness import mean_and_spread
+from matplotlib.figure import Figure
+from study_rows import ROWS
+
+Fields = dict[str, Any]
+HEADINGS = (
+    "row", "seeds", "validation loss", "metric", "gap to BF16", "units/s", "x BF16", "peak GiB",
+    "R > 16, middle", "R > 16, end",
+)  # fmt: skip
+
+# ---- the file ----
+
+
+def read_results(paths: Sequence[str]) -> list[Fields]:
+    """The records of these files, each run once; files that do not exist hold none."""
+    records: dict[str, Fields] = {}
+    for path in paths:
+        if os.path.exists(path):
+            with open(path) as file:
+                for record in json.load(file)["records"]:
+                    records.setdefault(record["run"], record)
+    return list(records.values())
+
+
+def write_results(path: str, records: list[Fields]) -> None:
+    """Whole or not at all: whenever this stops, the file holds every run that was in it before."""
+    temporary = f"{path}.tmp"
+    with open(temporary, "w") as file:
+        file.write('{"records": [\n')
+        file.write(",\n".join(json.dumps(rounded(record)) for record in records))
+        file.write("\n]}\n")
+    os.replace(temporary, path)
+
+
+def rounded(value: Any) -> Any:
+    """Floats to seven digits: more say nothing, and make the file twice as long."""
+    if isinstance(value, float):
+        return float(f"{value:.7g}")
+    if isinstance(value, dict):
+        return {key: rounded(v) for key, v in value.items()}
+    return [rounded(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+# ---- what is said of a row ----
+
+
+def row_of(record: Fields) -> str:
+    return record["run"].rpartition("@")[0]
+
+
+def groups_of(records: list[Fields]) -> dict[tuple[str, str], dict[str, list[Fields]]]:
+    """(task, group) -> row -> its records by seed, in the order of ROWS."""
+    groups: dict[tuple[str, str], dict[str, list[Fields]]] = {}
+    for name, row in ROWS.items():
+        mine = sorted((r for r in records if row_of(r) == name), key=lambda r: r["seed"])
+        if mine:
+            groups.setdefault((row.task, row.group), {})[name] = mine
+    return groups
+
+
+def loss_gap(record: Fields, baseline: dict[int, Fields], row: int = -1) -> float | None:
+    """Validation loss above that of BF16 from the same seed, in percent, in a row of the curve."""
+    other = baseline.get(record["seed"])
+    if other is None or other is record or not finished(record) or not finished(other):
+        return None
+    return 100 * (record["rows"][row][2] / other["rows"][row][2] - 1)
+
+
+def finished(record: Fields) -> bool:
+    return record["diverged"] is None and bool(record["rows"])
+
+
+def speed(records: list[Fields]) -> float | None:
+    """Units a second of the compiled runs that had their GPU for themselves."""
+    rates = [r["units_per_second"] for r in records if r["alone"] and r["units_per_second"] > 0]
+    return statistics.fmean(rates) if rates else None
+
+
+def spread(values: Sequence[float | None], style: str) -> str:
+    known = [v for v in values if v is not None]
+    return mean_and_spread(known, style) if known else "-"
+
+
+def line(name: str, records: list[Fields], bf16: list[Fields]) -> tuple[str, ...]:
+    baseline = {r["seed"]: r for r in bf16}
+    good = [r for r in records if finished(r)]
+    diverged = len(records) - len(good)
+    accuracy = "%" in records[0]["metric"]
+    losses = spread([r["rows"][-1][2] for r in good], ".4f")
+    if diverged:
+        losses += f" ({diverged} diverged)"
+    if accuracy:
+        gaps = [
+            r["rows"][-1][3] - baseline[r["seed"]]["rows"][-1][3]
+            for r in good
+            if r["seed"] in baseline and baseline[r["seed"]] is not r
+        ]
+        gap = f"{spread(gaps, '+.2f')} points" if gaps else "-"
+    else:
+        gaps = [loss_gap(r, baseline) for r in good]
+        gap = spread(gaps, "+.2f") + (" %" if any(g is not None for g in gaps) else "")
+    rate, base = speed(records), speed(bf16)
+    peak = [r["peak_bytes"] / 2**30 for r in good if r["peak_bytes"]]
+    watched = [
+        [100 * r["oscillation"][when]["oscillating"] for r in good if when in r["oscillation"]]
+        for when in ("middle", "end")
+    ]
+    return (
+        name.split("/")[1],
+        " ".join(str(r["seed"]) for r in records),
+        losses,
+        spread([r["rows"][-1][3] for r in good], ".2f" if accuracy else ".4f"),
+        gap,
+        "-" if rate is None else f"{rate:,.0f}",
+        f"{rate / base:.2f}" if rate and base else "-",
+        f"{statistics.fmean(peak):.2f}" if peak else "-",
+        *(f"{spread(values, '.3f')} %" if values else "-" for values in watched),
+    )
+
+
+def table(rows: dict[str, list[Fields]], bf16: list[Fields]) -> str:
+    """A markdown table; columns in which no row has anything are left out."""
+    first = next(iter(rows.values()))[0]
+    headings = list(HEADINGS)
+    headings[3], headings[5] = first["metric"], f"{first['unit']}/s"
+    lines = [line(name, records, bf16) for name, records in rows.items()]
+    kept = [i for i in range(len(headings)) if any(text[i] != "-" for text in lines)]
+    shown = [headings, ["---"] * len(headings), *lines]
+    return "\n".join("| " + " | ".join(row[i] for i in kept) + " |" for row in shown)
+
+
+def heading(task: str, group: str, rows: dict[str, list[Fields]]) -> str:
+    record = next(iter(rows.values()))[0]
+    size, units = record["parameters"] / 1e6, record["units"] / 1e6
+    what = f"{size:.1f} million parameters, {record['steps']} steps, {units:.1f} million"
+    where = f"{record['device']}, torch {record['torch']}"
+    return f"## {task}, {group}\n\n{what} {record['unit']}; {where}"
+
+
+def write_report(records: list[Fields], folder: str, figures: bool = False) -> str:
+    """table.md, and with `figures` TASK-GROUP.png. Returns the text of the table."""
+    parts = []
+    for (task, group), rows in groups_of(records).items():
+        bf16 = [r for r in records if row_of(r) == f"{task}/bf16"]
+        parts.append(f"{heading(task, group, rows)}\n\n{table(rows, bf16)}")
+        if figures:
+            everything = {f"{task}/bf16": bf16, **rows} if bf16 else rows
+            write_figure(everything, os.path.join(folder, f"{task}-{group}.png"))
+    text = "\n\n".join(parts) + "\n"
+    with open(os.path.join(folder, "table.md"), "w") as file:
+        file.write(text)
+    return text
+
+
+# ---- the figures ----
+
+
+def write_figure(rows: dict[str, list[Fields]], path: str) -> None:
+    """Validation loss, and its gap to BF16 from the same seed: a colour a row, the seeds' mean."""
+    figure = Figure(figsize=(13, 5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    baseline = {r["seed"]: r for r in next(iter(rows.values()))}
+    for i, (name, records) in enumerate(rows.items()):
+        good = [r for r in records if finished(r)]
+        if not good:
+            continue
+        colour = ("C" + str(i % 10), ("-", "--", ":")[i // 10 % 3])
+        steps = [row[0] for row in good[0]["rows"]]
+        means = [statistics.fmean(r["rows"][j][2] for r in good) for j in range(len(steps))]
+        left.plot(steps, means, colour[1], color=colour[0], label=name.split("/")[1])
+        gaps = []
+        for j in range(len(steps)):
+            known = [g for r in good if (g := loss_gap(r, baseline, j)) is not None]
+            gaps.append(statistics.fmean(known) if known else None)
+        if all(gap is not None for gap in gaps):
+            right.plot(steps, gaps, colour[1], color=colour[0])
+    left.set(xlabel="step", ylabel="validation loss", yscale="log")
+    right.set(xlabel="step", ylabel="validation loss above BF16, %", yscale="symlog")
+    right.axhline(0, color="black", linewidth=0.5)
+    left.legend(fontsize="small")
+    figure.savefig(path, dpi=110)

@@ -1,0 +1,212 @@
+"""The rows of the results table, as data: which recipe, optimizer and schedule, on which task.
+
+A row is trained from several seeds; `ROWS` holds all by name and `PLANS` says which runs belong
+together, the most wanted first. A new row is one more entry, or a `Row` that another module adds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from mxtrain import Mix, Quantizer, Recipe, get_mix
+from mxtrain.recipe import RECIPES
+
+# Options of the tasks, as their scripts take them. The GPT has 25.4 million parameters; 1224 steps
+# of 128 windows of 512 bytes are 80.2 million.
+GPT = (
+    "--text packages --megabytes 200 --windows 1024 --context 512 --batch 128 --steps 1224 "
+    "--eval-every 102 --dim 512 --depth 8 --heads 8 --lr 1e-3 --compile"
+)
+DIGITS = "--augment deit --steps 600 --eval-every 60"
+MNIST = (
+    "--data mnist5k --augment deit --batch 128 --steps 1000 --eval-every 100 --dim 128 --depth 6 "
+    "--heads 4 --lr 1e-3"
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table.
+
+    Attributes:
+        name: "task/row".
+        recipe: what convert takes.
+        script: the module of examples/ with the task, and its class.
+        options: of the script, as on its command line.
+        optimizer: "adamw", or "qramping", calibrated at the start of each quarter of the run.
+        tail: the last share of the steps, which runs in BF16 (mxtrain.TargetPrecision).
+        watch: whether the oscillation of weights is measured, in the middle and at the end.
+        group: the table of the task that it is in.
+    """
+
+    name: str
+    recipe: str | Recipe | Mix
+    script: tuple[str, str] = ("train_gpt", "PythonSource")
+    options: str = GPT
+    optimizer: str = "adamw"
+    tail: float = 0.0
+    watch: bool = False
+    group: str = "main"
+
+    @property
+    def task(self) -> str:
+        return self.name.split("/")[0]
+
+    @property
+    def baseline(self) -> str:
+        """The row that its gap is measured to."""
+        return f"{self.task}/bf16"
+
+
+ROWS: dict[str, Row] = {}
+PLANS: dict[str, list[str]] = {}  # runs: "row@seed"
+
+
+def add(row: Row) -> str:
+    ROWS[row.name] = row
+    return row.name
+
+
+def runs(rows: Iterable[str], seeds: Iterable[int]) -> list[str]:
+    return [f"{row}@{seed}" for seed in seeds for row in rows]
+
+
+# ---- the published recipes ----
+
+_MIXED = get_mix("fp4_mixed").where(attention=["*.qkv", "*.proj"])
+_EMA = RECIPES["tetrajet_ema"]
+
+MAIN = [
+    add(Row("gpt/bf16", "bf16")),
+    add(Row("gpt/tetrajet", "tetrajet", watch=True)),
+    add(Row("gpt/tetrajet_ema", "tetrajet_ema", watch=True)),
+    add(Row("gpt/mxfp4_baseline", "mxfp4_baseline", watch=True)),
+    add(Row("gpt/mxfp4_backward", "mxfp4_backward")),
+    add(Row("gpt/tetrajet_qramping", "tetrajet", optimizer="qramping", watch=True)),
+    add(Row("gpt/fp4_mixed", _MIXED)),
+    add(Row("gpt/fp4_mixed_tail", _MIXED, tail=0.1)),
+    add(Row("gpt/mxfp4_backward_plain", "mxfp4_backward_plain")),
+    add(Row("gpt/mxfp4_backward_rht", "mxfp4_backward_rht")),
+    add(Row("gpt/mxfp4_backward_sr", "mxfp4_backward_sr")),
+    add(Row("gpt/mxfp4_hadamard", "mxfp4_hadamard")),
+    add(Row("gpt/nvfp4", "nvfp4")),
+    add(Row("gpt/quartet", "quartet")),
+    add(Row("gpt/mxfp8", "mxfp8")),
+]
+
+# ---- Q-EMA: how much of the run its average may remember, and from when it acts ----
+
+
+def _ema(name: str, **changes: object) -> str:
+    recipe = _EMA.replace(name=name, **changes)
+    return add(Row(f"gpt/{name}", recipe, watch=True, group="ema"))
+
+
+EMA = [
+    _ema("ema_0.998", ema_beta=0.998, ema_fraction=None),  # the paper's, for 100 times the steps
+    _ema("ema_of_10%", ema_beta=0.998, ema_fraction=0.1),
+    _ema("ema_of_3%", ema_beta=0.998, ema_fraction=0.03),
+    _ema("ema_of_1%", ema_beta=0.998, ema_fraction=0.01),
+    _ema("ema_of_0.3%", ema_beta=0.998, ema_fraction=0.003),
+    _ema("ema_0.97", ema_beta=0.97, ema_fraction=None),
+    _ema("ema_0.97_late", ema_beta=0.97, ema_fraction=None, ema_warmup=1224 * 4 // 5),
+]
+
+# ---- candidates for the 4-bit recipe with the smallest gap ----
+
+_TETRAJET = RECIPES["tetrajet"]
+_CEIL = Quantizer("mxfp4", "ceil")
+_EVEN = Quantizer("mxfp4", "even")
+_CEIL_SR = Quantizer("mxfp4", "ceil", "stochastic")
+_NV = Quantizer("nvfp4", "even")
+_NV_SR = Quantizer("nvfp4", "even", "stochastic")
+
+
+def _rotated(q: Quantizer, g: int, signs: str = "none") -> Quantizer:
+    return dataclasses.replace(q, hadamard=g, signs=signs)
+
+
+def _backward(dy: Quantizer, other: Quantizer) -> dict[str, Quantizer]:
+    """dY by one quantizer, W and X by the other, from the originals."""
+    return {"dgrad_dy": dy, "wgrad_dy": dy, "dgrad_w": other, "wgrad_x": other}
+
+
+# Unbiased where it matters: gradients are rounded stochastically, W and X to nearest, and both are
+# rotated by signs that are drawn anew. Or all to nearest, with half the noise: the rotation leaves
+# a shrinkage of one or two hundredths.
+_RHT, _NV_RHT = _rotated(_CEIL, 64, "drawn"), _rotated(_NV, 16, "drawn")
+_RHT_DY = _backward(_rotated(_CEIL_SR, 64, "drawn"), _RHT)
+_NV_RHT_DY = _backward(_rotated(_NV_SR, 16, "drawn"), _NV_RHT)
+_RHT_NEAR, _NV_RHT_NEAR = _backward(_RHT, _RHT), _backward(_NV_RHT, _NV_RHT)
+_H128, _NV_H16 = _rotated(_CEIL, 128), _rotated(_NV, 16)
+
+
+def _backward_of(recipe: str) -> dict[str, Quantizer]:
+    names = ("dgrad_dy", "dgrad_w", "wgrad_dy", "wgrad_x")
+    return {name: getattr(RECIPES[recipe], name) for name in names}
+
+
+def _forward(q: Quantizer) -> dict[str, Quantizer]:
+    return {"fprop_x": q, "fprop_w": q}
+
+
+def _candidate(name: str, **quantizers: Quantizer) -> str:
+    return add(Row(f"gpt/{name}", Recipe(name, **quantizers), group="candidates"))
+
+
+# One half quantized at a time: what each costs.
+HALVES = [
+    _candidate("only_forward_ceil", **_forward(_CEIL)),
+    _candidate("only_forward_h128", **_forward(_H128)),
+    _candidate("only_forward_nv_h16", **_forward(_NV_H16)),
+    _candidate("only_backward_rht_dy", **_RHT_DY),
+    _candidate("only_backward_rht_near", **_RHT_NEAR),
+    _candidate("only_forward_nv", **_forward(_NV)),
+    _candidate("only_forward_h32", **_forward(_rotated(_CEIL, 32))),
+    _candidate("only_forward_even", **_forward(_EVEN)),
+    _candidate("only_backward_nv_rht_dy", **_NV_RHT_DY),
+]
+_NV_SR_AGAIN = dataclasses.replace(_NV_SR, source="forward")
+WHOLE = [
+    _candidate("h128+rht_dy", **_forward(_H128), **_RHT_DY),
+    _candidate("nv_h16+nv_rht_dy", **_forward(_NV_H16), **_NV_RHT_DY),
+    _candidate("h128+rht_near", **_forward(_H128), **_RHT_NEAR),
+    _candidate("nv_h16+nv_rht_near", **_forward(_NV_H16), **_NV_RHT_NEAR),
+    _candidate("ceil+rht_dy", **_forward(_CEIL), **_RHT_DY),
+    _candidate("nv_h16+rht_dy", **_forward(_NV_H16), **_RHT_DY),
+    _candidate("nv+double", **_forward(_NV), **_backward(_NV_SR, _NV_SR_AGAIN)),
+    _candidate("even+rht_dy", **_forward(_EVEN), **_RHT_DY),
+    _candidate("ceil+rht", **_forward(_CEIL), **_backward_of("mxfp4_backward")),
+    _candidate("nv_h16+nvidia", **_forward(_NV_H16), **_backward_of("nvfp4")),
+]
+
+# ---- images ----
+
+_VIT = ("bf16", "mxfp4_baseline", "tetrajet", "tetrajet_ema", "tetrajet_qramping", "mxfp4_backward")
+
+
+def _vit(task: str, options: str) -> list[str]:
+    script = ("train_vit", "ImageClasses")
+    names = []
+    for name in _VIT:
+        recipe, optimizer = (name, "adamw")
+        if name == "tetrajet_qramping":
+            recipe, optimizer = "tetrajet", "qramping"
+        watch = "tetrajet" in name
+        names.append(add(Row(f"{task}/{name}", recipe, script, options, optimizer, watch=watch)))
+    return names
+
+
+VIT = [*_vit("mnist5k", MNIST), *_vit("digits", DIGITS)]
+
+# ---- plans ----
+
+_FIRST = [*MAIN[:5], *EMA[1:4], *HALVES[:5], *WHOLE[:5], MAIN[5], EMA[0], EMA[5], *WHOLE[5:],
+          EMA[4], EMA[6], *MAIN[6:9], *HALVES[5:], *MAIN[9:]]  # fmt: skip
+PLANS["explore"] = runs(_FIRST, [0])
+PLANS["main"] = runs(MAIN, [0, 1, 2])
+PLANS["vit"] = runs(VIT, [0, 1, 2])
+# One seed of three rows: to repeat the table by.
+PLANS["repeat"] = runs(["gpt/bf16", "gpt/tetrajet", "gpt/mxfp4_backward"], [0])
