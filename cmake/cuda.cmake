@@ -53,6 +53,20 @@ if("90a" IN_LIST MXT_CUDA_ARCHS)
   target_sources(mxtrain PRIVATE $<TARGET_OBJECTS:mxt_cuda_sm90>)
   target_compile_definitions(mxtrain PRIVATE MXT_HAVE_SM90)
 endif()
+# Block-scaled mma.sync; 90a has the same kernels with that one instruction emulated, which is how they are tested there.
+set(MXT_SM120_ARCHS ${MXT_CUDA_ARCHS})
+list(FILTER MXT_SM120_ARCHS INCLUDE REGEX "^(90a|120a|121a)$")
+if(MXT_SM120_ARCHS)
+  list(TRANSFORM MXT_SM120_ARCHS APPEND "-real")
+  add_library(mxt_cuda_sm120 OBJECT csrc/cuda/sm120/gemm_mxfp4.cu csrc/cuda/sm120/gemm_nvfp4.cu
+    csrc/cuda/sm120/gemm_mxfp8_e4m3.cu csrc/cuda/sm120/gemm_mxfp8_e5m2.cu csrc/cuda/sm120/mma_probe.cu)
+  target_include_directories(mxt_cuda_sm120 PRIVATE csrc)
+  # Registers are counted out (gemm_traits.cuh): a spill is an error for every architecture.
+  target_compile_options(mxt_cuda_sm120 PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:${MXT_CUDA_FLAGS} -Xptxas=-Werror>)
+  set_target_properties(mxt_cuda_sm120 PROPERTIES CUDA_ARCHITECTURES "${MXT_SM120_ARCHS}" CUDA_VISIBILITY_PRESET hidden)
+  target_sources(mxtrain PRIVATE $<TARGET_OBJECTS:mxt_cuda_sm120>)
+  target_compile_definitions(mxtrain PRIVATE MXT_HAVE_SM120)
+endif()
 string(REPLACE ";" "\\;" MXT_CUDA_ARCHS_TEXT "${MXT_CUDA_ARCHS}")
 target_compile_definitions(mxtrain PRIVATE MXT_WITH_CUDA USE_CUDA
   "MXT_CUDA_ARCHS=\"${MXT_CUDA_ARCHS_TEXT}\"" MXT_CUDA_COMPILER="${CMAKE_CUDA_COMPILER_VERSION}")

@@ -13,6 +13,7 @@
 
 #include "formats/block.h"
 #include "formats/layout.h"
+#include "ptx/block_scale.h"
 #include "random/philox.h"
 
 namespace py = pybind11;
@@ -94,6 +95,67 @@ py::tuple philox(const std::array<uint32_t, 4>& counter, const std::array<uint32
   return py::make_tuple(w.w[0], w.w[1], w.w[2], w.w[3]);
 }
 
+// Row and k (column, for "d") of every code (value) that a lane holds.
+Array<int> fragment_table(const std::string& factor, int per_word) {
+  const bool a = factor == "a", b = factor == "b";
+  if ((!a && !b && factor != "d") || (per_word != 4 && per_word != 8))
+    throw py::value_error(
+        "mxtrain::_host.fragment_table: factor and per_word must be a, b or d and 4 or 8, got " +
+        factor + " and " + std::to_string(per_word) +
+        " (32 / bits codes lie in a word). Pass one of these.");
+  const int words = b ? 2 : 4, codes = a || b ? per_word : 1;
+  Array<int> out(std::vector<py::ssize_t>{32, words, codes, 2});
+  auto at = out.mutable_unchecked<4>();
+  for (int lane = 0; lane < 32; ++lane)
+    for (int word = 0; word < words; ++word)
+      for (int e = 0; e < codes; ++e) {
+        at(lane, word, e, 0) = a   ? ptx::row_of_a(lane, word)
+                               : b ? ptx::row_of_b(lane)
+                                   : ptx::row_of_d(lane, word);
+        at(lane, word, e, 1) = a   ? ptx::k_of_a(lane, word, per_word) + e
+                               : b ? ptx::k_of_b(lane, word, per_word) + e
+                                   : ptx::column_of_d(lane, word);
+      }
+  return out;
+}
+
+// A warp as the arrays of its lanes' registers.
+struct RecordedWarp {
+  const Array<uint32_t>&codes_a, &codes_b, &scales_a, &scales_b;
+  uint32_t a(int word, int lane) const { return codes_a.data()[4 * lane + word]; }
+  uint32_t b(int word, int lane) const { return codes_b.data()[2 * lane + word]; }
+  uint32_t scale_a(int lane) const { return scales_a.data()[lane]; }
+  uint32_t scale_b(int lane) const { return scales_b.data()[lane]; }
+};
+
+Array<float> mma_block_scale(int format, const std::array<int, 4>& selectors,
+                             const Array<uint32_t>& a, const Array<uint32_t>& b,
+                             const Array<uint32_t>& scale_a, const Array<uint32_t>& scale_b,
+                             const Array<float>& c) {
+  const bool sized = a.size() == 128 && b.size() == 64 && scale_a.size() == 32 &&
+                     scale_b.size() == 32 && c.size() == 128;
+  const bool served = format >= 0 && format < kFormatCount && kFormats[format].bits != 6;
+  const ptx::ScaleSelectors s = {selectors[0], selectors[1], selectors[2], selectors[3]};
+  const int scales = served ? 256 / kFormats[format].bits / kFormats[format].block : 1;
+  if (!sized || !served || !ptx::is_legal(s, scales))
+    throw py::value_error(
+        "mxtrain::_host.mma_block_scale: the arguments must be what one instruction takes, got "
+        "others (format " +
+        std::to_string(format) + "). csrc/ptx/block_scale.h says what that is.");
+  Array<float> d(std::vector<py::ssize_t>{32, 4});
+  const auto run = [&](auto f) {
+    for (int lane = 0; lane < 32; ++lane)
+      ptx::block_scale_product<decltype(f)>(RecordedWarp{a, b, scale_a, scale_b}, lane, s,
+                                            c.data() + 4 * lane, d.mutable_data() + 4 * lane);
+  };
+  const FormatInfo& info = kFormats[format];
+  if (info.bits == 4 && info.e4m3_scale) run(Nvfp4{});
+  if (info.bits == 4 && !info.e4m3_scale) run(Mxfp4{});
+  if (info.bits == 8 && info.man_bits == 3) run(Mxfp8E4M3{});
+  if (info.bits == 8 && info.man_bits == 2) run(Mxfp8E5M2{});
+  return d;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_host, m) {
@@ -112,4 +174,14 @@ PYBIND11_MODULE(_host, m) {
         "One Philox4x32-10 block: 4 words from a counter of 4 and a key of 2.");
   m.def("swizzled_offset", &swizzled_offset, py::arg("row"), py::arg("col"), py::arg("col_tiles"),
         "Byte offset of scale (row, col) in the 128x4 tile layout.");
+  m.def("fragment_table", &fragment_table, py::arg("factor"), py::arg("per_word"),
+        "Row and k (of 'd': row and column) of each code that each lane holds of a warp's product, "
+        "int [32, words, codes, 2].");
+  m.def("scale_lane", [](const std::string& factor, int row, int thread) {
+    return factor == "a" ? ptx::lane_of_scale_a(row, thread) : ptx::lane_of_scale_b(row, thread);
+  });
+  m.def("mma_block_scale", &mma_block_scale, py::arg("format"), py::arg("selectors"), py::arg("a"),
+        py::arg("b"), py::arg("scale_a"), py::arg("scale_b"), py::arg("c"),
+        "The emulation of one block-scaled mma.sync: the registers of 32 lanes, and the selectors "
+        "(byte_a, thread_a, byte_b, thread_b). float32 [32, 4].");
 }

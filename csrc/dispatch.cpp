@@ -94,7 +94,30 @@ static bool has_fold_mma(Capability c) {
   return (c.major == 8 && c.minor == 9 && built_as("89")) || has_fold(c);
 }
 
+// Block-scaled mma.sync: an instruction of these architectures, and of no code without the suffix.
+static bool has_sm120(Capability c) {
+  return c.major == 12 &&
+         ((c.minor == 0 && built_as("120a")) || (c.minor == 1 && built_as("121a")));
+}
+
+// The same kernel with the instruction emulated.
+static bool has_sm120_emulated(Capability c) {
+  return c.major == 9 && c.minor == 0 && built_as("90a");
+}
+
+static bool sm120_serves(int64_t format) { return kFormats[format].bits != 6; }
+
+static GemmChoice best_on_sm120(Capability c) {
+  if (has_sm120(c)) return {GemmBackend::kSm120, "block-scaled tensor cores by mma.sync"};
+  return {GemmBackend::kDequant,
+          c.minor == 0 ? "decode to BF16, cuBLAS; sm120 needs a build with 120a, the suffix "
+                         "included: MXTRAIN_CUDA_ARCHS=120a"
+                       : "decode to BF16, cuBLAS; sm120 needs a build with 121a, the suffix "
+                         "included: MXTRAIN_CUDA_ARCHS=121a"};
+}
+
 GemmChoice best_gemm_backend(int major, int minor, int64_t format) {
+  if (major == 12 && sm120_serves(format)) return best_on_sm120({major, minor});
   if (format != kMxfp4Code) return {GemmBackend::kDequant, "decode to BF16, cuBLAS"};
   if (has_fold({major, minor}))
     return {GemmBackend::kFold, "exact folding into E5M2, FP8 tensor cores"};
@@ -108,19 +131,36 @@ GemmChoice best_gemm_backend(int major, int minor, int64_t format) {
           "decode to BF16, cuBLAS; fold needs compute capability 8.9 or 9.0"};
 }
 
+static bool can_take(GemmBackend backend, Capability c, int64_t format) {
+  switch (backend) {
+    case GemmBackend::kFold:
+    case GemmBackend::kFoldMma:
+      return format == kMxfp4Code && has_fold_mma(c);
+    case GemmBackend::kFoldPacked:
+      return format == kMxfp4Code && has_fold(c);
+    case GemmBackend::kSm120:
+      return sm120_serves(format) && has_sm120(c);
+    case GemmBackend::kSm120Emulated:
+      return sm120_serves(format) && has_sm120_emulated(c);
+    case GemmBackend::kAuto:
+    case GemmBackend::kDequant:
+      break;
+  }
+  return true;
+}
+
 GemmBackend gemm_backend_for(const char* op, const Tensor& t, int64_t format) {
   const Capability c = capability_of(op, t.get_device_index());
-  const GemmBackend best = best_gemm_backend(c.major, c.minor, format).backend;
   GemmBackend asked = requested_gemm_backend();
-  if (asked == GemmBackend::kAuto) asked = best;
-  if (asked == GemmBackend::kDequant) return asked;
-  MXT_CHECK(best == GemmBackend::kFold && (asked != GemmBackend::kFoldPacked || has_fold(c)), op,
-            "the GEMM backend must be one that serves format ", kFormats[format].name,
-            " here, got ", kGemmBackendNames[static_cast<int>(asked)], " (compute capability ",
-            c.major, ".", c.minor, ", this build has: ", MXT_CUDA_ARCHS,
+  if (asked == GemmBackend::kAuto) asked = best_gemm_backend(c.major, c.minor, format).backend;
+  MXT_CHECK(can_take(asked, c, format), op, "the GEMM backend must be one that serves format ",
+            kFormats[format].name, " here, got ", kGemmBackendNames[static_cast<int>(asked)],
+            " (compute capability ", c.major, ".", c.minor, ", this build has: ", MXT_CUDA_ARCHS,
             "). Use mxtrain.set_gemm_backend(\"auto\"); fold is mxfp4 on 8.9, built for 89, and on "
-            "9.0, built for 90a; fold_packed on 9.0 only.");
-  return has_fold(c) ? asked : GemmBackend::kFoldMma;
+            "9.0, built for 90a; fold_packed on 9.0 only; sm120 is mxfp4, nvfp4 and mxfp8 on 12.0, "
+            "built for 120a, and on 12.1, built for 121a (rebuild with MXTRAIN_CUDA_ARCHS=120a or "
+            "121a); sm120_emulated the same on 9.0, to test it.");
+  return asked == GemmBackend::kFold && !has_fold(c) ? GemmBackend::kFoldMma : asked;
 }
 
 cudaError_t run_folded_gemm(const FoldedGemmParams& p, GemmBackend backend, cudaStream_t stream) {
@@ -139,6 +179,19 @@ cudaError_t run_packed_gemm(const PackedGemmParams& p, cudaStream_t stream) {
 #else
   return cudaErrorNotSupported;
 #endif
+}
+
+cudaError_t run_block_scaled_gemm(const sm120::BlockScaledGemmParams& p, int64_t format,
+                                  cudaStream_t stream) {
+#ifdef MXT_HAVE_SM120
+  const FormatInfo& f = kFormats[format];
+  if (f.bits == 4)
+    return f.e4m3_scale ? sm120::launch_gemm_nvfp4(p, stream) : sm120::launch_gemm_mxfp4(p, stream);
+  if (f.bits == 8)
+    return f.man_bits == 3 ? sm120::launch_gemm_mxfp8_e4m3(p, stream)
+                           : sm120::launch_gemm_mxfp8_e5m2(p, stream);
+#endif
+  return cudaErrorNotSupported;
 }
 
 static bool int8_on_sm90(int major, int minor) {
@@ -188,4 +241,28 @@ extern "C" __attribute__((visibility("default"))) const char* mxtrain_gemm_backe
   text =
       std::string(mxtrain::kGemmBackendNames[static_cast<int>(choice.backend)]) + ": " + choice.why;
   return text.c_str();
+}
+
+// Not an op: one block-scaled instruction, or its emulation, for the tests of its register layout
+// (cuda/sm120/mma_probe.cu). Device pointers; returns a cudaError_t.
+extern "C" __attribute__((visibility("default"))) int mxtrain_mma_probe(
+    int format, const int* selectors, int count, const uint32_t* a, const uint32_t* b,
+    const uint32_t* scale_a, const uint32_t* scale_b, const float* c, float* d, void* stream) {
+#ifdef MXT_HAVE_SM120
+  const mxtrain::cuda::sm120::MmaProbeParams p = {a,
+                                                  b,
+                                                  scale_a,
+                                                  scale_b,
+                                                  c,
+                                                  d,
+                                                  count,
+                                                  format,
+                                                  selectors[0],
+                                                  selectors[1],
+                                                  selectors[2],
+                                                  selectors[3]};
+  return mxtrain::cuda::sm120::launch_mma_probe(p, static_cast<cudaStream_t>(stream));
+#else
+  return cudaErrorNotSupported;
+#endif
 }

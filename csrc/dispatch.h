@@ -9,6 +9,7 @@
 #include "check.h"
 #include "cuda/fold.h"
 #include "cuda/int8.h"
+#include "cuda/sm120/gemm_block_scale.h"
 
 // The CPU wheel of torch lacks these three shims; weak, they let a CUDA build load there (and are
 // never called there).
@@ -41,6 +42,10 @@ GemmBackend gemm_backend_for(const char* op, const Tensor& t, int64_t format);
 // packed ones, on the current device.
 cudaError_t run_folded_gemm(const FoldedGemmParams& p, GemmBackend backend, cudaStream_t stream);
 cudaError_t run_packed_gemm(const PackedGemmParams& p, cudaStream_t stream);
+
+// The product of two operands of a format as they are stored, by kSm120 or kSm120Emulated.
+cudaError_t run_block_scaled_gemm(const sm120::BlockScaledGemmParams& p, int64_t format,
+                                  cudaStream_t stream);
 
 // int8_gemm for t's device, which is current: the kernel of its architecture, or the portable one
 // where there is none or the environment variable MXTRAIN_INT8_GEMM is "portable".

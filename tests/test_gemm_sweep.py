@@ -72,7 +72,7 @@ class Call:
 
 def served(call: Call, device: str) -> str:
     """The call's backend, or "auto" where the GPU or the format has no such one."""
-    if call.backend in ("auto", "dequant") or device == "cpu":
+    if not call.backend.startswith("fold") or device == "cpu":
         return call.backend
     hopper = torch.cuda.get_device_capability()[0] == 9
     folds = hopper and gemm_backend_here(call.format) == "fold"
@@ -146,7 +146,9 @@ def check(call: Call, seed: int, device: str) -> None:
             out = mxtrain.gemm(a, b, bias, call.alpha, out_dtype, call.accumulate)
     expected = expected + other.double()
     size = magnitude + other.double().abs()
-    folds = device == "cuda" and name != "dequant" and gemm_backend_here(call.format) == "fold"
+    if name == "auto" and device == "cuda":
+        name = gemm_backend_here(call.format)
+    folds = device == "cuda" and name.startswith("fold")
     bound = tolerance(call, folds) * magnitude + (UNIT[out_dtype] + 2.0**-21) * size + 2.0**-24
     assert out.shape == (call.m, call.n) and out.dtype == out_dtype, call
     assert torch.equal(out.isnan(), expected.isnan()), call

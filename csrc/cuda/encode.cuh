@@ -8,6 +8,7 @@
 #pragma once
 
 #include "formats/block.h"
+#include "ptx/convert.cuh"
 #include "ptx/integer.cuh"
 #include "random/philox.h"
 
@@ -70,8 +71,17 @@ __device__ __forceinline__ uint32_t e2m1_stochastic8(const float* v, uint32_t sc
   return word;
 }
 
-// magic = 2^22 * 2^binade + 2 steps; n + 2 + binade / 2^22 is the code of S = 1, modulo 8.
+// 8 codes of v / S, |v| <= 6 S, as above: by an instruction where there is one, from v * (1 / S),
+// which is exact or too small to be anything but a zero. Otherwise magic = 2^22 * 2^binade + 2
+// steps, and n + 2 + binade / 2^22 is the code of S = 1, modulo 8.
 __device__ __forceinline__ uint32_t e2m1_nearest8(const float* v, uint32_t scale_bits) {
+  if constexpr (ptx::kHasCvtE2M1) {
+    const float inverse = bits_float((254u << 23) - (scale_bits & kInfBits));  // of 2^-127, too
+    float u[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) u[i] = v[i] * inverse;
+    return ptx::cvt_rn_satfinite_e2m1x8(u);
+  }
   const float s = bits_float(scale_bits);
   const uint32_t back = 254u - (scale_bits >> 22);
   uint32_t word = 0;

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // From the accumulators of a folded GEMM to D, what every architecture's kernel shares:
 // d * 2^(a_scale + b_scale - 280) * alpha + bias, one rounding to the output type; or that rounded
-// to float32 and added to D. Nothing here waits for another warp. A warp holds 16 rows of D as
+// to float32 and added to D. Adding a bias and storing serve other GEMMs, too. Nothing here waits
+// for another warp. A warp holds 16 rows of D as
 // mma.sync and wgmma leave them: d[4 j + 2 i + c] is row lane / 4 + 8 i and column 8 j + 2 (lane %
 // 4) + c.
 #pragma once
@@ -150,6 +151,38 @@ __device__ __forceinline__ void store_elements(const float* d, void* out, int m,
         else
           static_cast<uint16_t*>(out)[at] = static_cast<uint16_t>(pack2<kType>(v, v));
       }
+  }
+}
+
+// 16 rows from m and 64 columns from n on, 8 bytes a lane, so that 4 lanes fill 32 bytes of a row.
+// Two 16-bit elements of a lane become four by an exchange with its neighbour: the even lane takes
+// its pair of columns 8 j, the odd one theirs of columns 8 (j + 1).
+template <FloatType kType>
+__device__ __forceinline__ void store_pairs(const float* d, void* out, int m, int n, int rows,
+                                            int cols, bool add, int lane) {
+  const int odd = lane % 2, quad = lane % 4;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int row = m + lane / 4 + 8 * i;
+    const int64_t start = static_cast<int64_t>(row) * cols;
+#pragma unroll
+    for (int j = 0; j < 8; j += kType == FloatType::kFloat32 ? 1 : 2) {
+      const float* v = d + 4 * j + 2 * i;
+      if constexpr (kType == FloatType::kFloat32) {
+        const int col = n + 8 * j + 2 * quad;
+        if (row >= rows || col >= cols) continue;
+        float2* to = reinterpret_cast<float2*>(static_cast<float*>(out) + start + col);
+        const float2 before = add ? *to : make_float2(0, 0);
+        *to = add ? make_float2(before.x + v[0], before.y + v[1]) : make_float2(v[0], v[1]);
+      } else {
+        const uint32_t near = pack2<kType>(v[0], v[1]), far = pack2<kType>(v[4], v[5]);
+        const uint32_t other = __shfl_xor_sync(0xFFFFFFFFu, odd ? near : far, 1);
+        const int col = n + 8 * (j + odd) + 2 * (quad - odd);
+        if (row >= rows || col >= cols) continue;
+        *reinterpret_cast<uint2*>(static_cast<uint16_t*>(out) + start + col) =
+            odd ? make_uint2(other, far) : make_uint2(near, other);
+      }
+    }
   }
 }
 

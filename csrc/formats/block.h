@@ -83,11 +83,20 @@ constexpr int kAccumulates = 3;
 constexpr const char* kAccumulateNames[kAccumulates] = {"fp32", "fast", "exact"};
 
 // How gemm runs on CUDA (csrc/dispatch.h chooses). fold is the GPU's own way to multiply what was
-// folded, fold_packed the one that unpacks inside the product, fold_mma the one by mma.sync.
-enum class GemmBackend : int { kAuto = 0, kDequant = 1, kFold = 2, kFoldPacked = 3, kFoldMma = 4 };
-constexpr int kGemmBackends = 5;
-constexpr const char* kGemmBackendNames[kGemmBackends] = {"auto", "dequant", "fold", "fold_packed",
-                                                          "fold_mma"};
+// folded, fold_packed the one that unpacks inside the product, fold_mma the one by mma.sync; sm120
+// is block-scaled mma.sync, sm120_emulated the same kernel where the GPU lacks that instruction.
+enum class GemmBackend : int {
+  kAuto = 0,
+  kDequant = 1,
+  kFold = 2,
+  kFoldPacked = 3,
+  kFoldMma = 4,
+  kSm120 = 5,
+  kSm120Emulated = 6
+};
+constexpr int kGemmBackends = 7;
+constexpr const char* kGemmBackendNames[kGemmBackends] = {
+    "auto", "dequant", "fold", "fold_packed", "fold_mma", "sm120", "sm120_emulated"};
 constexpr int kHadamardGroups[] = {16, 32, 64, 128, 256};
 constexpr int kHadamardGroupCount = sizeof(kHadamardGroups) / sizeof(kHadamardGroups[0]);
 

@@ -5,6 +5,7 @@
 //            result, one epilogue
 //   fold     fold both operands into E5M2 (exact; cuda/fold.cu), multiply on the FP8 tensor cores
 //            (fold_mma: by mma.sync)
+//   sm120    multiply the operands as they are stored on block-scaled tensor cores
 #include <torch/csrc/stable/accelerator.h>
 
 #include <array>
@@ -140,6 +141,52 @@ static bool gemm_fold_packed(const char* op, const GemmArguments& g, Tensor& out
   return true;
 }
 
+// The rows of a matrix of bytes at addresses that are multiples of `unit`: t itself where they are.
+static Tensor aligned_rows(const Tensor& t, int64_t unit) {
+  const bool in_place = t.stride(1) == 1 && (t.size(0) == 1 || t.stride(0) % unit == 0) &&
+                        reinterpret_cast<uintptr_t>(t.const_data_ptr()) % unit == 0;
+  if (in_place) return t;
+  const int64_t width = t.size(1), pitch = (width + unit - 1) / unit * unit;
+  Tensor rows = torch::stable::new_empty(t, {t.size(0), pitch}, ScalarType::Byte);
+  Tensor to = torch::stable::narrow(rows, 1, 0, width);
+  torch::stable::copy_(to, t);
+  return rows;
+}
+
+static void gemm_sm120(const char* op, const GemmArguments& g, Tensor& out, cudaStream_t stream) {
+  const Tensor a = aligned_rows(g.a, sm120::kPitchUnit), b = aligned_rows(g.b, sm120::kPitchUnit),
+               a_scale = aligned_rows(g.a_scale, sm120::kScalePitchUnit),
+               b_scale = aligned_rows(g.b_scale, sm120::kScalePitchUnit);
+  const auto bytes = [](const Tensor& t) {
+    return static_cast<const uint8_t*>(t.const_data_ptr());
+  };
+  const auto pitch = [](const Tensor& t) { return t.size(0) == 1 ? 0 : t.stride(0); };
+  const bool two_level = kFormats[g.format].e4m3_scale;
+  sm120::BlockScaledGemmParams p = {};
+  p.a = bytes(a);
+  p.b = bytes(b);
+  p.a_scale = bytes(a_scale);
+  p.b_scale = bytes(b_scale);
+  p.m = g.m;
+  p.n = g.n;
+  p.row_bytes = static_cast<int>(g.a.size(1));
+  p.blocks = static_cast<int>(g.a_scale.size(1));
+  p.a_pitch = pitch(a);
+  p.b_pitch = pitch(b);
+  p.a_scale_pitch = pitch(a_scale);
+  p.b_scale_pitch = pitch(b_scale);
+  p.a_tensor_scale = two_level ? g.a_tensor_scale->const_data_ptr<float>() : nullptr;
+  p.b_tensor_scale = two_level ? g.b_tensor_scale->const_data_ptr<float>() : nullptr;
+  p.separate = g.accumulate == Accumulate::kExact;
+  p.alpha = g.alpha;
+  p.bias = g.bias_data();
+  p.bias_type = g.bias_type();
+  p.out_type = float_type(g.out_dtype);
+  p.out = out.mutable_data_ptr();
+  p.add = g.add;
+  check_launch(op, run_block_scaled_gemm(p, g.format, stream));
+}
+
 static void product_into(const char* op, Tensor& out, bool add, const Tensor& a,
                          const Tensor& a_scale, const OptionalTensor& a_tensor_scale,
                          const Tensor& b, const Tensor& b_scale,
@@ -167,6 +214,8 @@ static void product_into(const char* op, Tensor& out, bool add, const Tensor& a,
                            static_cast<Accumulate>(accumulate),
                            add};
   if (backend == GemmBackend::kDequant) return gemm_dequant(op, g, out, stream);
+  if (backend == GemmBackend::kSm120 || backend == GemmBackend::kSm120Emulated)
+    return gemm_sm120(op, g, out, stream);
   if (backend == GemmBackend::kFoldPacked) {
     if (gemm_fold_packed(op, g, out, stream)) return;
     return gemm_fold(op, g, GemmBackend::kFold, out, stream);

@@ -5,9 +5,9 @@
 
 #include <cstdint>
 
-namespace mxtrain::cuda::sm89 {
+#include "cuda/mma_tile.cuh"
 
-constexpr int kUnit = 16;  // bytes that move together: one cp.async, one row of an ldmatrix matrix
+namespace mxtrain::cuda::sm89 {
 
 // ---- traits ----
 
@@ -57,33 +57,6 @@ struct GemmTraits {
 // Where the stage has unit `unit` of row `row` of a factor: units of 8 consecutive rows are
 // permuted so that one column of units lies in all 32 banks.
 constexpr uint32_t swizzled(int row, int unit) { return row * 128 + (unit ^ (row % 8)) * kUnit; }
-
-// The row and the unit that a lane addresses for ldmatrix.x4, of 16 rows by 2 units: matrix lane /
-// 8 of A is an A fragment's a[lane / 8]; matrices 0 and 1 of B are b[0] and b[1] of the first 8
-// rows, 2 and 3 those of the next 8.
-struct AddressA {
-  static constexpr int row(int lane) { return lane % 16; }
-  static constexpr int unit(int lane) { return lane / 16; }
-};
-struct AddressB {
-  static constexpr int row(int lane) { return lane / 16 * 8 + lane % 8; }
-  static constexpr int unit(int lane) { return lane / 8 % 2; }
-};
-
-// ldmatrix gives lane l bytes 4 (l % 4) to + 3 of row l / 4 of each matrix: are they what mma wants
-// there (ptx/mma.cuh)?
-constexpr bool fragments_match() {
-  for (int lane = 0; lane < 32; ++lane)
-    for (int r = 0; r < 4; ++r) {
-      const int from = 8 * r + lane / 4;  // the lane that addresses the row
-      if (AddressA::row(from) != lane / 4 + 8 * (r % 2) || AddressA::unit(from) != r / 2)
-        return false;
-      if (AddressB::row(from) != lane / 4 + 8 * (r / 2) || AddressB::unit(from) != r % 2)
-        return false;
-    }
-  return true;
-}
-static_assert(fragments_match(), "fragments of mma.m16n8k32");
 
 // A step of 32 bytes along K is an exclusive or, in any row and from either unit of the first step.
 constexpr bool steps_are_xor() {
