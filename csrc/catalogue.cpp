@@ -15,6 +15,10 @@
 #define MXT_CUDA_COMPILER ""
 #endif
 
+#ifndef MXT_CUTLASS
+#define MXT_CUTLASS ""
+#endif
+
 namespace mxtrain {
 
 static std::string names(const char* const* list, int count) {
@@ -48,7 +52,7 @@ static std::string make_catalogue() {
     << ", \"hadamard_groups\": " << groups() << ", \"build\": {\"version\": \"" << MXT_VERSION
     << "\", \"torch_abi\": \"" << MXT_TORCH_ABI << "\", \"built_with_torch\": \""
     << MXT_BUILT_WITH_TORCH << "\", \"cxx\": \"" << MXT_CXX_COMPILER << "\", \"nvcc\": \""
-    << MXT_CUDA_COMPILER << "\", \"cuda_archs\": \"" << MXT_CUDA_ARCHS << "\", \"cpu_isa\": \""
+    << MXT_CUDA_COMPILER << "\", \"cutlass\": \"" << MXT_CUTLASS << "\", \"cuda_archs\": \"" << MXT_CUDA_ARCHS << "\", \"cpu_isa\": \""
     << cpu::kernels().isa << "\"}}";
   return s.str();
 }

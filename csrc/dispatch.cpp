@@ -35,11 +35,14 @@ static bool any_arch(Predicate matches) {
 }
 
 // Is there code for compute capability major.minor? Code for 80 also runs on 86 and 89: same major,
-// not older, unless it is architecture-specific (suffix a) or family-specific (f).
+// not older. With the suffix a it is for that one alone, but from 10.0 on cmake/cuda.cmake builds the
+// portable kernels for the family (suffix f), which is the major version.
 static bool built_for(int major, int minor) {
   return any_arch([&](const std::string& arch) {
     const int number = std::atoi(arch.c_str()), have = number % 10;
-    return number / 10 == major && (arch.back() == 'a' ? have == minor : have <= minor);
+    if (number / 10 != major) return false;
+    if (arch.back() == 'a' || arch.back() == 'f') return major >= 10 || have == minor;
+    return have <= minor;
   });
 }
 
@@ -72,8 +75,8 @@ cudaStream_t stream_for(const char* op, const Tensor& t) {
   const auto [major, minor] = capability_of(op, device);
   MXT_CHECK(built_for(major, minor), op,
             "the GPU must be one this build has kernels for, got compute capability ", major, ".",
-            minor, " (this build has: ", MXT_CUDA_ARCHS,
-            "). Rebuild with MXTRAIN_CUDA_ARCHS=native.");
+            minor, " (this build has: ", MXT_CUDA_ARCHS, "). Rebuild with MXTRAIN_CUDA_ARCHS=", major,
+            minor, major >= 9 ? "a, the suffix included." : ".");
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   return static_cast<cudaStream_t>(stream);
@@ -105,7 +108,8 @@ static bool has_sm120_emulated(Capability c) {
   return c.major == 9 && c.minor == 0 && built_as("90a");
 }
 
-static bool sm120_serves(int64_t format) { return kFormats[format].bits != 6; }
+// What block-scaled tensor cores multiply here, of all that they could.
+static bool block_scaled(int64_t format) { return kFormats[format].bits != 6; }
 
 static GemmChoice best_on_sm120(Capability c) {
   if (has_sm120(c)) return {GemmBackend::kSm120, "block-scaled tensor cores by mma.sync"};
@@ -116,8 +120,31 @@ static GemmChoice best_on_sm120(Capability c) {
                          "included: MXTRAIN_CUDA_ARCHS=121a"};
 }
 
+// tcgen05.mma; its object is code for the family, so what was built for 100a runs on 10.3 too.
+static bool has_sm100(Capability c) {
+#ifdef MXT_HAVE_SM100
+  return c.major == 10;
+#else
+  return false;
+#endif
+}
+
+static GemmChoice best_on_sm100(Capability c) {
+  if (has_sm100(c)) return {GemmBackend::kSm100, "block-scaled tensor cores by tcgen05"};
+  if (built_as("100a") || built_as("103a") || built_as("100f"))
+    return {GemmBackend::kDequant,
+            "decode to BF16, cuBLAS; this is a build without CUTLASS, which sm100 needs: "
+            "third_party/README.md"};
+  return {GemmBackend::kDequant,
+          c.minor == 0 ? "decode to BF16, cuBLAS; sm100 needs a build with 100a, the suffix "
+                         "included: MXTRAIN_CUDA_ARCHS=100a"
+                       : "decode to BF16, cuBLAS; sm100 needs a build with 103a, the suffix "
+                         "included: MXTRAIN_CUDA_ARCHS=103a"};
+}
+
 GemmChoice best_gemm_backend(int major, int minor, int64_t format) {
-  if (major == 12 && sm120_serves(format)) return best_on_sm120({major, minor});
+  if (major == 10 && block_scaled(format)) return best_on_sm100({major, minor});
+  if (major == 12 && block_scaled(format)) return best_on_sm120({major, minor});
   if (format != kMxfp4Code) return {GemmBackend::kDequant, "decode to BF16, cuBLAS"};
   if (has_fold({major, minor}))
     return {GemmBackend::kFold, "exact folding into E5M2, FP8 tensor cores"};
@@ -139,9 +166,11 @@ static bool can_take(GemmBackend backend, Capability c, int64_t format) {
     case GemmBackend::kFoldPacked:
       return format == kMxfp4Code && has_fold(c);
     case GemmBackend::kSm120:
-      return sm120_serves(format) && has_sm120(c);
+      return block_scaled(format) && has_sm120(c);
     case GemmBackend::kSm120Emulated:
-      return sm120_serves(format) && has_sm120_emulated(c);
+      return block_scaled(format) && has_sm120_emulated(c);
+    case GemmBackend::kSm100:
+      return block_scaled(format) && has_sm100(c);
     case GemmBackend::kAuto:
     case GemmBackend::kDequant:
       break;
@@ -159,7 +188,8 @@ GemmBackend gemm_backend_for(const char* op, const Tensor& t, int64_t format) {
             "). Use mxtrain.set_gemm_backend(\"auto\"); fold is mxfp4 on 8.9, built for 89, and on "
             "9.0, built for 90a; fold_packed on 9.0 only; sm120 is mxfp4, nvfp4 and mxfp8 on 12.0, "
             "built for 120a, and on 12.1, built for 121a (rebuild with MXTRAIN_CUDA_ARCHS=120a or "
-            "121a); sm120_emulated the same on 9.0, to test it.");
+            "121a); sm120_emulated the same on 9.0, to test it; sm100 the same on 10.0 and 10.3, built "
+            "for 100a or 103a (rebuild with MXTRAIN_CUDA_ARCHS=100a) with CUTLASS.");
   return asked == GemmBackend::kFold && !has_fold(c) ? GemmBackend::kFoldMma : asked;
 }
 
@@ -192,6 +222,28 @@ cudaError_t run_block_scaled_gemm(const sm120::BlockScaledGemmParams& p, int64_t
                            : sm120::launch_gemm_mxfp8_e5m2(p, stream);
 #endif
   return cudaErrorNotSupported;
+}
+
+cudaError_t run_sm100_gemm(const sm100::GemmParams& p, int64_t format, sm100::Tile tile,
+                           cudaStream_t stream) {
+#ifdef MXT_HAVE_SM100
+  const FormatInfo& f = kFormats[format];
+  if (f.bits == 4)
+    return sm100::launch_gemm(p, f.e4m3_scale ? sm100::Kind::kNvfp4 : sm100::Kind::kMxfp4, tile,
+                              stream);
+  if (f.bits == 8)
+    return sm100::launch_gemm(
+        p, f.man_bits == 3 ? sm100::Kind::kMxfp8E4M3 : sm100::Kind::kMxfp8E5M2, tile, stream);
+#endif
+  return cudaErrorNotSupported;
+}
+
+sm100::Tile sm100_tile(const char* op, const Tensor& t, int64_t m, int64_t n, bool bfloat16_out) {
+  if (!bfloat16_out) return sm100::Tile::kSingle;
+  int multiprocessors = 0;
+  check_runtime(op, cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount,
+                                           t.get_device_index()));
+  return sm100::prefer_pair(m, n, multiprocessors) ? sm100::Tile::kPair : sm100::Tile::kSingle;
 }
 
 static bool int8_on_sm90(int major, int minor) {

@@ -22,9 +22,8 @@ __device__ __forceinline__ uint32_t cvt_rn_f16x2(float a, float b) {
   return d;
 }
 
-// Whether e2m1x2 conversions are instructions here.
-#if defined(__CUDA_ARCH_FEAT_SM100_ALL) || defined(__CUDA_ARCH_FEAT_SM103_ALL) || \
-    defined(__CUDA_ARCH_FEAT_SM120_ALL) || defined(__CUDA_ARCH_FEAT_SM121_ALL)
+// Whether e2m1x2 conversions are instructions here: code with the suffix a or f, from 10.0 on.
+#if defined(__CUDA_ARCH_FAMILY_SPECIFIC__) && __CUDA_ARCH_FAMILY_SPECIFIC__ >= 1000
 #define MXT_HAS_CVT_E2M1 1
 #else
 #define MXT_HAS_CVT_E2M1 0

@@ -6,17 +6,6 @@
 
 namespace mxtrain::cuda::sm100 {
 
-static int64_t rounds(int64_t work, int64_t places) { return (work + places - 1) / places; }
-
-// A pair of multiprocessors takes a 256 x 256 tile while two singles take a 128 x 128 one each, half
-// the work. Not measured: a single is taken to need 1.2 times the time an element, because its tile
-// reads twice the operand bytes, and a pass that rounds its float32 result.
-bool prefer_pair(int64_t m, int64_t n, int multiprocessors) {
-  const int64_t pair = rounds(rounds(m, 256) * rounds(n, 256), multiprocessors / 2);
-  const int64_t single = rounds(rounds(m, 128) * rounds(n, 128), multiprocessors);
-  return pair * 20 <= single * 12;
-}
-
 cudaError_t launch_gemm(const GemmParams& p, Kind kind, Tile tile, cudaStream_t stream) {
   const bool pair = tile == Tile::kPair, e5m2 = kind == Kind::kMxfp8E5M2;
   switch (kind) {
