@@ -116,8 +116,8 @@ PackedShape check_operand(const char* op, const char* name, const Tensor& data, 
             shape_of(data), "). Pass what swizzle_scale made of ", rows, " x ", blocks,
             " scales; it pads them to 128 rows and 4 columns.");
   MXT_CHECK(in_tiles || (scale.size(0) == rows && scale.size(1) == blocks), op, name,
-            " scale must have shape [", rows, ", ", blocks, "], got ", shape_of(scale),
-            " (format ", f.name, ", data ", shape_of(data), "). Check the format.");
+            " scale must have shape [", rows, ", ", blocks, "], got ", shape_of(scale), " (format ",
+            f.name, ", data ", shape_of(data), "). Check the format.");
   check_same_device(op, "scale", scale, data);
   const bool has_scale = tensor_scale && tensor_scale->numel() > 0;
   MXT_CHECK(has_scale == f.e4m3_scale, op, name, " tensor_scale must be ",

@@ -6,6 +6,8 @@
 
 #include <cuda_runtime_api.h>
 
+#include <string>
+
 #include "check.h"
 #include "cuda/fold.h"
 #include "cuda/int8.h"
@@ -31,7 +33,7 @@ cudaStream_t stream_for(const char* op, const Tensor& t);
 // why.
 struct GemmChoice {
   GemmBackend backend;
-  const char* why;
+  std::string why;
 };
 GemmChoice best_gemm_backend(int major, int minor, int64_t format);
 

@@ -31,10 +31,10 @@ enum class Tile : int {
 // What serves one block format: mxfp4, nvfp4, mxfp8_e4m3, mxfp8_e5m2.
 enum class Kind : int { kMxfp4, kNvfp4, kMxfp8E4M3, kMxfp8E5M2 };
 
-// Whether the pair's tile finishes an m x n bfloat16 product first. A pair of multiprocessors takes a
-// 256 x 256 tile while two singles take a 128 x 128 one each, half the work. Not measured: a single
-// is taken to need 1.2 times the time an element, because its tile reads twice the operand bytes,
-// and because a pass over its float32 result follows.
+// Whether the pair's tile finishes an m x n bfloat16 product first. A pair of multiprocessors takes
+// a 256 x 256 tile while two singles take a 128 x 128 one each, half the work. Not measured: a
+// single is taken to need 1.2 times the time an element, because its tile reads twice the operand
+// bytes, and because a pass over its float32 result follows.
 inline bool prefer_pair(int64_t m, int64_t n, int multiprocessors) {
   const auto parts = [](int64_t work, int64_t of) { return (work + of - 1) / of; };
   const int64_t pair = parts(parts(m, 256) * parts(n, 256), multiprocessors / 2);

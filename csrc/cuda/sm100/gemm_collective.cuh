@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // A block-scaled GEMM out of CUTLASS's collectives (3.x API): TMA loads of codes and scale tiles,
-// tcgen05.cp of the scales and tcgen05.mma with block_scale, both by one elected thread, an epilogue
-// out of tensor memory and TMA stores. Here is only what is chosen: types, tile, epilogue.
+// tcgen05.cp of the scales and tcgen05.mma with block_scale, both by one elected thread, an
+// epilogue out of tensor memory and TMA stores. Here is only what is chosen: types, tile, epilogue.
 //   layout    A and B K-major, codes packed as docs/layouts.md has them; scales in 128x4 tiles
 //   epilogue  ((acc * ta) * tb) * alpha + bias in float32, in the order of cuda/elementwise.cu,
 //             then rounded to the output's type to nearest
@@ -67,12 +67,14 @@ struct Collective {
 
   using EpilogueSchedule = cute::conditional_t<kPair, cutlass::epilogue::TmaWarpSpecialized2Sm,
                                                cutlass::epilogue::TmaWarpSpecialized1Sm>;
+  // What a warp has in registers at a time; CUTLASS's own choice for the pair, 128 columns, spills.
+  using EpilogueTile = cute::Shape<cute::_128, cute::_64>;
   using CollectiveEpilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
       cutlass::arch::Sm100, cutlass::arch::OpClassBlockScaledTensorOp, TileShape, Cluster,
-      cutlass::epilogue::collective::EpilogueTileAuto, float, float, void, Row, kOutAlignment, Out,
-      Row, kOutAlignment, EpilogueSchedule, Epilogue>::CollectiveOp;
-  using Schedule = cute::conditional_t<kPair, typename Format::PairSchedule,
-                                       typename Format::SingleSchedule>;
+      EpilogueTile, float, float, void, Row, kOutAlignment, Out, Row, kOutAlignment,
+      EpilogueSchedule, Epilogue>::CollectiveOp;
+  using Schedule =
+      cute::conditional_t<kPair, typename Format::PairSchedule, typename Format::SingleSchedule>;
   using CollectiveMainloop = typename cutlass::gemm::collective::CollectiveBuilder<
       cutlass::arch::Sm100, cutlass::arch::OpClassBlockScaledTensorOp, typename Format::Element,
       Row, Format::kAlignment, typename Format::Element, Column, Format::kAlignment, float,
@@ -86,8 +88,8 @@ struct Collective {
   using Arguments = typename Gemm::Arguments;
 
   static Arguments arguments(const GemmParams& p, int device, int multiprocessors) {
-    const auto shape = cute::make_shape(static_cast<int>(p.m), static_cast<int>(p.n),
-                                        static_cast<int>(p.k), 1);
+    const auto shape =
+        cute::make_shape(static_cast<int>(p.m), static_cast<int>(p.n), static_cast<int>(p.k), 1);
     using Scales = typename CollectiveMainloop::Sm1xxBlkScaledConfig;
     Arguments args = {};
     args.mode = cutlass::gemm::GemmUniversalMode::kGemm;
@@ -144,8 +146,7 @@ cudaError_t launch_collective(const GemmParams& p, cudaStream_t stream) {
   using C = Collective<Format, kPair>;
   int device = 0, multiprocessors = 0;
   const cudaError_t error = current_device(&device, &multiprocessors);
-  return error != cudaSuccess ? error
-                              : run<C>(C::arguments(p, device, multiprocessors), stream);
+  return error != cudaSuccess ? error : run<C>(C::arguments(p, device, multiprocessors), stream);
 }
 
 template <bool kPair>
@@ -155,8 +156,7 @@ cudaError_t launch_mxfp8(const GemmParams& p, bool e5m2, cudaStream_t stream) {
   const cudaError_t error = current_device(&device, &multiprocessors);
   if (error != cudaSuccess) return error;
   auto args = C::arguments(p, device, multiprocessors);
-  const auto element =
-      e5m2 ? cute::UMMA::MXF8F6F4Format::E5M2 : cute::UMMA::MXF8F6F4Format::E4M3;
+  const auto element = e5m2 ? cute::UMMA::MXF8F6F4Format::E5M2 : cute::UMMA::MXF8F6F4Format::E4M3;
   args.mainloop.runtime_data_type_a = element;
   args.mainloop.runtime_data_type_b = element;
   return run<C>(args, stream);
