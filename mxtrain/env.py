@@ -136,8 +136,8 @@ def gemm_by_architecture() -> list[str]:
             built = bool(family & set(archs)) and bool(CATALOGUE["build"]["cutlass"])
         here = "built" if built else f"not built (MXTRAIN_CUDA_ARCHS={row['arch']})"
         where = f"{row['capability']}  {row['gpus']}"
-        lines.append(f"{where:<32}{row['kind']}: {served}; {row['proof']}; {here}")
-    return [*lines, f"{'8.0 and newer, all else':<32}dequantized to BF16: every format"]
+        lines.append(f"{where:<34}{row['kind']}: {served}; {row['proof']}; {here}")
+    return [*lines, f"{'8.0 and newer, all else':<34}dequantized to BF16: every format"]
 
 
 def report() -> dict:
