@@ -317,9 +317,9 @@ def _summary(results: list[dict]) -> str:
     ran = [r for r in results if r["status"] != NOT_RUN]
     failed = [r for r in ran if r["status"] == FAILED]
     text = f"{len(ran) - len(failed)} of {len(ran)}" if ran else results[0]["detail"][:150]
-    shares = [r["of_bound"] for r in ran if "of_bound" in r]
+    shares = [r["of_bound"] for r in ran if "of_bound" in r and "float32" in r["name"]]
     if shares:
-        text += f", at most {max(shares):.2g} of the error allowed"
+        text += f"; float32 out: at most {max(shares):.2g} of the error allowed"
     return text + (f"; first: {failed[0]['name']}" if failed else "")
 
 
