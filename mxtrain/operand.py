@@ -388,9 +388,10 @@ def set_gemm_backend(name: str) -> str:
     `python -m mxtrain.env` lists; "fold" (mxfp4 on Ada and Hopper: exact folding into FP8) and
     "dequant" (every format: decode to BF16, cuBLAS) insist on one, for comparisons. "fold_packed"
     is "fold" with no FP8 copy of the operands in memory (Hopper), and "fold_mma" the "fold" of Ada,
-    also on Hopper: to check it, slower there; "sm100" and "sm120" (mxfp4, nvfp4, mxfp8) are
-    Blackwell's block-scaled tensor cores. The environment variable MXTRAIN_GEMM_BACKEND sets it at
-    import. The CPU has one backend, whatever the setting.
+    also on Hopper: to check it, slower there. "sm100" (10.0 and 10.3) and "sm120" (12.0 and 12.1)
+    are block-scaled tensor cores (mxfp4, nvfp4, mxfp8), and "sm120_emulated" its kernels on Hopper,
+    with the instruction emulated: to check them, very slow. The environment variable
+    MXTRAIN_GEMM_BACKEND sets it at import. The CPU has one backend, whatever the setting.
 
     Raises:
         ValueError: for an unknown name. A `gemm` that the named backend cannot serve raises

@@ -22,8 +22,10 @@ __device__ __forceinline__ uint32_t cvt_rn_f16x2(float a, float b) {
   return d;
 }
 
-// Whether e2m1x2 conversions are instructions here: code with the suffix a or f, from 10.0 on.
-#if defined(__CUDA_ARCH_FAMILY_SPECIFIC__) && __CUDA_ARCH_FAMILY_SPECIFIC__ >= 1000
+// Whether e2m1x2 conversions are instructions here: on 10.0 and newer, in code with a suffix (a or
+// f), by nvcc 12.9's macro for both or 12.8's for a.
+#if defined(__CUDA_ARCH_FEAT_SM100_ALL) || defined(__CUDA_ARCH_FEAT_SM120_ALL) || \
+    (defined(__CUDA_ARCH_FAMILY_SPECIFIC__) && __CUDA_ARCH__ >= 1000)
 #define MXT_HAS_CVT_E2M1 1
 #else
 #define MXT_HAS_CVT_E2M1 0

@@ -1,15 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 // Block-scaled warp matrix multiply-accumulate (PTX ISA, "mma", .block_scale): one instruction on
-// sm_120a and sm_121a. Anywhere else the same product from the same registers, lane by lane and
-// slowly, so that everything around the instruction runs on the GPUs at hand. ptx/block_scale.h
-// says which lane holds what, and what the selectors (byte ids, thread ids) are. The whole warp
-// calls; blocks are one-dimensional; c may be d.
+// sm_120a, sm_121a and sm_120f. Anywhere else the same product from the same registers, lane by
+// lane and slowly, so that everything around the instruction runs on the GPUs at hand.
+// ptx/block_scale.h says which lane holds what, and what the selectors (byte ids, thread ids) are.
+// The whole warp calls; blocks are one-dimensional; c may be d.
 #pragma once
 
 #include "ptx/block_scale.h"
 
-// What follows ".a" in the architecture's name: the compiler defines these (nvcc 13.0).
-#if defined(__CUDA_ARCH_FEAT_SM120_ALL) || defined(__CUDA_ARCH_FEAT_SM121_ALL)
+// In code with a suffix (a or f), by nvcc 12.9's macro for both or 12.8's for a.
+#if defined(__CUDA_ARCH_FEAT_SM120_ALL) || \
+    (defined(__CUDA_ARCH_FAMILY_SPECIFIC__) && __CUDA_ARCH__ / 100 == 12)
 #define MXT_HAS_MMA_BLOCK_SCALE 1
 #else
 #define MXT_HAS_MMA_BLOCK_SCALE 0

@@ -70,8 +70,9 @@ def test_the_kernels_for_120a_have_the_instruction_and_no_spills(format, tmp_pat
     assert len(products) == steps * TILES  # and no product of another kind
 
 
-def test_121a_has_it_too(tmp_path):
-    compile_for("121a", SOURCES / "mma_probe.cu", tmp_path)
+@pytest.mark.parametrize("arch", ["121a", "120f"])
+def test_others_of_the_family_have_it_too(arch, tmp_path):
+    compile_for(arch, SOURCES / "mma_probe.cu", tmp_path)
     (ptx,) = tmp_path.glob("*.ptx")
     for in_ptx, _, _ in INSTRUCTIONS.values():
         assert in_ptx in ptx.read_text()
