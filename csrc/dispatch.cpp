@@ -313,3 +313,18 @@ extern "C" __attribute__((visibility("default"))) int mxtrain_mma_probe(
   return cudaErrorNotSupported;
 #endif
 }
+
+// Not an op: whether the kernels of sm100 take these sizes, for tests without a GPU. pitch is that
+// of the output, pair its tile (cuda/sm100/gemm.h). Returns a cudaError_t.
+extern "C" __attribute__((visibility("default"))) int mxtrain_sm100_takes(int format, int pair,
+                                                                          int64_t m, int64_t n,
+                                                                          int64_t k,
+                                                                          int64_t pitch) {
+  using mxtrain::cuda::sm100::Tile;
+  mxtrain::cuda::sm100::GemmParams p = {};
+  p.m = m;
+  p.n = n;
+  p.k = k;
+  p.pitch = pitch;
+  return mxtrain::cuda::run_sm100_gemm(p, format, pair ? Tile::kPair : Tile::kSingle, nullptr);
+}

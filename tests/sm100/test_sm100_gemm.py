@@ -5,6 +5,7 @@ It has never run on the chip: the tests of products wait for one.
 
 from __future__ import annotations
 
+import ctypes
 import random
 from dataclasses import replace
 
@@ -14,7 +15,7 @@ from common import assert_same_bytes, operand, refuses
 from test_gemm_sweep import Call, backend, check
 
 import mxtrain
-from mxtrain._library import CATALOGUE, gemm_backend
+from mxtrain._library import CATALOGUE, LIBRARY, gemm_backend
 from mxtrain.env import gemm_backend_here
 
 FORMATS = ("mxfp4", "nvfp4", "mxfp8_e4m3", "mxfp8_e5m2")
@@ -44,6 +45,24 @@ def test_auto_takes_it_on_10_only_and_says_what_is_missing():
     for major, minor in [(8, 0), (8, 9), (9, 0), (12, 0), (12, 1)]:
         for fmt in mxtrain.FORMATS.values():
             assert "sm100" not in gemm_backend(major, minor, fmt.code)
+
+
+@pytest.mark.skipif(not CATALOGUE["build"]["cutlass"], reason="a build with CUTLASS")
+@pytest.mark.parametrize("pair", [0, 1])
+@pytest.mark.parametrize("format", FORMATS)
+def test_cutlass_takes_every_size_that_is_handed_to_it(format, pair):
+    """Its own check of shapes and alignments, on the host; the sizes as csrc/ops/cuda_gemm.cpp."""
+    fmt, unit = mxtrain.FORMATS[format], 8 if pair else 4
+    takes = LIBRARY.mxtrain_sm100_takes
+    takes.argtypes = [ctypes.c_int, ctypes.c_int, *[ctypes.c_int64] * 4]
+    r = random.Random(1)
+    for _ in range(300):
+        m, n, k = (r.choice((r.randint(1, 40), r.randint(1, 9000))) for _ in range(3))
+        row_bytes = -(-fmt.row_bytes(k) // 16) * 16
+        handed = (m, n, row_bytes * 8 // fmt.bits, -(-n // unit) * unit)
+        assert takes(fmt.code, pair, *handed) == 0, handed
+    assert takes(fmt.code, pair, 100, 99, 128, 99) == 1  # cudaErrorInvalidValue: rows of D
+    assert takes(fmt.code, pair, 100, 104, 16 if fmt.bits == 4 else 8, 104) == 1  # of A and B
 
 
 @pytest.mark.skipif(not torch.cuda.is_available() or HAS_SM100, reason="needs another GPU")

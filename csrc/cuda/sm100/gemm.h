@@ -42,6 +42,7 @@ inline bool prefer_pair(int64_t m, int64_t n, int multiprocessors) {
   return pair * 20 <= single * 12;
 }
 
+// With a null out: launches nothing, and cudaErrorInvalidValue where CUTLASS refuses the sizes.
 cudaError_t launch_gemm(const GemmParams& p, Kind kind, Tile tile, cudaStream_t stream);
 
 }  // namespace mxtrain::cuda::sm100

@@ -116,50 +116,54 @@ struct Collective {
   }
 };
 
+// Whether CUTLASS takes the sizes. It has n stand for the pitch of D, which here is its own.
 template <class C>
-cudaError_t run(const typename C::Arguments& args, cudaStream_t stream) {
-  using cutlass::Status;
-  typename C::Gemm gemm;
+bool takes(const GemmParams& p) {
+  GemmParams whole = p;
+  whole.n = p.pitch;
+  const typename C::Arguments args = C::arguments(whole, 0, 1);
   // Neither this scheduler nor this epilogue works in memory of its own.
-  if (C::Gemm::get_workspace_size(args) != 0) return cudaErrorNotSupported;
-  if (C::Gemm::can_implement(args) != Status::kSuccess) return cudaErrorInvalidValue;
-  if (gemm.initialize(args, nullptr, stream) != Status::kSuccess) {
-    const cudaError_t error = cudaGetLastError();
-    return error == cudaSuccess ? cudaErrorInvalidValue : error;
-  }
-  if (gemm.run(stream) != Status::kSuccess) {
-    const cudaError_t error = cudaGetLastError();
-    return error == cudaSuccess ? cudaErrorLaunchFailure : error;
-  }
-  return cudaGetLastError();
+  return C::Gemm::can_implement(args) == cutlass::Status::kSuccess &&
+         C::Gemm::get_workspace_size(args) == 0;
 }
 
-// The current device and its multiprocessors.
-inline cudaError_t current_device(int* device, int* multiprocessors) {
-  const cudaError_t error = cudaGetDevice(device);
+inline cudaError_t error_or(cudaError_t otherwise) {
+  const cudaError_t error = cudaGetLastError();
+  return error == cudaSuccess ? otherwise : error;
+}
+
+// edit(arguments): what a format has to add. A null out only asks whether the sizes are taken.
+template <class Format, bool kPair, class Edit>
+cudaError_t launch_collective(const GemmParams& p, cudaStream_t stream, Edit edit) {
+  using C = Collective<Format, kPair>;
+  if (!takes<C>(p)) return cudaErrorInvalidValue;
+  if (!p.out) return cudaSuccess;
+  int device = 0, multiprocessors = 0;
+  cudaError_t error = cudaGetDevice(&device);
   if (error != cudaSuccess) return error;
-  return cudaDeviceGetAttribute(multiprocessors, cudaDevAttrMultiProcessorCount, *device);
+  error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  if (error != cudaSuccess) return error;
+  typename C::Arguments args = C::arguments(p, device, multiprocessors);
+  edit(args);
+  typename C::Gemm gemm;
+  if (gemm.initialize(args, nullptr, stream) != cutlass::Status::kSuccess)
+    return error_or(cudaErrorInvalidValue);
+  if (gemm.run(stream) != cutlass::Status::kSuccess) return error_or(cudaErrorLaunchFailure);
+  return cudaGetLastError();
 }
 
 template <class Format, bool kPair>
 cudaError_t launch_collective(const GemmParams& p, cudaStream_t stream) {
-  using C = Collective<Format, kPair>;
-  int device = 0, multiprocessors = 0;
-  const cudaError_t error = current_device(&device, &multiprocessors);
-  return error != cudaSuccess ? error : run<C>(C::arguments(p, device, multiprocessors), stream);
+  return launch_collective<Format, kPair>(p, stream, [](auto&) {});
 }
 
 template <bool kPair>
 cudaError_t launch_mxfp8(const GemmParams& p, bool e5m2, cudaStream_t stream) {
-  using C = Collective<Mxfp8, kPair>;
-  int device = 0, multiprocessors = 0;
-  const cudaError_t error = current_device(&device, &multiprocessors);
-  if (error != cudaSuccess) return error;
-  auto args = C::arguments(p, device, multiprocessors);
-  const auto element = e5m2 ? cute::UMMA::MXF8F6F4Format::E5M2 : cute::UMMA::MXF8F6F4Format::E4M3;
-  args.mainloop.runtime_data_type_a = element;
-  args.mainloop.runtime_data_type_b = element;
-  return run<C>(args, stream);
+  using cute::UMMA::MXF8F6F4Format;
+  return launch_collective<Mxfp8, kPair>(p, stream, [e5m2](auto& args) {
+    args.mainloop.runtime_data_type_a = e5m2 ? MXF8F6F4Format::E5M2 : MXF8F6F4Format::E4M3;
+    args.mainloop.runtime_data_type_b = args.mainloop.runtime_data_type_a;
+  });
 }
 
 }  // namespace mxtrain::cuda::sm100
