@@ -23,6 +23,12 @@ set(MXT_CUDA_SOURCES
   csrc/cuda/requantize.cu csrc/cuda/dequantize.cu csrc/cuda/elementwise.cu csrc/cuda/column_sum.cu
   csrc/cuda/fold.cu csrc/cuda/optimizer.cu csrc/cuda/statistics.cu
   csrc/cuda/int8_quantize.cu csrc/cuda/int8_gemm.cu)
+# A library for many GPUs holds its code compressed, a thirteenth of the room, and unpacks what a kernel's first launch needs.
+list(LENGTH MXT_CUDA_ARCHS MXT_CUDA_ARCH_COUNT)
+if(MXT_CUDA_ARCH_COUNT GREATER 1 AND CMAKE_CUDA_COMPILER_VERSION VERSION_GREATER_EQUAL 12.9)
+  list(APPEND MXT_CUDA_FLAGS --compress-mode=size)
+endif()
+
 # An object library's architectures; CMake's own property knows family code (100f) only since late.
 function(mxt_set_archs target)
   foreach(arch ${ARGN})
@@ -97,8 +103,8 @@ if("100f" IN_LIST MXT_FAMILY_ARCHS)
       csrc/cuda/sm100/gemm_mxfp8_pair.cu csrc/cuda/sm100/gemm_mxfp8_single.cu)
     target_include_directories(mxt_cuda_sm100 PRIVATE csrc)
     target_include_directories(mxt_cuda_sm100 SYSTEM PRIVATE ${MXT_CUTLASS_INCLUDE} ${CUDAToolkit_INCLUDE_DIRS})
-    # Line numbers of CUTLASS's templates would take more room than the code.
-    list(REMOVE_ITEM MXT_CUDA_FLAGS -lineinfo)
+    # Line numbers of CUTLASS's templates would take more room than the code, which is small.
+    list(REMOVE_ITEM MXT_CUDA_FLAGS -lineinfo --compress-mode=size)
     target_compile_options(mxt_cuda_sm100 PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:${MXT_CUDA_FLAGS}>)
     target_compile_definitions(mxt_cuda_sm100 PRIVATE NDEBUG)
     mxt_set_archs(mxt_cuda_sm100 100f)
