@@ -5,6 +5,7 @@ Nothing here needs a GPU, and torch is never imported.
 MXTRAIN_CUDA_ARCHS  "90a", "80;90a;100a;120a", "native" (the visible GPUs), "all", or "none".
                     Unset: native where a GPU is visible, otherwise CPU only.
 MAX_JOBS            compile jobs; unset: as many as the cores and the free memory allow.
+MXTRAIN_CUTLASS     where the CUTLASS headers are, or "off" (third_party/README.md); for 10.x only.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-ALL_ARCHS = "80;89;90a;100a;120a"
+ALL_ARCHS = "80;89;90a;100a;103a;120a;121a"
 GIB_PER_JOB = 2  # what one compile job may take
+GIB_PER_CUTLASS_JOB = 5.5  # one of csrc/cuda/sm100
 
 
 def package_version() -> str:
@@ -96,15 +98,21 @@ def cuda_archs() -> str:
     return ""
 
 
-def jobs() -> int:
-    if os.environ.get("MAX_JOBS"):
-        return max(1, int(os.environ["MAX_JOBS"]))
+def jobs(archs: str) -> tuple[int, int]:
+    """How many compile jobs, and how many of them may be files that include CUTLASS."""
     cores = os.cpu_count() or 1
     try:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
     except (ValueError, OSError):
-        return cores
-    return max(1, min(cores, int(free / GIB_PER_JOB)))
+        free = GIB_PER_JOB * cores
+    if not re.search(r"\b10\d[af]", archs):
+        large = 0
+    else:  # half of the memory for those, so that the other cores have work too
+        large = max(1, min(cores, int(free / 2 / GIB_PER_CUTLASS_JOB)))
+    small = max(0, int((free - large * GIB_PER_CUTLASS_JOB) / GIB_PER_JOB))
+    if os.environ.get("MAX_JOBS"):
+        return max(1, int(os.environ["MAX_JOBS"])), max(1, large)
+    return max(1, min(cores, large + small)), max(1, large)
 
 
 class CMakeBuild(build_ext):
@@ -135,6 +143,7 @@ class CMakeBuild(build_ext):
         launchers = []
         if ccache := shutil.which("ccache"):
             launchers = [f"-DCMAKE_{lang}_COMPILER_LAUNCHER={ccache}" for lang in ("CXX", "CUDA")]
+        at_once, with_cutlass = jobs(archs)
         subprocess.run(
             [
                 cmake,
@@ -152,13 +161,14 @@ class CMakeBuild(build_ext):
                 f"-DMXT_TORCH_VERSION={torch_version(torch)}",
                 f"-DMXT_VERSION={package_version()}",
                 f"-DMXT_CUDA_ARCHS={archs}",
+                f"-DMXT_CUTLASS_JOBS={with_cutlass}",
                 f"-DMXT_OUTPUT_DIR={output}",
                 f"-DMXT_HOST_OUTPUT_DIR={host_output}",
                 *launchers,
             ],
             check=True,
         )
-        subprocess.run([cmake, "--build", str(build), "--parallel", str(jobs())], check=True)
+        subprocess.run([cmake, "--build", str(build), "--parallel", str(at_once)], check=True)
 
     @staticmethod
     def pybind11_dir() -> str:

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "cpu/kernels.h"
+#include "dispatch_table.h"
 #include "formats/int8.h"
 
 #ifndef MXT_CUDA_ARCHS
@@ -13,6 +14,10 @@
 #endif
 #ifndef MXT_CUDA_COMPILER
 #define MXT_CUDA_COMPILER ""
+#endif
+
+#ifndef MXT_CUTLASS
+#define MXT_CUTLASS ""
 #endif
 
 namespace mxtrain {
@@ -30,6 +35,20 @@ static std::string groups() {
   return s + "]";
 }
 
+static std::string gemm_rows() {
+  std::ostringstream s;
+  for (const GemmRow& row : kGemmRows) {
+    s << (&row == kGemmRows ? "[" : ", ") << "{\"capability\": \"" << row.major << "." << row.minor
+      << "\", \"gpus\": \"" << row.gpus << "\", \"arch\": \"" << row.arch << "\", \"backend\": \""
+      << kGemmBackendNames[static_cast<int>(row.backend)] << "\", \"kind\": \"" << row.kind
+      << "\", \"how\": \"" << row.how << "\", \"proof\": \"" << row.proof << "\", \"formats\": [";
+    for (int i = 0, count = 0; i < kFormatCount; ++i)
+      if (serves(row, i)) s << (count++ ? ", \"" : "\"") << kFormats[i].name << "\"";
+    s << "]}";
+  }
+  return s.str() + "]";
+}
+
 static std::string make_catalogue() {
   std::ostringstream s;
   s << "{\"formats\": [";
@@ -45,10 +64,11 @@ static std::string make_catalogue() {
     << ", \"accumulate\": " << names(kAccumulateNames, kAccumulates)
     << ", \"gemm_backends\": " << names(kGemmBackendNames, kGemmBackends)
     << ", \"int8_layouts\": " << names(kInt8LayoutNames, kInt8Layouts)
-    << ", \"hadamard_groups\": " << groups() << ", \"build\": {\"version\": \"" << MXT_VERSION
-    << "\", \"torch_abi\": \"" << MXT_TORCH_ABI << "\", \"built_with_torch\": \""
-    << MXT_BUILT_WITH_TORCH << "\", \"cxx\": \"" << MXT_CXX_COMPILER << "\", \"nvcc\": \""
-    << MXT_CUDA_COMPILER << "\", \"cuda_archs\": \"" << MXT_CUDA_ARCHS << "\", \"cpu_isa\": \""
+    << ", \"gemm_rows\": " << gemm_rows() << ", \"hadamard_groups\": " << groups()
+    << ", \"build\": {\"version\": \"" << MXT_VERSION << "\", \"torch_abi\": \"" << MXT_TORCH_ABI
+    << "\", \"built_with_torch\": \"" << MXT_BUILT_WITH_TORCH << "\", \"cxx\": \""
+    << MXT_CXX_COMPILER << "\", \"nvcc\": \"" << MXT_CUDA_COMPILER << "\", \"cutlass\": \""
+    << MXT_CUTLASS << "\", \"cuda_archs\": \"" << MXT_CUDA_ARCHS << "\", \"cpu_isa\": \""
     << cpu::kernels().isa << "\"}}";
   return s.str();
 }

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "check.h"
 
+#include "formats/layout.h"
+
 namespace mxtrain {
 
 std::string shape_of(const Tensor& t) {
@@ -87,25 +89,35 @@ void check_rng(const char* op, const OptionalTensor& rng, const Tensor& x) {
 }
 
 PackedShape check_operand(const char* op, const char* name, const Tensor& data, const Tensor& scale,
-                          const OptionalTensor& tensor_scale, int64_t format) {
+                          const OptionalTensor& tensor_scale, int64_t format, bool tiles_too) {
   const FormatInfo& f = check_format(op, "format", format);
-  const auto is_bytes = [](const Tensor& t) {
-    return t.scalar_type() == ScalarType::Byte && t.dim() == 2;
+  const auto is_bytes = [](const Tensor& t, int dims) {
+    return t.scalar_type() == ScalarType::Byte && t.dim() == dims;
   };
-  MXT_CHECK(is_bytes(data), op, name, " data must be uint8 with 2 dimensions, got ",
+  MXT_CHECK(is_bytes(data, 2), op, name, " data must be uint8 with 2 dimensions, got ",
             dtype_name(data.scalar_type()), " (shape ", shape_of(data),
             "). Pass what quantize returned.");
-  MXT_CHECK(is_bytes(scale), op, name, " scale must be uint8 with 2 dimensions, got ",
-            dtype_name(scale.scalar_type()), " (shape ", shape_of(scale),
-            "). Unswizzle a swizzled scale first.");
+  const bool in_tiles = tiles_too && is_bytes(scale, 3);
+  MXT_CHECK(in_tiles || is_bytes(scale, 2), op, name, " scale must be uint8 with 2 dimensions",
+            tiles_too ? ", or 3 where it is swizzled" : "", ", got ",
+            dtype_name(scale.scalar_type()), " (shape ", shape_of(scale), "). ",
+            tiles_too ? "Pass what quantize returned." : "Unswizzle a swizzled scale first.");
   check_sizes(op, name, data);
   const int64_t rows = data.size(0), kp = data.size(1) * 8 / f.bits;
   MXT_CHECK(data.size(1) > 0 && f.bytes(kp) == data.size(1) && kp % f.block == 0, op, name,
             " data must hold whole blocks of ", f.block, " codes of ", f.bits,
             " bits, got rows of ", data.size(1), " bytes (format ", f.name, "). Check the format.");
-  MXT_CHECK(scale.size(0) == rows && scale.size(1) == kp / f.block, op, name,
-            " scale must have shape [", rows, ", ", kp / f.block, "], got ", shape_of(scale),
-            " (format ", f.name, ", data ", shape_of(data), "). Check the format.");
+  const int64_t blocks = kp / f.block, row_tiles = tiles(rows, kTileRows),
+                col_tiles = tiles(blocks, kTileCols);
+  MXT_CHECK(!in_tiles || (scale.size(0) == row_tiles && scale.size(1) == col_tiles &&
+                          scale.size(2) == kTileBytes),
+            op, name, " scale must have shape [", row_tiles, ", ", col_tiles, ", ", kTileBytes,
+            "] where it is swizzled, got ", shape_of(scale), " (format ", f.name, ", data ",
+            shape_of(data), "). Pass what swizzle_scale made of ", rows, " x ", blocks,
+            " scales; it pads them to 128 rows and 4 columns.");
+  MXT_CHECK(in_tiles || (scale.size(0) == rows && scale.size(1) == blocks), op, name,
+            " scale must have shape [", rows, ", ", blocks, "], got ", shape_of(scale), " (format ",
+            f.name, ", data ", shape_of(data), "). Check the format.");
   check_same_device(op, "scale", scale, data);
   const bool has_scale = tensor_scale && tensor_scale->numel() > 0;
   MXT_CHECK(has_scale == f.e4m3_scale, op, name, " tensor_scale must be ",

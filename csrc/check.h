@@ -59,7 +59,8 @@ struct PackedShape {
   int64_t rows, kp;
 };
 PackedShape check_operand(const char* op, const char* name, const Tensor& data, const Tensor& scale,
-                          const OptionalTensor& tensor_scale, int64_t format);
+                          const OptionalTensor& tensor_scale, int64_t format,
+                          bool tiles_too = false);  // whether scale may be swizzled
 // cols is the logical K of an operand: it ends in the last block.
 void check_logical_cols(const char* op, int64_t cols, const PackedShape& shape, int64_t format);
 

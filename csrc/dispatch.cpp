@@ -8,6 +8,7 @@
 #include <string>
 
 #include "cuda/quantize.h"
+#include "dispatch_table.h"
 #include "ops/ops.h"
 #ifdef MXT_HAVE_SM89
 #include "cuda/sm89/gemm_e5m2.h"
@@ -35,11 +36,14 @@ static bool any_arch(Predicate matches) {
 }
 
 // Is there code for compute capability major.minor? Code for 80 also runs on 86 and 89: same major,
-// not older, unless it is architecture-specific (suffix a) or family-specific (f).
+// not older. With the suffix a it is for that one alone, but from 10.0 on cmake/cuda.cmake builds
+// the portable kernels for the family (suffix f), which is the major version.
 static bool built_for(int major, int minor) {
   return any_arch([&](const std::string& arch) {
     const int number = std::atoi(arch.c_str()), have = number % 10;
-    return number / 10 == major && (arch.back() == 'a' ? have == minor : have <= minor);
+    if (number / 10 != major) return false;
+    if (arch.back() == 'a' || arch.back() == 'f') return major >= 10 || have == minor;
+    return have <= minor;
   });
 }
 
@@ -73,7 +77,8 @@ cudaStream_t stream_for(const char* op, const Tensor& t) {
   MXT_CHECK(built_for(major, minor), op,
             "the GPU must be one this build has kernels for, got compute capability ", major, ".",
             minor, " (this build has: ", MXT_CUDA_ARCHS,
-            "). Rebuild with MXTRAIN_CUDA_ARCHS=native.");
+            "). Rebuild with MXTRAIN_CUDA_ARCHS=", major, minor,
+            major >= 9 ? "a, the suffix included." : ".");
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   return static_cast<cudaStream_t>(stream);
@@ -105,30 +110,46 @@ static bool has_sm120_emulated(Capability c) {
   return c.major == 9 && c.minor == 0 && built_as("90a");
 }
 
-static bool sm120_serves(int64_t format) { return kFormats[format].bits != 6; }
+// tcgen05.mma; its object is code for the family, so what was built for 100a runs on 10.3 too.
+static bool has_sm100(Capability c) {
+#ifdef MXT_HAVE_SM100
+  return c.major == 10;
+#else
+  return false;
+#endif
+}
 
-static GemmChoice best_on_sm120(Capability c) {
-  if (has_sm120(c)) return {GemmBackend::kSm120, "block-scaled tensor cores by mma.sync"};
-  return {GemmBackend::kDequant,
-          c.minor == 0 ? "decode to BF16, cuBLAS; sm120 needs a build with 120a, the suffix "
-                         "included: MXTRAIN_CUDA_ARCHS=120a"
-                       : "decode to BF16, cuBLAS; sm120 needs a build with 121a, the suffix "
-                         "included: MXTRAIN_CUDA_ARCHS=121a"};
+// Whether the build has the code of a row of the table.
+static bool has_code(const GemmRow& row) {
+  const Capability c = {row.major, row.minor};
+  switch (row.backend) {
+    case GemmBackend::kFold:
+      return has_fold_mma(c);
+    case GemmBackend::kSm100:
+      return has_sm100(c);
+    case GemmBackend::kSm120:
+      return has_sm120(c);
+    default:
+      return false;
+  }
 }
 
 GemmChoice best_gemm_backend(int major, int minor, int64_t format) {
-  if (major == 12 && sm120_serves(format)) return best_on_sm120({major, minor});
-  if (format != kMxfp4Code) return {GemmBackend::kDequant, "decode to BF16, cuBLAS"};
-  if (has_fold({major, minor}))
-    return {GemmBackend::kFold, "exact folding into E5M2, FP8 tensor cores"};
-  if (has_fold_mma({major, minor}))
-    return {GemmBackend::kFold, "exact folding into E5M2, FP8 tensor cores by mma.sync"};
-  if (major == 9 && minor == 0)
-    return {GemmBackend::kDequant, "decode to BF16, cuBLAS; fold needs a build with 90a"};
-  if (major == 8 && minor == 9)
-    return {GemmBackend::kDequant, "decode to BF16, cuBLAS; fold needs a build with 89"};
-  return {GemmBackend::kDequant,
-          "decode to BF16, cuBLAS; fold needs compute capability 8.9 or 9.0"};
+  const GemmRow* row = gemm_row(major, minor, format);
+  std::string why = "decode to BF16, cuBLAS";
+  if (!row) return {GemmBackend::kDequant, why};
+  if (has_code(*row)) return {row->backend, row->how};
+  why += std::string("; ") + kGemmBackendNames[static_cast<int>(row->backend)] +
+         " needs a build with ";
+  const bool tcgen05 = row->backend == GemmBackend::kSm100;
+  if (tcgen05 && (built_as("100a") || built_as("103a") || built_as("100f") || built_as("103f")))
+    return {GemmBackend::kDequant, why + "CUTLASS: third_party/README.md"};
+  const std::string arch = row->arch;
+  if (arch.back() == 'a')
+    why += arch + ", the suffix included: MXTRAIN_CUDA_ARCHS=";
+  else
+    why += arch + ": MXTRAIN_CUDA_ARCHS=";
+  return {GemmBackend::kDequant, why + arch};
 }
 
 static bool can_take(GemmBackend backend, Capability c, int64_t format) {
@@ -139,9 +160,11 @@ static bool can_take(GemmBackend backend, Capability c, int64_t format) {
     case GemmBackend::kFoldPacked:
       return format == kMxfp4Code && has_fold(c);
     case GemmBackend::kSm120:
-      return sm120_serves(format) && has_sm120(c);
+      return block_scaled(format) && has_sm120(c);
     case GemmBackend::kSm120Emulated:
-      return sm120_serves(format) && has_sm120_emulated(c);
+      return block_scaled(format) && has_sm120_emulated(c);
+    case GemmBackend::kSm100:
+      return block_scaled(format) && has_sm100(c);
     case GemmBackend::kAuto:
     case GemmBackend::kDequant:
       break;
@@ -153,13 +176,15 @@ GemmBackend gemm_backend_for(const char* op, const Tensor& t, int64_t format) {
   const Capability c = capability_of(op, t.get_device_index());
   GemmBackend asked = requested_gemm_backend();
   if (asked == GemmBackend::kAuto) asked = best_gemm_backend(c.major, c.minor, format).backend;
-  MXT_CHECK(can_take(asked, c, format), op, "the GEMM backend must be one that serves format ",
-            kFormats[format].name, " here, got ", kGemmBackendNames[static_cast<int>(asked)],
-            " (compute capability ", c.major, ".", c.minor, ", this build has: ", MXT_CUDA_ARCHS,
-            "). Use mxtrain.set_gemm_backend(\"auto\"); fold is mxfp4 on 8.9, built for 89, and on "
-            "9.0, built for 90a; fold_packed on 9.0 only; sm120 is mxfp4, nvfp4 and mxfp8 on 12.0, "
-            "built for 120a, and on 12.1, built for 121a (rebuild with MXTRAIN_CUDA_ARCHS=120a or "
-            "121a); sm120_emulated the same on 9.0, to test it.");
+  MXT_CHECK(
+      can_take(asked, c, format), op, "the GEMM backend must be one that serves format ",
+      kFormats[format].name, " here, got ", kGemmBackendNames[static_cast<int>(asked)],
+      " (compute capability ", c.major, ".", c.minor, ", this build has: ", MXT_CUDA_ARCHS,
+      "). Use mxtrain.set_gemm_backend(\"auto\"); fold is mxfp4 on 8.9, built for 89, and on "
+      "9.0, built for 90a; fold_packed on 9.0 only; sm120 is mxfp4, nvfp4 and mxfp8 on 12.0, "
+      "built for 120a, and on 12.1, built for 121a (rebuild with MXTRAIN_CUDA_ARCHS=120a or "
+      "121a); sm120_emulated the same on 9.0, to test it; sm100 the same on 10.0 and 10.3, built "
+      "for 100a or 103a (rebuild with MXTRAIN_CUDA_ARCHS=100a) with CUTLASS.");
   return asked == GemmBackend::kFold && !has_fold(c) ? GemmBackend::kFoldMma : asked;
 }
 
@@ -214,6 +239,28 @@ cudaError_t run_block_scaled_gemm(const sm120::BlockScaledGemmParams& p, int64_t
                            : sm120::launch_gemm_mxfp8_e5m2(p, stream);
 #endif
   return cudaErrorNotSupported;
+}
+
+cudaError_t run_sm100_gemm(const sm100::GemmParams& p, int64_t format, sm100::Tile tile,
+                           cudaStream_t stream) {
+#ifdef MXT_HAVE_SM100
+  const FormatInfo& f = kFormats[format];
+  if (f.bits == 4)
+    return sm100::launch_gemm(p, f.e4m3_scale ? sm100::Kind::kNvfp4 : sm100::Kind::kMxfp4, tile,
+                              stream);
+  if (f.bits == 8)
+    return sm100::launch_gemm(
+        p, f.man_bits == 3 ? sm100::Kind::kMxfp8E4M3 : sm100::Kind::kMxfp8E5M2, tile, stream);
+#endif
+  return cudaErrorNotSupported;
+}
+
+sm100::Tile sm100_tile(const char* op, const Tensor& t, int64_t m, int64_t n, bool bfloat16_out) {
+  if (!bfloat16_out) return sm100::Tile::kSingle;
+  int multiprocessors = 0;
+  check_runtime(op, cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount,
+                                           t.get_device_index()));
+  return sm100::prefer_pair(m, n, multiprocessors) ? sm100::Tile::kPair : sm100::Tile::kSingle;
 }
 
 static bool int8_on_sm90(int major, int minor) {
@@ -287,4 +334,19 @@ extern "C" __attribute__((visibility("default"))) int mxtrain_mma_probe(
 #else
   return cudaErrorNotSupported;
 #endif
+}
+
+// Not an op: whether the kernels of sm100 take these sizes, for tests without a GPU. pitch is that
+// of the output, pair its tile (cuda/sm100/gemm.h). Returns a cudaError_t.
+extern "C" __attribute__((visibility("default"))) int mxtrain_sm100_takes(int format, int pair,
+                                                                          int64_t m, int64_t n,
+                                                                          int64_t k,
+                                                                          int64_t pitch) {
+  using mxtrain::cuda::sm100::Tile;
+  mxtrain::cuda::sm100::GemmParams p = {};
+  p.m = m;
+  p.n = n;
+  p.k = k;
+  p.pitch = pitch;
+  return mxtrain::cuda::run_sm100_gemm(p, format, pair ? Tile::kPair : Tile::kSingle, nullptr);
 }

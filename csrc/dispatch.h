@@ -6,9 +6,12 @@
 
 #include <cuda_runtime_api.h>
 
+#include <string>
+
 #include "check.h"
 #include "cuda/fold.h"
 #include "cuda/int8.h"
+#include "cuda/sm100/gemm.h"
 #include "cuda/sm120/gemm_block_scale.h"
 
 // The CPU wheel of torch lacks these three shims; weak, they let a CUDA build load there (and are
@@ -30,7 +33,7 @@ cudaStream_t stream_for(const char* op, const Tensor& t);
 // why.
 struct GemmChoice {
   GemmBackend backend;
-  const char* why;
+  std::string why;
 };
 GemmChoice best_gemm_backend(int major, int minor, int64_t format);
 
@@ -50,6 +53,11 @@ cudaError_t run_packed_gemm(const PackedGemmParams& p, cudaStream_t stream);
 // The product of two operands of a format as they are stored, by kSm120 or kSm120Emulated.
 cudaError_t run_block_scaled_gemm(const sm120::BlockScaledGemmParams& p, int64_t format,
                                   cudaStream_t stream);
+
+// The same by kSm100, for operands as sm100::GemmParams has them; and its tile, for t's device.
+cudaError_t run_sm100_gemm(const sm100::GemmParams& p, int64_t format, sm100::Tile tile,
+                           cudaStream_t stream);
+sm100::Tile sm100_tile(const char* op, const Tensor& t, int64_t m, int64_t n, bool bfloat16_out);
 
 // int8_gemm for t's device, which is current: the kernel of its architecture, or the portable one
 // where there is none or the environment variable MXTRAIN_INT8_GEMM is "portable".

@@ -1,8 +1,8 @@
 """`python -m mxtrain.env`: what this machine and build can do.
 
-Prints versions, GPUs, what this build holds, which backend each op takes and why, and a self test.
-`report()` is the same as a dict (JSON-able), which the benchmark suite stores beside its
-measurements.
+Prints versions, GPUs, what this build holds, which backend each op takes and why, and a short self
+test; `--selftest` runs the long one of mxtrain/selftest.py instead. `report()` is the same as a
+dict (JSON-able), which the benchmark suite stores beside its measurements.
 """
 
 from __future__ import annotations
@@ -11,18 +11,21 @@ import argparse
 import json
 import os
 import platform
+import re
 import sys
 import time
+from pathlib import Path
 
 import torch
 
-from . import formats, ops, reference
+from . import formats, ops, reference, selftest
 from ._library import CATALOGUE, PATH, gemm_backend, int8_gemm_backend
 from .operand import gemm, quantize
 from .version import __version__
 
 ENVIRONMENT = (
     "MXTRAIN_CUDA_ARCHS",
+    "MXTRAIN_CUTLASS",
     "MXTRAIN_GEMM_BACKEND",
     "MXTRAIN_INT8_GEMM",
     "MXTRAIN_SPLIT_K",
@@ -31,6 +34,9 @@ ENVIRONMENT = (
     "CUDA_VISIBLE_DEVICES",
     "OMP_NUM_THREADS",
 )
+
+
+WITHOUT_CUTLASS = "without CUTLASS: sm100 GEMM absent (third_party/README.md)"
 
 
 def has_kernel(op: str, key: str) -> bool:
@@ -59,12 +65,19 @@ def gpus() -> list[dict]:
 
 
 def built_for(capability: str, archs: str) -> bool:
-    """Whether one of the built architectures ("80;90a") runs on a compute capability ("9.0")."""
+    """Whether one of the built architectures ("80;90a") runs on a compute capability ("9.0").
+
+    The same as built_for in csrc/dispatch.cpp.
+    """
     major, minor = (int(part) for part in capability.split("."))
     for arch in filter(None, archs.split(";")):
         number = int(arch.rstrip("af"))
-        exact = arch.endswith("a")
-        if number // 10 == major and (number % 10 == minor if exact else number % 10 <= minor):
+        if number // 10 != major:
+            continue
+        if arch[-1] in "af":  # from 10.0 on, code for the family
+            if major >= 10 or number % 10 == minor:
+                return True
+        elif number % 10 <= minor:
             return True
     return False
 
@@ -111,6 +124,22 @@ def _gemm_backends(capability: str) -> str:
     if len(served) == 1:
         return next(iter(served))
     return "; ".join(f"{', '.join(names)}: {backend}" for backend, names in served.items())
+
+
+def gemm_by_architecture() -> list[str]:
+    """What gemm is on each architecture, whether this build has its code, where it has run."""
+    archs = CATALOGUE["build"]["cuda_archs"].split(";")
+    lines = []
+    for row in formats.GEMM_ROWS:
+        served = ", ".join(name for name in formats.FORMATS if name in row["formats"])
+        built = row["arch"] in archs
+        if row["backend"] == "sm100":
+            family = {f"10{minor}{suffix}" for minor in "03" for suffix in "af"}
+            built = bool(family & set(archs)) and bool(CATALOGUE["build"]["cutlass"])
+        here = "built" if built else f"not built (MXTRAIN_CUDA_ARCHS={row['arch']})"
+        where = f"{row['capability']}  {row['gpus']}"
+        lines.append(f"{where:<34}{row['kind']}: {served}; {row['proof']}; {here}")
+    return [*lines, f"{'8.0 and newer, all else':<34}dequantized to BF16: every format"]
 
 
 def report() -> dict:
@@ -182,6 +211,9 @@ def _print_report(data: dict) -> None:
         f"        torch ABI {build['torch_abi']}, built with torch {build['built_with_torch']}; "
         f"CPU kernels: {build['cpu_isa']}"
     )
+    if re.search(r"\b10\d[af]", archs):
+        text = f"CUTLASS {build['cutlass']}" if build["cutlass"] else WITHOUT_CUTLASS
+        print(f"        {text}")
     for gpu in data["gpus"] or [None]:
         text = (
             f"{gpu['name']}, compute capability {gpu['compute_capability']}, "
@@ -195,16 +227,36 @@ def _print_report(data: dict) -> None:
     print(f"\n{'op':<18}{'on the CPU':<34}on CUDA")
     for op, chosen in data["backends"].items():
         print(f"{op:<18}{chosen['cpu']:<34}{chosen['cuda']}")
+    print("\ngemm by compute capability")
+    for line in gemm_by_architecture():
+        print(f"  {line}")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the report and run the self test; 0 if it passes."""
+    """Print the report and run a self test; 0 if it passes, 2 for an unusable argument."""
     parser = argparse.ArgumentParser(prog="python -m mxtrain.env", description=__doc__)
     parser.add_argument(
         "--json", action="store_true", help="print the report as JSON, without the self test"
     )
+    parser.add_argument(
+        "--selftest",
+        nargs="?",
+        const=selftest.FILE,
+        metavar="FILE",
+        help=f"the long self test, minutes; writes one JSON to send back (default {selftest.FILE})",
+    )
+    parser.add_argument(
+        "--no-bench", action="store_true", help="with --selftest: leave the bench suite out"
+    )
     options = parser.parse_args(argv)
     data = report()
+    if options.selftest:
+        _print_report(data)
+        found = data["gpus"]
+        cuda = bool(found) and built_for(
+            found[0]["compute_capability"], data["build"]["cuda_archs"]
+        )
+        return selftest.run(Path(options.selftest), data, cuda, bench=not options.no_bench)
     if options.json:
         print(json.dumps(data, indent=2))
         return 0

@@ -65,6 +65,8 @@ SCALE_RULES: dict[str, int] = {name: code for code, name in enumerate(CATALOGUE[
 ROUNDINGS: dict[str, int] = {name: code for code, name in enumerate(CATALOGUE["roundings"])}
 ACCUMULATE: dict[str, int] = {name: code for code, name in enumerate(CATALOGUE["accumulate"])}
 GEMM_BACKENDS: dict[str, int] = {name: code for code, name in enumerate(CATALOGUE["gemm_backends"])}
+# What gemm takes on which GPU, if the build has its code (csrc/dispatch_table.h).
+GEMM_ROWS: list[dict] = CATALOGUE["gemm_rows"]
 INT8_LAYOUTS: dict[str, int] = {name: i for i, name in enumerate(CATALOGUE["int8_layouts"])}
 INT8_BLOCK = "int8_block"
 """Signed bytes in squares of 128 x 128 with a float32 scale; it has ops of its own: `int8_*`."""

@@ -149,18 +149,21 @@ def check_float_dtype(op: str, name: str, dtype: torch.dtype, what: str, t: Tens
 
 
 def check_operand(
-    op: str, name: str, data: Tensor, scale: Tensor, tensor_scale: Tensor | None, code: int
+    op: str, name: str, data: Tensor, scale: Tensor, tensor_scale: Tensor | None, code: int,
+    tiles_too: bool = False,
 ) -> tuple[int, int]:  # fmt: skip
-    """(rows, Kp)."""
+    """(rows, Kp); tiles_too: whether scale may be swizzled."""
     f = check_format(op, code)
-    advice = {
-        "data": "Pass what quantize returned.",
-        "scale": "Unswizzle a swizzled scale first.",
-    }
-    for part, t in (("data", data), ("scale", scale)):
-        if t.dtype != BYTE or t.dim() != 2:
-            condition, context = "be uint8 with 2 dimensions", f"shape {_shape(t)}"
-            _fail(op, f"{name} {part}", condition, _dtype(t.dtype), context, advice[part])
+    as_made, either = "Pass what quantize returned.", ", or 3 where it is swizzled"
+    if data.dtype != BYTE or data.dim() != 2:
+        condition, context = "be uint8 with 2 dimensions", f"shape {_shape(data)}"
+        _fail(op, f"{name} data", condition, _dtype(data.dtype), context, as_made)
+    in_tiles = tiles_too and scale.dtype == BYTE and scale.dim() == 3
+    if not in_tiles and (scale.dtype != BYTE or scale.dim() != 2):
+        condition = f"be uint8 with 2 dimensions{either if tiles_too else ''}"
+        advice = as_made if tiles_too else "Unswizzle a swizzled scale first."
+        context = f"shape {_shape(scale)}"
+        _fail(op, f"{name} scale", condition, _dtype(scale.dtype), context, advice)
     check_sizes(op, name, data)
     rows, width = data.shape
     kp = width * 8 // f.bits
@@ -169,9 +172,18 @@ def check_operand(
         condition = f"hold whole blocks of {f.block} codes of {f.bits} bits"
         got = f"rows of {width} bytes"
         _fail(op, f"{name} data", condition, got, f"format {f.name}", "Check the format.")
-    if _differ(scale.shape[0], rows) or _differ(scale.shape[1], kp // f.block):
-        condition, context = f"have shape [{rows}, {kp // f.block}]", _shape(data)
-        context = f"format {f.name}, data {context}"
+    blocks, context = kp // f.block, f"format {f.name}, data {_shape(data)}"
+    if in_tiles:
+        tiles = ((rows + 127) // 128, (blocks + 3) // 4, 512)
+        if any(_differ(a, b) for a, b in zip(scale.shape, tiles, strict=True)):
+            condition = f"have shape [{tiles[0]}, {tiles[1]}, 512] where it is swizzled"
+            advice = (
+                f"Pass what swizzle_scale made of {rows} x {blocks} scales; "
+                "it pads them to 128 rows and 4 columns."
+            )
+            _fail(op, f"{name} scale", condition, _shape(scale), context, advice)
+    elif _differ(scale.shape[0], rows) or _differ(scale.shape[1], blocks):
+        condition = f"have shape [{rows}, {blocks}]"
         _fail(op, f"{name} scale", condition, _shape(scale), context, "Check the format.")
     check_same_device(op, "scale", scale, data)
     given = tensor_scale is not None and tensor_scale.numel() > 0
@@ -318,8 +330,8 @@ def check_gemm(
     a: tuple[Tensor, Tensor, Tensor | None], b: tuple[Tensor, Tensor, Tensor | None], format: int,
     bias: Tensor | None, alpha: float, out_dtype: torch.dtype, accumulate: int, op: str = "gemm",
 ) -> None:  # fmt: skip
-    _, a_kp = check_operand(op, "a", *a, format)
-    n, b_kp = check_operand(op, "b", *b, format)
+    _, a_kp = check_operand(op, "a", *a, format, True)
+    n, b_kp = check_operand(op, "b", *b, format, True)
     shapes = f"a {_shape(a[0])}, b {_shape(b[0])}"
     if _differ(a_kp, b_kp):
         condition, got = "have the same K", f"{a_kp} and {b_kp}"

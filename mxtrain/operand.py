@@ -337,10 +337,10 @@ def gemm(
     check_tensor("gemm", "bias", bias, optional=True)
     return _ops.gemm(
         a.data,
-        a.plain_scale(),
+        a.scale,
         a.tensor_scale,
         b.data,
-        b.plain_scale(),
+        b.scale,
         b.tensor_scale,
         FORMATS[a.format].code,
         bias,
@@ -373,7 +373,7 @@ def gemm_add_(
         context, advice = f"shape {list(out.shape)}", "Pass a buffer, or out.detach()."
         raise ValueError(refusal(what, "out", "not require grad", True, context, advice))
     _ops.gemm_add_(
-        out, a.data, a.plain_scale(), a.tensor_scale, b.data, b.plain_scale(), b.tensor_scale,
+        out, a.data, a.scale, a.tensor_scale, b.data, b.scale, b.tensor_scale,
         FORMATS[a.format].code, alpha, ACCUMULATE[accumulate],
     )  # fmt: skip
     if not torch.compiler.is_compiling():
@@ -388,9 +388,9 @@ def set_gemm_backend(name: str) -> str:
     `python -m mxtrain.env` lists; "fold" (mxfp4 on Ada and Hopper: exact folding into FP8) and
     "dequant" (every format: decode to BF16, cuBLAS) insist on one, for comparisons. "fold_packed"
     is "fold" with no FP8 copy of the operands in memory (Hopper), and "fold_mma" the "fold" of Ada,
-    also on Hopper: to check it, slower there. "sm120" (mxfp4, nvfp4, mxfp8 on 12.0 and 12.1) is
-    block-scaled tensor cores, and "sm120_emulated" its kernels on Hopper, with the instruction
-    emulated: to check them, very slow. The environment variable
+    also on Hopper: to check it, slower there. "sm100" (10.0 and 10.3) and "sm120" (12.0 and 12.1)
+    are block-scaled tensor cores (mxfp4, nvfp4, mxfp8), and "sm120_emulated" its kernels on Hopper,
+    with the instruction emulated: to check them, very slow. The environment variable
     MXTRAIN_GEMM_BACKEND sets it at import. The CPU has one backend, whatever the setting.
 
     Raises:

@@ -41,8 +41,8 @@ unswizzle_scale(scale, rows, cols) undoes it.
 gemm(a, a_scale, a_tensor_scale, b, b_scale, b_tensor_scale, format, bias, alpha, out_dtype,
      accumulate=0) -> `[M, N]`
     alpha * A B^T + bias for operands A `[M, K]` and B `[N, K]`, float32 accumulation. A NaN scale
-    makes its row (column) NaN. Raises where K or the formats differ, or bias is not a float vector
-    of N.
+    makes its row (column) NaN. Scales may be swizzled (the padding 0), which sm100 then takes as
+    they are. Raises where K or the formats differ, or bias is not a float vector of N.
 
 gemm_add_(out, a, a_scale, a_tensor_scale, b, b_scale, b_tensor_scale, format, alpha, accumulate=0)
     out += alpha * A B^T in float32, for the accumulation of gradients: out `[M, N]` is contiguous

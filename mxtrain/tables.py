@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from . import mix, recipe
-from .formats import FORMATS
+from .formats import FORMATS, GEMM_ROWS
 
 
 def formats_table() -> str:
@@ -30,6 +30,23 @@ def formats_table() -> str:
             f"{f.bits_per_element:g} |"
         )
     return "\n".join(rows)
+
+
+def architectures_table() -> str:
+    """What gemm is on each architecture, from the table that the dispatch chooses by."""
+    rows = [
+        "| compute capability | GPUs | build for | `mxfp4` | `nvfp4` | `mxfp8_*` | `mxfp6_*` | |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in GEMM_ROWS:
+        cells = [
+            f"{row['kind']} (`{row['backend']}`)" if name in row["formats"] else "dequantized"
+            for name in ("mxfp4", "nvfp4", "mxfp8_e4m3", "mxfp6_e3m2")
+        ]
+        head = [row["capability"], row["gpus"], f"`{row['arch']}`"]
+        rows.append(f"| {' | '.join([*head, *cells, row['proof']])} |")
+    other = "| other, 8.0 and newer | A100, ... | `80` |" + 4 * " dequantized |" + " |"
+    return "\n".join([*rows, other])
 
 
 MEASURED = Path(__file__).parent.parent / "bench" / "results" / "nvidia-h200.json"
@@ -80,6 +97,7 @@ def measured_table(title: str, column: str, rows: dict[str, str]) -> str:
 
 TABLES = {
     "formats": formats_table,
+    "architectures": architectures_table,
     "recipes": recipe.table,
     "mixes": mix.table,
     "of_copy": lambda: measured_table("of copy", "of_copy", OF_COPY),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import re
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -31,6 +33,19 @@ def refuses(error: type[Exception], match: str):
     assert caught.type is error
     message = str(caught.value)
     assert STYLE.fullmatch(message) and "\n" not in message, message
+
+
+def cuobjdump() -> str | None:
+    """The disassembler: on the PATH, or of the package nvidia-cuda-cuobjdump."""
+    found = shutil.which("cuobjdump")
+    if found:
+        return found
+    try:
+        import nvidia.cu13 as toolkit
+    except ImportError:
+        return None
+    places = (Path(p) / "bin/cuobjdump" for p in toolkit.__path__)
+    return next((str(p) for p in places if p.exists()), None)
 
 
 def cuda_has(op: str) -> bool:

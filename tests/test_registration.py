@@ -281,6 +281,11 @@ def test_env_report_and_self_test(capsys):
     )
     assert mxtrain_env.built_for("9.0", "80;90a") and not mxtrain_env.built_for("8.9", "90a")
     assert mxtrain_env.built_for("8.9", "80") and not mxtrain_env.built_for("9.1", "90a")
+    # From 10.0 on the portable kernels are family code, and the suffix says what else is built.
+    assert mxtrain_env.built_for("10.3", "100a") and mxtrain_env.built_for("12.0", "121a")
+    assert not mxtrain_env.built_for("10.0", "90a;120a") and mxtrain_env.built_for("10.3", "100")
+    assert "gemm by compute capability" in text and "never run on the chip" in text
+    assert ("native: mxfp4, mxfp8_e4m3, mxfp8_e5m2, nvfp4" in text) and ("folded: mxfp4" in text)
 
 
 def test_import_is_lean():

@@ -84,7 +84,8 @@ constexpr const char* kAccumulateNames[kAccumulates] = {"fp32", "fast", "exact"}
 
 // How gemm runs on CUDA (csrc/dispatch.h chooses). fold is the GPU's own way to multiply what was
 // folded, fold_packed the one that unpacks inside the product, fold_mma the one by mma.sync; sm120
-// is block-scaled mma.sync, sm120_emulated the same kernel where the GPU lacks that instruction.
+// is block-scaled mma.sync, sm120_emulated the same kernel where the GPU lacks that instruction;
+// sm100 is block-scaled tcgen05.mma.
 enum class GemmBackend : int {
   kAuto = 0,
   kDequant = 1,
@@ -92,11 +93,12 @@ enum class GemmBackend : int {
   kFoldPacked = 3,
   kFoldMma = 4,
   kSm120 = 5,
-  kSm120Emulated = 6
+  kSm120Emulated = 6,
+  kSm100 = 7
 };
-constexpr int kGemmBackends = 7;
+constexpr int kGemmBackends = 8;
 constexpr const char* kGemmBackendNames[kGemmBackends] = {
-    "auto", "dequant", "fold", "fold_packed", "fold_mma", "sm120", "sm120_emulated"};
+    "auto", "dequant", "fold", "fold_packed", "fold_mma", "sm120", "sm120_emulated", "sm100"};
 constexpr int kHadamardGroups[] = {16, 32, 64, 128, 256};
 constexpr int kHadamardGroupCount = sizeof(kHadamardGroups) / sizeof(kHadamardGroups[0]);
 

@@ -6,11 +6,14 @@
 //   fold     fold both operands into E5M2 (exact; cuda/fold.cu), multiply on the FP8 tensor cores
 //            (fold_mma: by mma.sync)
 //   sm120    multiply the operands as they are stored on block-scaled tensor cores
+//   sm100    the same, with the scales in 128x4 tiles (swizzled here where they are not)
+// Scales may be swizzled for every backend.
 #include <torch/csrc/stable/accelerator.h>
 
 #include <array>
 
 #include "cuda/quantize.h"
+#include "formats/layout.h"
 #include "ops/cuda_common.h"
 #include "ops/ops.h"
 
@@ -193,21 +196,110 @@ static void gemm_sm120(const char* op, const GemmArguments& g, Tensor& out, cuda
   check_launch(op, run_block_scaled_gemm(p, g.format, stream));
 }
 
+// ---- sm100 ----
+
+static bool aligned_16(const Tensor& t) {
+  return t.is_contiguous() && reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
+}
+
+// Codes in rows of whole 16 bytes, 16-byte aligned: t itself where it is so, else a copy whose rows
+// end in zeros (nvfp4 has rows of 8 bytes over).
+static Tensor whole_rows(const Tensor& t) {
+  const int64_t width = t.size(1), pitch = (width + 15) / 16 * 16;
+  if (pitch == width && aligned_16(t)) return t;
+  Tensor rows = torch::stable::new_zeros(t, {t.size(0), pitch}, ScalarType::Byte);
+  Tensor to = torch::stable::narrow(rows, 1, 0, width);
+  torch::stable::copy_(to, t);
+  return rows;
+}
+
+// Scales in 128x4 tiles, 16-byte aligned.
+static Tensor in_tiles(const Tensor& scale) {
+  if (scale.dim() == 2) return swizzle_scale(scale);
+  return aligned_16(scale) ? scale : torch::stable::clone(torch::stable::contiguous(scale));
+}
+
+// What CUTLASS counts in 32 bits, and the rows and columns of tiles that a grid has.
+static bool sm100_fits(int64_t m, int64_t n, int64_t kp, int64_t format) {
+  constexpr int64_t kInt = (int64_t{1} << 31) - 1, kSide = int64_t{65535} * 128;
+  const auto scale_bytes = [&](int64_t rows) {
+    return tiles(rows, kTileRows) * tiles(kp / kFormats[format].block, kTileCols) * kTileBytes;
+  };
+  return m <= kSide && n <= kSide && kp <= kInt - 128 && scale_bytes(m) <= kInt &&
+         scale_bytes(n) <= kInt;
+}
+
+static void gemm_sm100(const char* op, const GemmArguments& g, Tensor& out, cudaStream_t stream) {
+  const bool bfloat16_out = g.out_dtype == ScalarType::BFloat16 && !g.add;
+  const sm100::Tile tile = sm100_tile(op, g.a, g.m, g.n, bfloat16_out);
+  const ScalarType type = tile == sm100::Tile::kPair ? ScalarType::BFloat16 : ScalarType::Float;
+  const int64_t unit = tile == sm100::Tile::kPair ? 8 : 4, pitch = (g.n + unit - 1) / unit * unit;
+  const bool in_place = type == g.out_dtype && !g.add && pitch == g.n && aligned_16(out);
+  Tensor product = in_place ? out : torch::stable::new_empty(g.a, {g.m, pitch}, type);
+  const Tensor a = whole_rows(g.a), b = whole_rows(g.b), a_scale = in_tiles(g.a_scale),
+               b_scale = in_tiles(g.b_scale);
+  const bool two_level = kFormats[g.format].e4m3_scale;
+  OptionalTensor bias = g.bias;
+  if (bias && bias->scalar_type() != ScalarType::Float) {
+    bias = torch::stable::new_empty(g.a, {g.n}, ScalarType::Float);
+    torch::stable::copy_(*bias, *g.bias);
+  }
+  sm100::GemmParams p = {};
+  p.a = a.const_data_ptr();
+  p.b = b.const_data_ptr();
+  p.a_scale = a_scale.const_data_ptr();
+  p.b_scale = b_scale.const_data_ptr();
+  p.a_tensor_scale = two_level ? g.a_tensor_scale->const_data_ptr<float>() : nullptr;
+  p.b_tensor_scale = two_level ? g.b_tensor_scale->const_data_ptr<float>() : nullptr;
+  p.bias = bias ? bias->const_data_ptr<float>() : nullptr;
+  p.alpha = g.alpha;
+  p.m = g.m;
+  p.n = g.n;
+  p.k = a.size(1) * 8 / kFormats[g.format].bits;
+  p.out = product.mutable_data_ptr();
+  p.pitch = pitch;
+  check_launch(op, run_sm100_gemm(p, g.format, tile, stream));
+  if (in_place) return;
+  const Tensor result = torch::stable::narrow(product, 1, 0, g.n);
+  if (!g.add) {
+    torch::stable::copy_(out, result);
+    return;
+  }
+  const Tensor acc = torch::stable::contiguous(result);
+  EpilogueParams e = {};
+  e.acc = acc.const_data_ptr<float>();
+  e.rows = g.m;
+  e.cols = g.n;
+  e.alpha = 1.0f;
+  e.out_type = FloatType::kFloat32;
+  e.out = out.mutable_data_ptr();
+  e.add = true;
+  check_launch(op, launch_epilogue(e, stream));
+}
+
 static void product_into(const char* op, Tensor& out, bool add, const Tensor& a,
                          const Tensor& a_scale, const OptionalTensor& a_tensor_scale,
                          const Tensor& b, const Tensor& b_scale,
                          const OptionalTensor& b_tensor_scale, int64_t format,
                          const OptionalTensor& bias, double alpha, int64_t accumulate) {
   const cudaStream_t stream = stream_for(op, a);
-  const GemmBackend backend = gemm_backend_for(op, a, format);
+  GemmBackend backend = gemm_backend_for(op, a, format);
   const int64_t m = a.size(0), n = b.size(0), kp = a.size(1) * 8 / kFormats[format].bits;
   if (m == 0 || n == 0) return;
+  if (backend == GemmBackend::kSm100 && !sm100_fits(m, n, kp, format))
+    backend = GemmBackend::kDequant;
+  const int64_t blocks = kp / kFormats[format].block;
+  const auto plain = [&](const Tensor& scale, int64_t rows) {
+    const bool as_it_is = scale.dim() == 2 || backend == GemmBackend::kSm100;
+    return as_it_is ? scale : unswizzle_scale(scale, rows, blocks);
+  };
+  const Tensor a_plain = plain(a_scale, m), b_plain = plain(b_scale, n);
   OptionalTensor bias_row;
   if (bias) bias_row = torch::stable::contiguous(*bias);
   const GemmArguments g = {a,
-                           a_scale,
+                           a_plain,
                            b,
-                           b_scale,
+                           b_plain,
                            a_tensor_scale,
                            b_tensor_scale,
                            format,
@@ -219,6 +311,7 @@ static void product_into(const char* op, Tensor& out, bool add, const Tensor& a,
                            out.scalar_type(),
                            static_cast<Accumulate>(accumulate),
                            add};
+  if (backend == GemmBackend::kSm100) return gemm_sm100(op, g, out, stream);
   if (backend == GemmBackend::kDequant) return gemm_dequant(op, g, out, stream);
   if (backend == GemmBackend::kSm120 || backend == GemmBackend::kSm120Emulated)
     return gemm_sm120(op, g, out, stream);

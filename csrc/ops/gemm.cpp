@@ -15,8 +15,8 @@ void check_gemm(const char* op, const Tensor& a, const Tensor& a_scale,
                 const OptionalTensor& a_tensor_scale, const Tensor& b, const Tensor& b_scale,
                 const OptionalTensor& b_tensor_scale, int64_t format, const OptionalTensor& bias,
                 double alpha, ScalarType out_dtype, int64_t accumulate) {
-  const PackedShape sa = check_operand(op, "a", a, a_scale, a_tensor_scale, format);
-  const PackedShape sb = check_operand(op, "b", b, b_scale, b_tensor_scale, format);
+  const PackedShape sa = check_operand(op, "a", a, a_scale, a_tensor_scale, format, true);
+  const PackedShape sb = check_operand(op, "b", b, b_scale, b_tensor_scale, format, true);
   MXT_CHECK(sa.kp == sb.kp, op, "a and b must have the same K, got ", sa.kp, " and ", sb.kp,
             " (padded, format ", kFormats[format].name, "; a ", shape_of(a), ", b ", shape_of(b),
             "). Both are quantized along the contraction axis: D = A B^T.");
@@ -70,8 +70,12 @@ static void product_into(Tensor& out, bool add, const Tensor& a, const Tensor& a
   const bool two_level = kFormats[format].e4m3_scale;
   OptionalTensor one;
   if (two_level) one = torch::stable::full({1}, 1.0, ScalarType::Float);
-  const Tensor af = dequantize(a, a_scale, one, format, kp, ScalarType::Float);
-  const Tensor bf = dequantize(b, b_scale, one, format, kp, ScalarType::Float);
+  const int64_t blocks = kp / kFormats[format].block;
+  const auto plain = [&](const Tensor& scale, int64_t rows) {
+    return scale.dim() == 2 ? scale : unswizzle_scale(scale, rows, blocks);
+  };
+  const Tensor af = dequantize(a, plain(a_scale, m), one, format, kp, ScalarType::Float);
+  const Tensor bf = dequantize(b, plain(b_scale, n), one, format, kp, ScalarType::Float);
   Tensor acc = torch::stable::new_empty(af, {m, n});
   matmul_into(acc, af, torch::stable::transpose(bf, 0, 1));
   OptionalTensor bias_row;

@@ -11,6 +11,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from common import cuobjdump
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "csrc/cuda/sm120"
@@ -29,18 +30,6 @@ INSTRUCTIONS = {
 TILES = 2 * (2 * 8) + 4 * 8
 
 pytestmark = pytest.mark.skipif(not shutil.which("nvcc"), reason="needs nvcc")
-
-
-def cuobjdump() -> str | None:
-    found = shutil.which("cuobjdump")
-    if found:
-        return found
-    try:
-        import nvidia.cu13 as toolkit
-    except ImportError:
-        return None
-    places = (Path(p) / "bin/cuobjdump" for p in toolkit.__path__)
-    return next((str(p) for p in places if p.exists()), None)
 
 
 def compile_for(arch: str, source: Path, folder: Path) -> tuple[str, Path]:

@@ -85,8 +85,10 @@ def test_scales_of_another_size_are_refused_with_the_size_they_should_have():
     for wrong in [scale[:, :3], scale[:4], torch.zeros(128, 4, dtype=torch.uint8, device="cuda")]:
         with refuses(RuntimeError, r"a scale must have shape \[5, 4\], got"):
             call(wrong)
-    with refuses(RuntimeError, "a scale must be uint8 with 2 dimensions"):
-        call(torch.ops.mxtrain.swizzle_scale(scale))
+    swizzled = torch.ops.mxtrain.swizzle_scale(scale)
+    assert torch.equal(call(swizzled), call(scale))
+    with refuses(RuntimeError, r"a scale must have shape \[1, 1, 512\] where it is swizzled, got"):
+        call(swizzled[:, :, :256])
 
 
 # ---- the product ----
