@@ -22,7 +22,8 @@ set(MXT_CUDA_SOURCES
   csrc/cuda/quantize_strips.cu csrc/cuda/quantize_pairs.cu
   csrc/cuda/requantize.cu csrc/cuda/dequantize.cu csrc/cuda/elementwise.cu csrc/cuda/column_sum.cu
   csrc/cuda/fold.cu csrc/cuda/optimizer.cu csrc/cuda/statistics.cu
-  csrc/cuda/int8_quantize.cu csrc/cuda/int8_gemm.cu)
+  csrc/cuda/int8_quantize.cu csrc/cuda/int8_gemm.cu
+  csrc/cuda/rms_norm.cu csrc/cuda/swiglu.cu)
 add_library(mxt_cuda_portable OBJECT ${MXT_CUDA_SOURCES})
 target_include_directories(mxt_cuda_portable PRIVATE csrc)
 target_compile_options(mxt_cuda_portable PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:${MXT_CUDA_FLAGS}>)
@@ -30,7 +31,7 @@ set_target_properties(mxt_cuda_portable PROPERTIES CUDA_VISIBILITY_PRESET hidden
 
 target_sources(mxtrain PRIVATE csrc/dispatch.cpp
   csrc/ops/cuda_quantize.cpp csrc/ops/cuda_convert.cpp csrc/ops/cuda_gemm.cpp csrc/ops/cuda_optimizer.cpp csrc/ops/cuda_statistics.cpp
-  csrc/ops/cuda_int8.cpp $<TARGET_OBJECTS:mxt_cuda_portable>)
+  csrc/ops/cuda_int8.cpp csrc/ops/cuda_context.cpp $<TARGET_OBJECTS:mxt_cuda_portable>)
 
 # What needs one architecture's instructions: its folder, for that architecture only; dispatch.cpp knows by MXT_HAVE_*.
 # mma.sync's FP8 serves 8.9; 9.0 has it for comparison.

@@ -8,6 +8,17 @@ that it can serve as its oracle.
 
 from __future__ import annotations
 
+from .context import (
+    int10_dequantize,
+    int10_pack,
+    int10_quantize,
+    int10_unpack,
+    rms_norm,
+    rms_norm_backward,
+    sigmoid,
+    swiglu,
+    swiglu_backward,
+)
 from .elements import (
     BFLOAT16,
     E2M1,
@@ -68,6 +79,10 @@ __all__ = [
     "gemm_float64",
     "gemm_magnitude",
     "hadamard",
+    "int10_dequantize",
+    "int10_pack",
+    "int10_quantize",
+    "int10_unpack",
     "int8_dequantize",
     "int8_gemm",
     "int8_quantize",
@@ -81,7 +96,12 @@ __all__ = [
     "quantize_dual",
     "ramped_adamw",
     "requantize",
+    "rms_norm",
+    "rms_norm_backward",
+    "sigmoid",
     "stochastic_round",
+    "swiglu",
+    "swiglu_backward",
     "swizzle",
     "unpack",
     "unswizzle",
