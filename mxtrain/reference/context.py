@@ -24,7 +24,7 @@ def _groups(x: Tensor) -> Tensor:
 
 
 def _filled(n: Tensor, number: float) -> Tensor:
-    """A number to divide by: torch multiplies by the reciprocal of one that is no tensor."""
+    """A number in a quotient: torch multiplies by the reciprocal of one that is no tensor."""
     return torch.full_like(n, number)
 
 
@@ -34,7 +34,7 @@ def int10_quantize(x: Tensor) -> Context:
     v = _groups(x)
     amax, finite = v.abs().amax(2), v.isfinite().all(2)
     scale = (amax / _filled(amax, 511.0)).clamp(min=SMALLEST)
-    reciprocal = torch.where((amax == 0) | ~finite, 0.0, 1.0 / scale)
+    reciprocal = torch.where((amax == 0) | ~finite, 0.0, _filled(scale, 1.0) / scale)
     scale = torch.where(finite, torch.where(amax == 0, 0.0, scale), torch.nan)
     v = torch.where(finite[..., None], v, 0.0)
     return *int10_pack((v * reciprocal[..., None]).round().int().flatten(1)), scale
@@ -81,7 +81,8 @@ def rms_norm(
     v = x.float()
     total = _row_sum(v * v)
     mean = total / _filled(total, x.shape[1])
-    rstd = 1.0 / (mean + torch.tensor(eps, dtype=torch.float32)).sqrt()
+    root = (mean + torch.tensor(eps, dtype=torch.float32)).double().sqrt().float()
+    rstd = _filled(root, 1.0) / root
     y = v * rstd
     return (y if weight is None else y * weight.float()).to(dtype), int10_quantize(x), rstd[:, 0]
 
@@ -115,7 +116,7 @@ def sigmoid(x: Tensor) -> Tensor:
     for text in ("0x1.123b02p-7", "0x1.5558f8p-5", "0x1.555490p-3", "0x1.fffffcp-2", "0x1p0"):
         p = fma(p, r, constant(text))
     e = torch.ldexp(fma(p, r, torch.tensor(1.0)).double(), n.double()).float()
-    return torch.where(x < -87.0, 0.0, 1.0 / (1.0 + e))
+    return torch.where(x < -87.0, 0.0, _filled(e, 1.0) / (1.0 + e))
 
 
 @torch.no_grad()
