@@ -7,8 +7,9 @@
 // float32 [1] for nvfp4 ([0] elsewhere; inputs may pass None). format, scale_rule, rounding and
 // accumulate are codes, named in mxtrain.formats: the stable ABI leaks `str` arguments. rng is
 // int64 [2]. The int8_* ops have a contract of their own (formats/int8.h), and so have those of
-// RMSNorm and SwiGLU (formats/context.h). Every op is functional but those that end in _. docs/numerics.md defines the arithmetic, mxtrain/ops.py documents each
-// op and has its fake kernel.
+// RMSNorm and SwiGLU (formats/context.h). Every op is functional but those that end in _.
+// docs/numerics.md defines the arithmetic, mxtrain/ops.py documents each op and has its fake
+// kernel.
 #include <torch/csrc/stable/library.h>
 
 #include "ops/ops.h"

@@ -33,7 +33,7 @@ def _check_dtype(op: str, name: str, dtype: torch.dtype, x: Tensor) -> None:
 
 def _check_cols(op: str, name: str, x: Tensor) -> None:
     if _known(x.shape[1]) and not 0 < x.shape[1] <= MAX_COLS:
-        advice = "torch.nn.functional.rms_norm takes any."
+        advice = "Use torch.nn.functional.rms_norm."
         condition = f"have 1 to {MAX_COLS} columns"
         _fail(op, name, condition, x.shape[1], f"shape {_shape(x)}", advice)
 

@@ -57,10 +57,9 @@ static void compress(const float (&v)[kGroup], const ContextPlanes& c, int64_t r
     memset(codes, 0, sizeof codes);
   for (int i = 0; i < kGroup; ++i) c.high[at + i] = context_high(codes[i]);
   for (int i = 0; i < kGroup; i += 4)
-    c.low[(at + i) / 4] = static_cast<uint8_t>(context_low(codes[i]) |
-                                               context_low(codes[i + 1]) << 2 |
-                                               context_low(codes[i + 2]) << 4 |
-                                               context_low(codes[i + 3]) << 6);
+    c.low[(at + i) / 4] =
+        static_cast<uint8_t>(context_low(codes[i]) | context_low(codes[i + 1]) << 2 |
+                             context_low(codes[i + 2]) << 4 | context_low(codes[i + 3]) << 6);
 }
 
 static void expand(const ContextPlanes& c, int64_t r, int64_t k, int64_t kp, float (&v)[kGroup]) {

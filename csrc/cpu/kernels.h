@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // The CPU kernels' interface: argument structs and one table of functions per instruction set. The
-// files that implement it (tiles.h, quantize.cpp, convert.cpp, optimizer.cpp, ...) are compiled once per
-// instruction set, in the namespace MXT_ISA, contain no torch headers and start no threads;
-// ops/*.cpp split the work with torch's thread pool. Every function writes only the part it is
-// given, so results do not depend on the number of threads.
+// files that implement it (tiles.h, quantize.cpp, convert.cpp, optimizer.cpp, ...) are compiled
+// once per instruction set, in the namespace MXT_ISA, contain no torch headers and start no
+// threads; ops/*.cpp split the work with torch's thread pool. Every function writes only the part
+// it is given, so results do not depend on the number of threads.
 #pragma once
 
 #include <cstdint>

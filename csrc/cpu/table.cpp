@@ -25,9 +25,21 @@ void swiglu_forward(const SwigluParams&, int64_t, int64_t);
 void swiglu_backward(const SwigluParams&, int64_t, int64_t);
 
 extern const Kernels kTable;
-const Kernels kTable = {MXT_STRING(MXT_ISA), quantize, finite_amax,   dequantize, hadamard,
-                        stochastic_round,    epilogue, column_strips, adamw,      statistics,
-                        int8_quantize,       int8_gemm, rms_norm_forward, rms_norm_backward,
-                        swiglu_forward, swiglu_backward};
+const Kernels kTable = {MXT_STRING(MXT_ISA),
+                        quantize,
+                        finite_amax,
+                        dequantize,
+                        hadamard,
+                        stochastic_round,
+                        epilogue,
+                        column_strips,
+                        adamw,
+                        statistics,
+                        int8_quantize,
+                        int8_gemm,
+                        rms_norm_forward,
+                        rms_norm_backward,
+                        swiglu_forward,
+                        swiglu_backward};
 
 }  // namespace mxtrain::cpu::MXT_ISA

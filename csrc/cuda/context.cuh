@@ -35,7 +35,8 @@ template <class Source>
 struct Chunk {
   uint4 raw[Source::kVectors];
 
-  // Elements k to k + 7 of a row; zeros beyond cols. kVector: 16-byte aligned, cols a multiple of 8.
+  // Elements k to k + 7 of a row; zeros beyond cols. kVector: 16-byte aligned, cols a multiple
+  // of 8.
   template <bool kVector>
   __device__ __forceinline__ void load(const void* row, int k, int64_t cols) {
     using Type = typename Source::Type;
@@ -113,7 +114,8 @@ __device__ __forceinline__ void store_context(const ContextPlanes& c, int64_t at
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const uint32_t* q = code + 4 * i;
-    bytes[i] = __byte_perm(__byte_perm(q[0], q[1], 0x0040), __byte_perm(q[2], q[3], 0x0040), 0x5410);
+    bytes[i] =
+        __byte_perm(__byte_perm(q[0], q[1], 0x0040), __byte_perm(q[2], q[3], 0x0040), 0x5410);
     high[i] = __byte_perm(__byte_perm(q[0] >> 2, q[1] >> 2, 0x0040),
                           __byte_perm(q[2] >> 2, q[3] >> 2, 0x0040), 0x5410);
   }

@@ -239,8 +239,7 @@ static cudaError_t launch_backward(const RmsNormParams& p, cudaStream_t stream) 
   const cudaError_t error = launch(kernel, parts, norm_threads(p), stream, p, weight);
   if (error != cudaSuccess || !p.sums) return error;
   return launch(norm_weight_kernel, ceil_div(p.cols, NormTraits::kColumns),
-                NormTraits::kColumns * NormTraits::kStrips, stream, p,
-                static_cast<int64_t>(parts));
+                NormTraits::kColumns * NormTraits::kStrips, stream, p, static_cast<int64_t>(parts));
 }
 
 cudaError_t launch_rms_norm_forward(const RmsNormParams& p, cudaStream_t stream) {

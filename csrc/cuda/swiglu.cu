@@ -60,8 +60,7 @@ __global__ void __launch_bounds__(SwigluTraits::kMaxThreads)
 #pragma unroll
     for (int i = 0; i < 8; ++i) g[i] = g[i] * sigmoid(g[i]) * u[i];
     if (k < p.cols)
-      store_chunk(p.out, p.out_type, at.row * p.cols + k, g, kVector,
-                  static_cast<int>(p.cols) - k);
+      store_chunk(p.out, p.out_type, at.row * p.cols + k, g, kVector, static_cast<int>(p.cols) - k);
   }
 }
 

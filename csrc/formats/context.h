@@ -25,14 +25,12 @@
 namespace mxtrain {
 
 constexpr int kContextGroup = 128;
-constexpr int kContextRun = 8;                               // elements of a sum, one after another
+constexpr int kContextRun = 8;                              // elements of a sum, one after another
 constexpr int kContextLanes = kContextGroup / kContextRun;  // sums of a group, in pairs
 constexpr float kContextMax = 511.0f;
 constexpr int64_t kNormMaxCols = 16384;  // what the kernels of RMSNorm hold of a row
 
-MXT_HD Int8Scale context_scale(uint32_t amax_bits) {
-  return integer_scale(amax_bits, kContextMax);
-}
+MXT_HD Int8Scale context_scale(uint32_t amax_bits) { return integer_scale(amax_bits, kContextMax); }
 
 // x * reciprocal + kInt8Magic, whose low 10 bits are the code.
 MXT_HD uint32_t context_code(float x, float reciprocal) {

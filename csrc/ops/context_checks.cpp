@@ -23,16 +23,16 @@ static void check_dtype(const char* op, const char* name, ScalarType dtype, cons
 static void check_cols(const char* op, const char* name, const Tensor& x) {
   MXT_CHECK(x.size(1) > 0 && x.size(1) <= kNormMaxCols, op, name, " must have 1 to ", kNormMaxCols,
             " columns, got ", x.size(1), " (shape ", shape_of(x),
-            "). torch.nn.functional.rms_norm takes any.");
+            "). Use torch.nn.functional.rms_norm.");
 }
 
 static void check_weight(const char* op, const OptionalTensor& weight, const Tensor& x) {
   if (!weight) return;
-  MXT_CHECK(is_input_float(weight->scalar_type()) && weight->dim() == 1 &&
-                weight->size(0) == x.size(1),
-            op, "weight must be a float vector of shape [", x.size(1), "], got ",
-            dtype_name(weight->scalar_type()), " ", shape_of(*weight),
-            " (the first argument has shape ", shape_of(x), "). Convert or reshape it.");
+  MXT_CHECK(
+      is_input_float(weight->scalar_type()) && weight->dim() == 1 && weight->size(0) == x.size(1),
+      op, "weight must be a float vector of shape [", x.size(1), "], got ",
+      dtype_name(weight->scalar_type()), " ", shape_of(*weight), " (the first argument has shape ",
+      shape_of(x), "). Convert or reshape it.");
   check_same_device(op, "weight", *weight, x);
 }
 
@@ -71,11 +71,11 @@ void check_rms_norm_backward(const Tensor& dy, const ContextTensors& context, co
   check_matrix(op, "dy", dy);
   check_cols(op, "dy", dy);
   check_context(op, context, 1, dy);
-  MXT_CHECK(rstd.scalar_type() == ScalarType::Float && rstd.dim() == 1 &&
-                rstd.size(0) == dy.size(0),
-            op, "rstd must be Float of shape [", dy.size(0), "], got ",
-            dtype_name(rstd.scalar_type()), " ", shape_of(rstd), " (the gradient has shape ",
-            shape_of(dy), "). Pass what the forward op returned.");
+  MXT_CHECK(
+      rstd.scalar_type() == ScalarType::Float && rstd.dim() == 1 && rstd.size(0) == dy.size(0), op,
+      "rstd must be Float of shape [", dy.size(0), "], got ", dtype_name(rstd.scalar_type()), " ",
+      shape_of(rstd), " (the gradient has shape ", shape_of(dy),
+      "). Pass what the forward op returned.");
   check_same_device(op, "rstd", rstd, dy);
   check_weight(op, weight, dy);
   check_dtype(op, "dx_dtype", dx_dtype, dy);
@@ -84,10 +84,10 @@ void check_rms_norm_backward(const Tensor& dy, const ContextTensors& context, co
 void check_swiglu(const Tensor& gate, const Tensor& up) {
   const char* op = "swiglu_forward";
   check_matrix(op, "gate", gate);
-  MXT_CHECK(up.scalar_type() == gate.scalar_type() && up.dim() == 2 &&
-                up.size(0) == gate.size(0) && up.size(1) == gate.size(1),
-            op, "up must have the dtype and shape of gate, got ", dtype_name(up.scalar_type()),
-            " ", shape_of(up), " (gate is ", dtype_name(gate.scalar_type()), " ", shape_of(gate),
+  MXT_CHECK(up.scalar_type() == gate.scalar_type() && up.dim() == 2 && up.size(0) == gate.size(0) &&
+                up.size(1) == gate.size(1),
+            op, "up must have the dtype and shape of gate, got ", dtype_name(up.scalar_type()), " ",
+            shape_of(up), " (gate is ", dtype_name(gate.scalar_type()), " ", shape_of(gate),
             "). Pass the two halves of a gated layer.");
   check_same_device(op, "up", up, gate);
 }

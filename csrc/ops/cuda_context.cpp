@@ -88,8 +88,7 @@ Operand2 rms_norm_backward(Tensor dy, Tensor high, Tensor low, Tensor scale, Ten
   const cudaStream_t stream = stream_for(op, dy);
   const int64_t rows = dy.size(0), cols = dy.size(1);
   Tensor dx = torch::stable::new_empty(dy, {rows, cols}, dx_dtype);
-  if (rows == 0)
-    return {dx, torch::stable::new_zeros(dy, {sum ? cols : 0}, ScalarType::Float)};
+  if (rows == 0) return {dx, torch::stable::new_zeros(dy, {sum ? cols : 0}, ScalarType::Float)};
   Tensor dw = torch::stable::new_empty(dy, {sum ? cols : 0}, ScalarType::Float);
   const Tensor in = rows_of(dy), stds = torch::stable::contiguous(rstd);
   const ContextTensors c = aligned(high, low, scale);
