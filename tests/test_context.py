@@ -71,7 +71,9 @@ def test_t17_the_ops_keep_every_code(device):
     x[1, ::128] = -511
     every = torch.arange(-511, 512).float()
     for group in range(2):
-        x[8 * group : 8 * group + 8, 128 * group + 1 : 128 * group + 128] = every[:1016].view(8, 127)
+        x[8 * group : 8 * group + 8, 128 * group + 1 : 128 * group + 128] = every[:1016].view(
+            8, 127
+        )
     high, low, scale = context_of(x.to(device))
     assert (scale == 1).all()
     assert torch.equal(reference.int10_dequantize(high, low, scale, 300).cpu(), x)

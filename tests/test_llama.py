@@ -121,7 +121,7 @@ class FusedNorm(torch.autograd.Function):
         raise NotImplementedError
 
 
-def kept_by(recipes, dim=256, tokens=512):
+def kept_by(recipes, dim=256, tokens=1280):
     """Bytes an element of x that autograd keeps of a block: activations alone, without those of
     the attention product (q, k, v, its output o and the log-sums of its rows).
     """
@@ -165,10 +165,12 @@ def test_a_block_keeps_a_third_less():
     plain, dense = kept_by(RECIPES["int8_block"]), kept_by(FALLBACK)
     packed = kept_by(PACKED)
     assert plain < packed < dense < bf16 * 0.7
-    assert packed <= bf16 * 2 / 3 and plain <= bf16 / 2
+    assert packed <= bf16 * 2 / 3 and plain <= bf16 * 0.52
     # 2.56 for the norms, 1.3 for each input of a layer, 1.28 each for gate and up
-    assert packed == pytest.approx(2 * 1.28 + 3 * 1.3 + 3 * 1.3 + 6 * 1.28, abs=0.15)
-    only_down = kept_by([("down", PACKED), ("*", "int8_block")])
+    assert packed == pytest.approx(2 * 1.28 + 3 * 1.3 + 3 * 1.3 + 6 * 1.28, abs=0.1)
+    only_down = kept_by(
+        [("down", PACKED), *((n, "int8_block") for n in ("qkv", "proj", "gate_up"))]
+    )
     assert only_down <= 26 * 2 / 3
 
 
