@@ -4,7 +4,8 @@
     python examples/train_gpt.py --recipe bf16 tetrajet --compile \\
         --depth 24 --dim 1024 --heads 16 --context 1024 --lr 3e-4  # 303 million parameters, a GPU
     python examples/train_gpt.py --recipe bf16 tetrajet nvfp4 --seed 0 1 2 --steps 2000
-    python examples/train_gpt.py --arch llama --outliers channel --recipe bf16 int8_block int8_fallback
+    python examples/train_gpt.py --arch llama --outliers channel \\
+        --recipe bf16 int8_block int8_fallback
     python examples/train_gpt.py --resume runs/gpt/checkpoint.pt
 
 The text is that of the Python that runs this script, so nothing is downloaded. Every tenth file is

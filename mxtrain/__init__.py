@@ -9,8 +9,8 @@ byte means.
 """
 
 from .version import __version__  # isort: skip
-from . import ops as ops  # registers the fake kernels and autograd
 from . import nn as nn
+from . import ops as ops  # registers the fake kernels and autograd
 from . import optim as optim
 from .convert import ConversionReport, convert
 from .cost import model_cost, relative_cost

@@ -3,10 +3,10 @@
     norm = mxtrain.nn.RMSNorm(4096)                     # parameters and state_dict of nn.RMSNorm
     h = mxtrain.nn.SwiGLU()(gate_up(norm(x)))           # silu(gate) * up of one tensor, or of two
 
-What is saved is the input in int10_group, 1.28 bytes an element, and for RMSNorm the 1 / std of each
-row: no tensor of 16 bits. Forward computes with the input itself, backward with what was kept of
-it, which errs by 0.16% on normal data, as rounding it to bfloat16 does. One fused kernel each way
-(csrc/formats/context.h has the arithmetic); the CPU and CUDA give the same bytes.
+What is saved is the input in int10_group, 1.28 bytes an element, and for RMSNorm the 1 / std of
+each row: no tensor of 16 bits. Forward computes with the input itself, backward with what was kept
+of it, which errs by 0.16% on normal data, as rounding it to bfloat16 does. One fused kernel each
+way (csrc/formats/context.h has the arithmetic); the CPU and CUDA give the same bytes.
 Source: arXiv 2503.08040, its contexts of non-linear operators.
 """
 
@@ -37,7 +37,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _unflattened(y: Tensor, shape: torch.Size) -> Tensor:
-    """y [R, C] with these leading sizes, as no view: in-place ops may follow a Function's output."""
+    """y [R, C] with these leading sizes. Not a view: in-place ops may follow a Function's output."""
     if len(shape) == 2:
         return y
     return torch.ops.aten._unsafe_view(y, [*shape[:-1], y.shape[-1]])

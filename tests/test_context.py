@@ -217,7 +217,7 @@ def norm_gradients(x, w, dy, f):
 
 
 def test_rms_norm_against_float64(device):
-    """Outputs err as the cast does; gradients by what ten bits cost, as much as bfloat16's eight."""
+    """Outputs err as the cast does; gradients by what ten bits cost, as much as bfloat16."""
     x = torch.randn(512, 1024, device=device) * torch.logspace(-2, 2, 512, device=device)[:, None]
     w, dy = torch.rand(1024, device=device) + 0.5, torch.randn(512, 1024, device=device)
     want = norm_gradients(x.double(), w.double(), dy, lambda x, w: F.rms_norm(x, (1024,), w, 1e-6))

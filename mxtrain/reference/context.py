@@ -1,7 +1,8 @@
 """int10_group, and the RMSNorm and SwiGLU that keep their inputs in it.
 
 Bit for bit what csrc/formats/context.h says, in plain PyTorch. A context is the tuple (high, low,
-scale) of a matrix: int8 [R, Cp], uint8 [R, Cp / 4], float32 [R, Cp / 128]. Source: arXiv 2503.08040.
+scale) of a matrix: int8 [R, Cp], uint8 [R, Cp / 4], float32 [R, Cp / 128].
+Source: arXiv 2503.08040.
 """
 
 from __future__ import annotations
