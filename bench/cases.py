@@ -3,8 +3,8 @@
 A name is `family/arguments/shape`, such as `quantize/mxfp4/stochastic+h64/16384x8192`. To add a
 family, write one function that returns a Case, register it with `@family("...")` (families.py,
 int8.py, products.py and optimizers.py hold this package's ops, those of int8_block, GEMMs and
-layers, and optimizer steps; training.py whole steps, peers.py what they are compared with), and
-name its rows in suites.py.
+layers, and optimizer steps; context.py RMSNorm, SwiGLU and a block with them; training.py whole
+steps, peers.py what they are compared with), and name its rows in suites.py.
 """
 
 from __future__ import annotations
@@ -94,7 +94,16 @@ def build(name: str) -> Case:
     that cannot be.
     """
     # They register the families, and import this module.
-    from . import diagnostics, families, int8, optimizers, peers, products, training  # noqa: F401
+    from . import (  # noqa: F401
+        context,
+        diagnostics,
+        families,
+        int8,
+        optimizers,
+        peers,
+        products,
+        training,
+    )
 
     head, *rest = name.split("/")
     if head not in FAMILIES:

@@ -116,10 +116,18 @@ INT8_GEMMS: Rows = (
     "int8_gemm/r1.0",
     "int8_gemm/r0.1+channels",
     "int8_gemm/r0.2+channels",
+    "int8_gemm/r0.0156",
     "int8_gemm/r0.0156+tokens",
     "int8_gemm/r0.2+b",
 )
-
+TOKEN_GEMMS: Rows = ("int8_gemm/r0.03125+tokens", "int8_gemm/r0.03125")  # one row of blocks of 32
+NORM_SHAPES = ("16384x4096", "16384x1024", "4099x1111")
+GLU_SHAPES = ("16384x4096", "8192x14336", "4099x1111")
+LLAMA = "4x2048x4096"
+LLAMAS: Rows = tuple(
+    f"block/llama/{recipe}/{LLAMA}"
+    for recipe in ("int8_fallback", "int8_fallback+c0.3", "int8_block", "bf16")
+)
 
 FP8_LINEAR: Rows = ("peer/torchao_fp8_rowwise",)
 TRAINING: Rows = tuple(f"train/gpt/{recipe}/24x1024/16x1024" for recipe in ("tetrajet", "bf16"))
@@ -128,6 +136,11 @@ TRAINING: Rows = tuple(f"train/gpt/{recipe}/24x1024/16x1024" for recipe in ("tet
 def linears(recipes: Sequence[str], shapes: Sequence[str]) -> Rows:
     """Rows up to their last part, which all have in common."""
     return tuple(f"linear/{recipe}/{shape}" for shape in shapes for recipe in (*recipes, "bf16"))
+
+
+def contexts(op: str, kind: str, shapes: Sequence[str]) -> Rows:
+    """The same of RMSNorm and SwiGLU."""
+    return tuple(f"{op}/{kind}/{shape}" for shape in shapes)
 
 
 SUITES: dict[str, tuple[tuple[Rows, Sequence[str]], ...]] = {
@@ -142,6 +155,10 @@ SUITES: dict[str, tuple[tuple[Rows, Sequence[str]], ...]] = {
         (OTHER_GEMMS[:1], GEMM_SHAPES[:1]),
         (INT8[3:4], (BIG,)),
         (INT8_GEMMS[:1], GEMM_SHAPES[:1]),
+        (contexts("rms_norm", "int10", NORM_SHAPES[:1]), ("fwd", "bwd")),
+        (contexts("swiglu", "int10", GLU_SHAPES[:1]), ("fwd", "bwd")),
+        (contexts("rms_norm", "bf16", NORM_SHAPES[:1]), ("fwd",)),
+        (contexts("swiglu", "bf16", GLU_SHAPES[:1]), ("fwd",)),
         (linears(("tetrajet",), LINEARS), ("fwd+bwd",)),
     ),
     "full": (
@@ -159,6 +176,12 @@ SUITES: dict[str, tuple[tuple[Rows, Sequence[str]], ...]] = {
         (INT8, (BIG,)),
         (INT8_GEMMS, GEMM_SHAPES[:1]),
         (INT8_GEMMS[:1], (*GEMM_SHAPES[1:], *MODEL_GEMMS[-1:])),
+        (TOKEN_GEMMS, GEMM_SHAPES[1:2]),
+        (contexts("rms_norm", "int10", NORM_SHAPES), ("fwd", "bwd")),
+        (contexts("swiglu", "int10", GLU_SHAPES), ("fwd", "bwd")),
+        (contexts("rms_norm", "bf16", NORM_SHAPES), ("fwd",)),
+        (contexts("swiglu", "bf16", GLU_SHAPES), ("fwd",)),
+        (LLAMAS, ("fwd+bwd",)),
         (linears(("tetrajet",), (*LINEARS, *MODEL_LINEARS)), ("fwd+bwd",)),
         (linears(RECIPE_ROWS[1:], LINEARS[:1]), ("fwd+bwd",)),
         (FP8_LINEAR, (*LINEARS, MODEL_LINEARS[1])),

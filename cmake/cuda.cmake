@@ -22,7 +22,8 @@ set(MXT_CUDA_SOURCES
   csrc/cuda/quantize_strips.cu csrc/cuda/quantize_pairs.cu
   csrc/cuda/requantize.cu csrc/cuda/requantize_codes.cu csrc/cuda/dequantize.cu csrc/cuda/elementwise.cu csrc/cuda/column_sum.cu
   csrc/cuda/fold.cu csrc/cuda/optimizer.cu csrc/cuda/statistics.cu
-  csrc/cuda/int8_quantize.cu csrc/cuda/int8_gemm.cu)
+  csrc/cuda/int8_quantize.cu csrc/cuda/int8_gemm.cu
+  csrc/cuda/rms_norm.cu csrc/cuda/swiglu.cu)
 # A library for many GPUs holds its code compressed, a thirteenth of the room, and unpacks what a kernel's first launch needs.
 list(LENGTH MXT_CUDA_ARCHS MXT_CUDA_ARCH_COUNT)
 if(MXT_CUDA_ARCH_COUNT GREATER 1 AND CMAKE_CUDA_COMPILER_VERSION VERSION_GREATER_EQUAL 12.9)
@@ -50,7 +51,7 @@ mxt_set_archs(mxt_cuda_portable ${MXT_FAMILY_ARCHS})
 
 target_sources(mxtrain PRIVATE csrc/dispatch.cpp
   csrc/ops/cuda_quantize.cpp csrc/ops/cuda_convert.cpp csrc/ops/cuda_gemm.cpp csrc/ops/cuda_optimizer.cpp csrc/ops/cuda_statistics.cpp
-  csrc/ops/cuda_int8.cpp $<TARGET_OBJECTS:mxt_cuda_portable>)
+  csrc/ops/cuda_int8.cpp csrc/ops/cuda_context.cpp $<TARGET_OBJECTS:mxt_cuda_portable>)
 
 # What needs one architecture's instructions: its folder, for that architecture only; dispatch.cpp knows by MXT_HAVE_*.
 # mma.sync's FP8 serves 8.9; 9.0 has it for comparison.

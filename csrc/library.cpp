@@ -6,9 +6,10 @@
 // scale, tensor_scale): uint8 codes [R, Kp * bits / 8], uint8 block scales [R, Kp / block], and
 // float32 [1] for nvfp4 ([0] elsewhere; inputs may pass None). format, scale_rule, rounding and
 // accumulate are codes, named in mxtrain.formats: the stable ABI leaks `str` arguments. rng is
-// int64 [2]. The int8_* ops have a contract of their own (formats/int8.h). Every op is functional
-// but those that end in _. docs/numerics.md defines the arithmetic, mxtrain/ops.py documents each
-// op and has its fake kernel.
+// int64 [2]. The int8_* ops have a contract of their own (formats/int8.h), and so have those of
+// RMSNorm and SwiGLU (formats/context.h). Every op is functional but those that end in _.
+// docs/numerics.md defines the arithmetic, mxtrain/ops.py documents each op and has its fake
+// kernel.
 #include <torch/csrc/stable/library.h>
 
 #include "ops/ops.h"
@@ -74,6 +75,18 @@ STABLE_TORCH_LIBRARY(mxtrain, m) {
       "int8_gemm(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, Tensor? bias, ScalarType "
       "out_dtype, Tensor? residual=None, Tensor? residual_scale=None, Tensor? mask=None, "
       "bool residual_of_b=False) -> Tensor");
+  m.def(
+      "rms_norm_forward(Tensor x, Tensor? weight, float eps, ScalarType out_dtype, bool "
+      "context=True) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "rms_norm_backward(Tensor dy, Tensor high, Tensor low, Tensor scale, Tensor rstd, Tensor? "
+      "weight, ScalarType dx_dtype, bool weight_grad=True) -> (Tensor, Tensor)");
+  m.def(
+      "swiglu_forward(Tensor gate, Tensor up, bool context=True) -> "
+      "(Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "swiglu_backward(Tensor dh, Tensor high, Tensor low, Tensor scale, ScalarType dtype) -> "
+      "Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mxtrain, CPU, m) {
@@ -96,6 +109,10 @@ STABLE_TORCH_LIBRARY_IMPL(mxtrain, CPU, m) {
   m.impl("int8_quantize", TORCH_BOX(&int8_quantize));
   m.impl("int8_quantize_fallback", TORCH_BOX(&int8_quantize_fallback));
   m.impl("int8_gemm", TORCH_BOX(&int8_gemm));
+  m.impl("rms_norm_forward", TORCH_BOX(&rms_norm_forward));
+  m.impl("rms_norm_backward", TORCH_BOX(&rms_norm_backward));
+  m.impl("swiglu_forward", TORCH_BOX(&swiglu_forward));
+  m.impl("swiglu_backward", TORCH_BOX(&swiglu_backward));
 }
 
 #ifdef MXT_WITH_CUDA
@@ -119,5 +136,9 @@ STABLE_TORCH_LIBRARY_IMPL(mxtrain, CUDA, m) {
   m.impl("int8_quantize", TORCH_BOX(&int8_quantize));
   m.impl("int8_quantize_fallback", TORCH_BOX(&int8_quantize_fallback));
   m.impl("int8_gemm", TORCH_BOX(&int8_gemm));
+  m.impl("rms_norm_forward", TORCH_BOX(&rms_norm_forward));
+  m.impl("rms_norm_backward", TORCH_BOX(&rms_norm_backward));
+  m.impl("swiglu_forward", TORCH_BOX(&swiglu_forward));
+  m.impl("swiglu_backward", TORCH_BOX(&swiglu_backward));
 }
 #endif

@@ -37,6 +37,7 @@ from checkpoint import (
     refuse,
     save_checkpoint,
 )
+from llama import compress_contexts
 from matplotlib.figure import Figure
 from options import check_outputs, read_options
 from torch import Tensor, nn
@@ -88,7 +89,8 @@ def bf16_linear(layer: nn.Linear, x: Tensor) -> Tensor:
     tensor core. On a CPU without BF16 instructions, torch's BF16 matmul is 15 to 100 times slower.
     """
     with torch.autocast("cpu", enabled=False):
-        x, weight, bias = (t.bfloat16().float() for t in (x, layer.weight, layer.bias))
+        given = (x, layer.weight, layer.bias)
+        x, weight, bias = (None if t is None else t.bfloat16().float() for t in given)
         return F.linear(x, weight, bias).bfloat16()
 
 
@@ -129,6 +131,7 @@ class Run:
     def convert(self, recipe: str) -> None:
         if recipe != "bf16":
             print(f"{recipe}: {mxtrain.convert(self.model, recipe).summary}")
+            compress_contexts(self.model)
 
     def compile(self) -> None:
         torch.compiler.reset()  # the graphs of the last run count towards the limit

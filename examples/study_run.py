@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from harness import Run
+from llama import compress_contexts
 from options import make_parser
 from study_rows import ROWS, Row
 from torch import Tensor, nn
@@ -99,6 +100,7 @@ class StudyRun(Run):
         if self.row.recipe == "bf16":
             return
         mxtrain.convert(self.model, self.row.recipe)
+        compress_contexts(self.model)
         if self.row.tail:
             fraction = 1 - self.row.tail
             self.schedule = mxtrain.TargetPrecision(self.model, self.args.steps, fraction)

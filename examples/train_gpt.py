@@ -5,6 +5,8 @@
         --depth 24 --dim 1024 --heads 16 --context 1024 --lr 3e-4  # 303 million parameters, a GPU
     python examples/train_gpt.py --recipe bf16 tetrajet nvfp4 --seed 0 1 2 --steps 2000
     python examples/train_gpt.py --text packages --megabytes 300 --compile --dim 512 --depth 8
+    python examples/train_gpt.py --arch llama --outliers channel \\
+        --recipe bf16 int8_block int8_fallback
     python examples/train_gpt.py --resume runs/gpt/checkpoint.pt
 
 The text is that of the Python that runs this script, so nothing is downloaded: its standard library
@@ -24,6 +26,7 @@ from typing import ClassVar
 
 import torch
 from harness import BadInput, main, to_device
+from llama import OUTLIERS, Llama
 from text import read_text
 from torch import Tensor, nn
 from train_vit import Block, init_weights
@@ -60,6 +63,8 @@ class PythonSource:
         "heads": (4, "attention heads"),
         "context": (128, "bytes that the model sees at once"),
         "text": ("library", "library: the standard library; packages: all installed ones"),
+        "arch": ("gpt", "gpt, or llama: RMSNorm, rotary positions, a gated MLP"),
+        "outliers": ("none", "with llama, in the activations: none, channel or isolated"),
         "megabytes": (8.0, "text to read at most"),
         "cache": ("", "file that keeps the text between runs"),
         "windows": (256, "windows of held-out text, evenly spread, that a validation reads"),
@@ -90,7 +95,17 @@ class PythonSource:
     def build_model(self, args: argparse.Namespace) -> nn.Module:
         if args.dim % args.heads:
             raise BadInput(f"--dim must be a multiple of --heads ({args.heads}), got {args.dim}.")
-        return GPT(args.dim, args.depth, args.heads, args.context)
+        if args.arch not in ("gpt", "llama"):
+            raise BadInput(f"--arch must be gpt or llama, got {args.arch}. See --help.")
+        if args.outliers not in OUTLIERS[: 1 if args.arch == "gpt" else None]:
+            known = f"none, or with --arch llama {' or '.join(OUTLIERS[1:])}"
+            raise BadInput(f"--outliers must be {known}, got {args.outliers}. See --help.")
+        sizes = args.dim, args.depth, args.heads, args.context
+        if args.arch == "gpt":
+            return GPT(*sizes)
+        if args.dim // args.heads % 2:
+            raise BadInput(f"--dim must be an even multiple of --heads, got {args.dim}.")
+        return Llama(*sizes, args.outliers)
 
     def batch(self, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         last = len(self.train_text) - len(self.offsets)

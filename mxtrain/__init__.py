@@ -9,6 +9,7 @@ byte means.
 """
 
 from .version import __version__  # isort: skip
+from . import nn as nn
 from . import ops as ops  # registers the fake kernels and autograd
 from . import optim as optim
 from .convert import ConversionReport, convert
@@ -75,6 +76,7 @@ __all__ = [
     "load_exported",
     "model_cost",
     "monitor",
+    "nn",
     "optim",
     "oscillation_step_",
     "quantization_statistics",

@@ -92,9 +92,11 @@ class FallbackLinear(CachedLinear):
     fallback_step: Tensor
     fallback_counts: Tensor
     _fallback_started: bool
+    _fallback_rate: Tensor | None
 
     def _start_without_fallback(self) -> None:
         self._fallback_started = False
+        self._fallback_rate = None
 
     def _begin_or_end_fallback(self) -> None:
         """Have what _recipe needs: the state and its updates, or neither."""
@@ -111,12 +113,16 @@ class FallbackLinear(CachedLinear):
             for name in _BUFFERS:
                 if name in self._buffers:
                     delattr(self, name)
-            self._fallback_started = False
+            self._start_without_fallback()
             _forget(self)
 
     def fallback_rate(self) -> Tensor:
         """The share of blocks that fell back since the last update: float32 [], NaN for none."""
         return self.fallback_counts[0] / self.fallback_counts[2]
+
+    def last_fallback_rate(self) -> Tensor | None:
+        """What fallback_rate was at the last update, over all ranks; None before the first."""
+        return self._fallback_rate
 
     def trained_threshold(self) -> Tensor | None:
         """A copy of the threshold; None where no training call has set one."""
@@ -178,6 +184,7 @@ class FallbackLinear(CachedLinear):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.__dict__.setdefault("_fallback_rate", None)
         if "fallback_threshold" in self._buffers:
             _register(self)
 
@@ -257,6 +264,8 @@ def update_fallback_thresholds(layers: Iterable[FallbackLinear]) -> None:
         thresholds = [layer.fallback_threshold for layer in same]
         steps = [layer.fallback_step for layer in same]
         threshold, step = next_threshold(torch.cat(thresholds), torch.cat(steps), counts, recipe)
+        for layer, rate in zip(same, (counts[:, 0] / counts[:, 2]).unbind(), strict=True):
+            layer._fallback_rate = rate
         torch._foreach_copy_(thresholds, list(threshold.split(1)))
         torch._foreach_copy_(steps, list(step.split(1)))
         torch._foreach_zero_([layer.fallback_counts for layer in same])

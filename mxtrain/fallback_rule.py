@@ -16,15 +16,21 @@ class Fallback:
         low, high: the band; defaults of this package, as are the others.
         factor: what the threshold is multiplied or divided by.
         damping: whether the factor shrinks where the threshold jumps to and fro over the band.
+        capacity: the share of an activation's blocks whose second step backward keeps, densely
+            packed: 1 + capacity bytes an element. Where more fell back, the first ones of them; the
+            others are plain INT8 in wgrad, not in forward. None keeps all, 2 bytes an element,
+            and packs nothing, which takes no time.
 
     Raises:
-        ValueError: for a band that is none, or a factor that does not move.
+        ValueError: for a band that is none, a factor that does not move, a capacity that is no
+            share.
     """
 
     low: float = 0.1
     high: float = 0.3
     factor: float = 1.3
     damping: bool = True
+    capacity: float | None = None
 
     def __post_init__(self) -> None:
         what, low, high, factor = "Fallback", self.low, self.high, self.factor
@@ -36,6 +42,10 @@ class Fallback:
         ok = isinstance(self.damping, bool)
         advice = "Pass one of the two."
         check_that(ok, what, "damping", "be True or False", self.damping, advice)
+        share = self.capacity
+        ok = share is None or (is_number(share) and 0 < share <= 1)
+        advice = "Try the upper end of the band."
+        check_that(ok, what, "capacity", "be None or a share in (0, 1]", share, advice)
 
 
 DEFAULT = Fallback()

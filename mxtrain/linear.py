@@ -39,7 +39,7 @@ from .fallback import FallbackLinear, check_threshold, initial_threshold
 from .formats import FORMATS
 from .int8 import Int8Operand, int8_gemm, int8_quantize
 from .operand import Operand, draw_rng, draw_signs, gemm, quantize, quantize_dual, requantize
-from .packed import PARTS, Packed, parts_of, quantize_squares, restored
+from .packed import PARTS, Packed, compacted, parts_of, quantize_squares, restored
 from .recipe import Quantizer, Recipe, fixed_signs, get_recipe
 from .weight_cache import WeightCache
 
@@ -234,6 +234,8 @@ def _forward(
     keep_x = keep_w = None
     if need_w:
         keep_x = x if wx.format is None else x_row if x_col is None else x_col
+        if isinstance(keep_x, Int8Operand):
+            keep_x = compacted(keep_x, recipe.fallback.capacity)
     if need_x:
         keep_w = weight if dw.source == "original" else w_row if w_col is None else w_col
     if x.dim() != 2:

@@ -46,15 +46,18 @@ QUANTIZERS = ("fprop_x", "fprop_w", "dgrad_dy", "dgrad_w", "wgrad_dy", "wgrad_x"
 RATES = ("snr", "underflow", "clip", "confidence", "nonfinite")
 _WEIGHT = ("w_change", "q_change", "flips", "oscillating", "ratio")
 
+_FALLBACK = ("fallback_rate", "fallback_threshold")
 _BINS = tuple(f"ratio<{edge:g}" for edge in (*RATIO_EDGES, float("inf")))
 
 COLUMNS = (
-    "step", "layer", "recipe", *_WEIGHT, "y_change", *_BINS,
+    "step", "layer", "recipe", *_WEIGHT, "y_change", *_FALLBACK, *_BINS,
     *(f"{q}.{r}" for q in QUANTIZERS for r in RATES),
 )  # fmt: skip
 """step: optimizer steps seen. w_change, q_change: rates of change of W and Q(W), a step. flips:
 share of Q(W) that changed, a step. oscillating: share of weights whose R is above 16. ratio: mean
-R. y_change: of the layer's output on the probe, since the row before. ratio<E: share of weights
+R. y_change: of the layer's output on the probe, since the row before. fallback_rate: share of the
+blocks of X that fell back in the last step, over all ranks; fallback_threshold: what that made of
+their limit. ratio<E: share of weights
 with R between the edge before and E. Then for each quantizer its snr (dB), underflow, clip,
 confidence and nonfinite."""
 
@@ -141,6 +144,9 @@ class _Watched:
         probed = self.output_moved is not None
         if probed:
             values.append(self.output_moved.double().reshape(1))
+        rate = self.layer.last_fallback_rate()
+        if rate is not None:
+            values.append(torch.cat([rate.reshape(1), self.layer.fallback_threshold]).double())
         name, recipe_name = self.name, recipe.name
         self.sums, self.moves, self.output_moved = {}, [], None
 
@@ -152,7 +158,8 @@ class _Watched:
                 found |= {f"{field}.{rate}": value for rate, value in rates.items()}
             rest = iter(numbers[len(fields) * len(STATISTICS) :])
             columns = (*_WEIGHT, *_BINS) if weight else ()
-            for column in (*columns, *(("y_change",) if probed else ())):
+            known = ("y_change",) * probed + _FALLBACK * (rate is not None)
+            for column in (*columns, *known):
                 found[column] = next(rest)
             return [found.get(column, "") for column in COLUMNS[1:]]
 

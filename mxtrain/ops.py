@@ -94,6 +94,22 @@ int8_gemm(a, a_scale, b, b_scale, bias, out_dtype, residual=None, residual_scale
           residual_of_b=False) -> `[M, N]`
     A B^T + bias. The residual is of a or of b. Raises where K or a grid differs, for parts of a
     residual without the others, and (on the CPU) for a code of -128.
+
+RMSNorm and SwiGLU keep their inputs for backward in int10_group: high int8 `[P, R, Cp]`, low uint8
+`[P, R, Cp/4]`, scale float32 `[P, R, Cp/128]` for P matrices `[R, C]`, Cp being C rounded up to
+128; mxtrain.nn has the layers. Source: arXiv 2503.08040, its contexts of non-linear operators.
+
+rms_norm_forward(x, weight, eps, out_dtype, context=True) -> (y, high, low, scale, rstd)
+    x / sqrt(mean(x^2) + eps) * weight of the rows of x `[R, C]`, C at most 16384, weight `[C]` or
+    None; the context of x, and rstd float32 `[R]`, the 1 / sqrt. All but y are empty without
+    context. Raises for other shapes and dtypes, and for an eps that is negative or not finite.
+rms_norm_backward(dy, high, low, scale, rstd, weight, dx_dtype, weight_grad=True) -> (dx, dw)
+    dx `[R, C]` of dx_dtype; dw float32 `[C]`, the column_sum of dy * x * rstd, `[0]` where there is
+    no weight or its gradient is not wanted. Raises where dy and the context disagree.
+swiglu_forward(gate, up, context=True) -> (h, high, low, scale)
+    silu(gate) * up of matrices `[R, C]` of one dtype; the context of both, P = 2.
+swiglu_backward(dh, high, low, scale, dtype) -> `[R, 2 C]` of dtype
+    The gradient of the gate, and right of it that of up. Raises as rms_norm_backward.
 """
 
 from __future__ import annotations
@@ -101,7 +117,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import int8_ops as int8_ops  # registers fake kernels
+from . import context_ops as context_ops  # registers fake kernels
+from . import int8_ops as int8_ops
 from . import op_checks as check
 from . import optimizer_checks
 from ._library import CATALOGUE
@@ -126,6 +143,10 @@ OP_NAMES = (
     "int8_quantize",
     "int8_quantize_fallback",
     "int8_gemm",
+    "rms_norm_forward",
+    "rms_norm_backward",
+    "swiglu_forward",
+    "swiglu_backward",
 )
 
 

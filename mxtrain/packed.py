@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .int8 import Int8Operand, int8_quantize, int8_quantize_fallback
+from .int8_ops import BLOCK
 from .operand import Operand
 from .recipe import Quantizer
 
@@ -35,6 +40,45 @@ def quantize_squares(
     return a, b if col.fallback else b.without_fallback(), counts
 
 
+# ---- residuals of few blocks ----
+
+
+def _first_fallen(mask: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Block row and column of `count` blocks: those that fell back first, in their order."""
+    order = mask.flatten().argsort(descending=True, stable=True)[:count]
+    return order // mask.shape[1], order % mask.shape[1]
+
+
+def _tiles(residual: Tensor) -> Tensor:
+    """A view of codes [R, Kp], R whole blocks: [R / 128, 128, Kp / 128, 16] of 8 codes each."""
+    rows, kp = residual.shape
+    return residual.view(torch.int64).view(rows // BLOCK, BLOCK, kp // BLOCK, BLOCK // 8)
+
+
+def compacted(op: Int8Operand, capacity: float | None) -> Int8Operand:
+    """op with the residual of that share of its blocks, int64 `[blocks, 128, 16]`; see Fallback."""
+    if op.residual is None or capacity is None:
+        return op
+    count = math.ceil(capacity * op.mask.shape[0] * op.mask.shape[1])
+    rows, cols = _first_fallen(op.mask, count)
+    mask = torch.zeros_like(op.mask, memory_format=torch.contiguous_format)
+    mask[rows, cols] = op.mask[rows, cols]
+    pool = _tiles(F.pad(op.residual, (0, 0, 0, -op.shape[0] % BLOCK)))[rows, :, cols]
+    return Int8Operand(op.data, op.scale, op.shape, pool, op.residual_scale, mask)
+
+
+def _expanded(op: Int8Operand) -> Int8Operand:
+    """What compacted was made of, but for blocks that the mask leaves out."""
+    if op.residual is None or op.residual.dim() == 2:
+        return op
+    rows, kp = op.mask.shape[0] * BLOCK, op.data.shape[1]
+    residual = op.data.new_empty(rows, kp)
+    row, col = _first_fallen(op.mask, op.residual.shape[0])
+    _tiles(residual)[row, :, col] = op.residual
+    residual = residual[: op.shape[0]]
+    return Int8Operand(op.data, op.scale, op.shape, residual, op.residual_scale, op.mask)
+
+
 PARTS = 5
 
 
@@ -52,6 +96,6 @@ def restored(
 ) -> Packed:  # fmt: skip
     """The operand by q of which parts_of were saved."""
     if q.square:
-        return Int8Operand.of(parts, shape)
+        return _expanded(Int8Operand.of(parts, shape))
     data, scale, tensor_scale = parts[:3]
     return Operand(data, scale, q.format, shape, tensor_scale)

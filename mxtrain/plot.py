@@ -22,6 +22,7 @@ from .oscillation import RATIO_EDGES
 DEFAULT = (
     "oscillating", "ratio", "flips", "w_change", "q_change", "fprop_x.snr", "fprop_w.snr",
     "fprop_w.confidence", "dgrad_dy.underflow", "dgrad_dy.clip", "wgrad_dy.underflow", "y_change",
+    "fallback_rate", "fallback_threshold",
 )  # fmt: skip
 _NUMBERS = [c for c in COLUMNS if c not in ("step", "layer", "recipe")]
 

@@ -131,6 +131,10 @@ def test_rows_that_do_not_fit_are_left_out():
         "train/gpt/tetra/1x64/1x8/step",
         "train/gpt/bf16/1x64/1x8/epoch",
         "train/gpt/bf16/1x96/1x8/step",  # heads of 64
+        "rms_norm/int8/8x8/fwd",
+        "swiglu/bf16/8x8/bwd",
+        "block/gpt/bf16/1x8x128/fwd+bwd",
+        "block/llama/bf16/1x8x96/fwd+bwd",  # heads of 128
     ],
 )
 def test_bad_names_are_refused(name):
@@ -142,7 +146,8 @@ def test_every_row_of_the_suites_is_right_on_the_cpu():
     rows = {name.rsplit("/", 1)[0] for name in suites.names("full")}
     chosen = []
     for row in sorted(rows):
-        if not row.startswith(("peer/", "gemm/", "int8_gemm/", "linear/", "train/")):
+        with_shapes = ("linear/", "train/", "rms_norm/", "swiglu/", "block/")
+        if not row.startswith(("peer/", "gemm/", "int8_gemm/", *with_shapes)):
             chosen += [cases.build(f"{row}/{shape}") for shape in ("256x512", "128x256")]
     chosen += [
         cases.build(name)
@@ -187,6 +192,47 @@ def test_int8_gemm_rows_check_their_result(options):
 def test_bad_int8_names_are_refused(name):
     with pytest.raises(ValueError):
         cases.build(name)
+
+
+@pytest.mark.parametrize("op", ["rms_norm", "swiglu"])
+@pytest.mark.parametrize("shape", ["70x300", "33x256"])
+def test_context_rows_check_their_result(op, shape):
+    rows, cols = map(int, shape.split("x"))
+    for passes in ("fwd", "bwd"):
+        case = cases.build(f"{op}/int10/{shape}/{passes}")
+        inputs = case.make(CPU)
+        got = case.call(*inputs)
+        assert case.check(inputs, got, 0) == 0
+        first = got if isinstance(got, torch.Tensor) else got[0]
+        first[2, 5] += 1
+        assert case.check(inputs, got, 0) > 0
+    twin, case = (cases.build(f"{op}/{kind}/{shape}/fwd") for kind in ("bf16", "int10"))
+    inputs = case.make(CPU)
+    assert torch.allclose(twin.call(*inputs).float(), case.call(*inputs)[0].float(), rtol=0.01)
+    assert case.bf16 == twin.name
+    padded = -(-cols // 128) * 128
+    extra = rows * padded * (1.25 + 4 / 128) * (2 if op == "swiglu" else 1)
+    extra += 4 * rows if op == "rms_norm" else 0
+    assert case.bytes == twin.bytes + extra
+
+
+def test_block_rows_are_a_forward_and_a_backward():
+    name = "block/llama/{}/2x128x256/fwd+bwd"
+    twin = cases.build(name.format("bf16"))
+    want = twin.call(*twin.make(CPU))
+    kept = twin.saved(*twin.make(CPU))
+    for recipe in ("int8_fallback", "int8_fallback+c0.3", "int8_block"):
+        case = cases.build(name.format(recipe))
+        inputs = case.make(CPU)
+        got = case.call(*inputs)
+        assert case.bf16 == twin.name and [t.shape for t in got] == [t.shape for t in want]
+        assert all(t.isfinite().all() for t in got)
+        error = (got[0].float() - want[0].float()).norm() / want[0].float().norm()
+        assert 0 < error < 0.1
+        assert case.saved(*inputs) < 0.7 * kept
+    for bad in ("int8_fallback+c2", "int8_fallback+cx", "int5"):
+        with pytest.raises(ValueError):
+            cases.build(name.format(bad))
 
 
 @pytest.mark.parametrize("recipe", suites.RECIPE_ROWS)

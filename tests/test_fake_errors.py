@@ -23,6 +23,9 @@ SCALE = torch.zeros(130, 5, dtype=torch.uint8)
 SWIZZLED = mxtrain.swizzle_scale(SCALE)
 NAN, INF = math.nan, math.inf
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
+W = torch.ones(64)
+NORM = torch.ops.mxtrain.rms_norm_forward(X, W, 1e-6, F32)[1:]
+GLU = torch.ops.mxtrain.swiglu_forward(X, X)[1:]
 
 
 def dual(row=(), col=(), x=X, rng=None):
@@ -336,6 +339,40 @@ BAD = {
         int8(bias=torch.ones(64).int()),
     ],
     "column_sum": [(X[0],), (X.double(),), (X[None],)],
+    "rms_norm_forward": [
+        (X.double(), W, 1e-6, F32),
+        (X[0], W, 1e-6, F32),
+        (X[:, :0], None, 1e-6, F32),
+        (X[:1, :1].expand(2, 16385), None, 1e-6, F32),
+        (X, W[:5], 1e-6, F32),
+        (X, W.int(), 1e-6, F32),
+        (X, X, 1e-6, F32),
+        (X, W, -1.0, F32),
+        (X, W, math.nan, F32),
+        (X, W, 1e300, F32),
+        (X, W, 1e-6, F64),
+    ],
+    "rms_norm_backward": [
+        (X.int(), *NORM, W, F32),
+        (X[:5], *NORM, W, F32),
+        (X[:, :0], *NORM, W, F32),
+        (X, NORM[0].byte(), *NORM[1:], W, F32),
+        (X, NORM[0], NORM[0], *NORM[2:], W, F32),
+        (X, *NORM[:2], NORM[2][0], NORM[3], W, F32),
+        (X, *NORM[:3], NORM[3].double(), W, F32),
+        (X, *NORM[:3], NORM[3][:5], W, F32),
+        (X, *NORM, W[:5], F32),
+        (X, *NORM, W, F64),
+    ],
+    "swiglu_forward": [(X.int(), X), (X[0], X[0]), (X, X.half()), (X, X[:5]), (X, X[0])],
+    "swiglu_backward": [
+        (X.double(), *GLU, F32),
+        (X[:5], *GLU, F32),
+        (X, *NORM[:3], F32),
+        (X, GLU[0], GLU[0], GLU[2], F32),
+        (X, *GLU[:2], GLU[2].half(), F32),
+        (X, *GLU, F64),
+    ],
 }
 CASES = [(name, i) for name, calls in BAD.items() for i in range(len(calls))]
 

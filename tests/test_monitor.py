@@ -70,6 +70,11 @@ def test_rows_and_columns(tmp_path, device, recipe):
         bins = [float(row[c]) for c in COLUMNS if c.startswith("ratio<") and row[c]]
         assert not bins or sum(bins) == pytest.approx(1, abs=1e-5)
         assert row["y_change"] == ""
+        fallback = [row[c] for c in ("fallback_rate", "fallback_threshold")]
+        if layer.recipe.fprop_x.fallback:
+            assert 0 <= float(fallback[0]) <= 1 and float(fallback[1]) > 0
+        else:
+            assert fallback == ["", ""]
 
 
 def test_values_are_those_of_the_definitions(tmp_path):

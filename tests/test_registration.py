@@ -102,6 +102,7 @@ def op_samples(device: str) -> list[tuple[str, tuple, dict]]:
         ("int8_gemm", int8_call(x), {}),
         ("column_sum", (x.bfloat16(),), {}),
         ("column_sum", (x.T,), {}),
+        *context_samples(x),
     ]
     return samples
 
@@ -135,6 +136,22 @@ def optimizer_samples(device: str) -> list[tuple[str, tuple, dict]]:
     ]
 
 
+def context_samples(x: torch.Tensor) -> list[tuple[str, tuple, dict]]:
+    w, fwd = torch.ones(x.shape[1], device=x.device), torch.ops.mxtrain
+    _, *norm = fwd.rms_norm_forward(x, w, 1e-6, torch.bfloat16)
+    _, *glu = fwd.swiglu_forward(x, x)
+    return [
+        ("rms_norm_forward", (x.bfloat16(), w, 1e-6, torch.bfloat16), {}),
+        ("rms_norm_forward", (x.T, None, 0.0, torch.float16, False), {}),
+        ("rms_norm_backward", (x.half(), *norm, w.bfloat16(), torch.bfloat16), {}),
+        ("rms_norm_backward", (x, *norm, None, torch.float32), {}),
+        ("rms_norm_backward", (x, *norm, w, torch.float32, False), {}),
+        ("swiglu_forward", (x.bfloat16(), x.bfloat16()), {}),
+        ("swiglu_forward", tuple(x.chunk(2, 1)), {"context": False}),
+        ("swiglu_backward", (x.half(), *glu, torch.bfloat16), {}),
+    ]
+
+
 def int8_parts(x: torch.Tensor) -> tuple:
     """An operand of whose residual every block is written."""
     return mxtrain.int8_quantize_fallback(x, 1e-9)[0].parts
@@ -164,7 +181,8 @@ def test_every_op_is_named_and_documented():
     assert registered == set(ops.OP_NAMES)
     for name in registered:
         assert f"\n{name}(" in ops.__doc__ or f"; {name}(" in ops.__doc__
-    for name in set(ops.OP_NAMES) - {"adamw_", "ramped_adamw_"}:  # the ops of mxtrain.optim
+    layers = {"rms_norm_forward", "rms_norm_backward", "swiglu_forward", "swiglu_backward"}
+    for name in set(ops.OP_NAMES) - layers - {"adamw_", "ramped_adamw_"}:  # of nn and optim
         assert getattr(mxtrain, name).__doc__
 
 

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // The CPU kernels' interface: argument structs and one table of functions per instruction set. The
-// files that implement it (tiles.h, quantize.cpp, convert.cpp, optimizer.cpp) are compiled once per
-// instruction set, in the namespace MXT_ISA, contain no torch headers and start no threads;
-// ops/*.cpp split the work with torch's thread pool. Every function writes only the part it is
-// given, so results do not depend on the number of threads.
+// files that implement it (tiles.h, quantize.cpp, convert.cpp, optimizer.cpp, ...) are compiled
+// once per instruction set, in the namespace MXT_ISA, contain no torch headers and start no
+// threads; ops/*.cpp split the work with torch's thread pool. Every function writes only the part
+// it is given, so results do not depend on the number of threads.
 #pragma once
 
 #include <cstdint>
@@ -163,6 +163,34 @@ struct Int8GemmParams {
   float* acc;  // [m, n]
 };
 
+// A matrix [rows, cols] in int10_group (formats/context.h); kp = cols padded to whole groups.
+struct ContextPlanes {
+  int8_t* high;  // [rows, kp]; null: not kept
+  uint8_t* low;  // [rows, kp / 4]
+  float* scale;  // [rows, kp / 128]
+};
+
+struct RmsNormParams {
+  Source x;       // [rows, cols]; backward: dy
+  Source weight;  // [1, cols]; data null: ones
+  int64_t rows, cols, kp;
+  float eps;
+  ContextPlanes context;  // of x
+  float* rstd;            // [rows], or null
+  SourceType out_type;
+  void* out;    // y or dx [rows, cols]
+  float* sums;  // backward: [ceil(rows / 32), cols], dw of runs of rows; or null
+};
+
+struct SwigluParams {
+  Source gate, up;  // [rows, cols]
+  Source dh;        // backward: [rows, cols], read instead
+  int64_t rows, cols, kp;
+  ContextPlanes gate_context, up_context;
+  SourceType out_type;
+  void* out;  // h [rows, cols]; backward: dg and du, [rows, 2, cols]
+};
+
 struct Kernels {
   const char* isa;
   void (*quantize)(const QuantizeParams&, int64_t r0, int64_t k0);  // one tile
@@ -177,6 +205,10 @@ struct Kernels {
   void (*statistics)(const StatisticsParams&, int64_t part);
   Int8BlockState (*int8_quantize)(const Int8QuantizeParams&, int64_t i, int64_t k);  // one block
   void (*int8_gemm)(const Int8GemmParams&, int64_t i, int64_t j);  // one block of the result
+  void (*rms_norm_forward)(const RmsNormParams&, int64_t row_begin, int64_t row_end);
+  void (*rms_norm_backward)(const RmsNormParams&, int64_t run_begin, int64_t run_end);
+  void (*swiglu_forward)(const SwigluParams&, int64_t row_begin, int64_t row_end);
+  void (*swiglu_backward)(const SwigluParams&, int64_t row_begin, int64_t row_end);
 };
 
 // The widest instruction set that this build has and this processor runs.

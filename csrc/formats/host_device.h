@@ -32,6 +32,15 @@ constexpr uint32_t kSignBit = 0x80000000u;
 constexpr uint32_t kInfBits = 0x7F800000u;  // |v| bits at or above: Inf or NaN
 constexpr uint32_t kNanBits = 0x7FC00000u;
 
+// a * b + c, rounded once.
+MXT_HD float fused(float a, float b, float c) {
+#if defined(__CUDA_ARCH__)
+  return __fmaf_rn(a, b, c);
+#else
+  return __builtin_fmaf(a, b, c);
+#endif
+}
+
 // 2^e for e in [-126, 127], by its bits.
 MXT_HD float power_of_two(int e) { return bits_float(static_cast<uint32_t>(e + 127) << 23); }
 

@@ -21,17 +21,19 @@ enum class Int8Layout : int { kRow = 0, kTransposed = 1, kBoth = 2 };
 constexpr int kInt8Layouts = 3;
 constexpr const char* kInt8LayoutNames[kInt8Layouts] = {"row", "transposed", "both"};
 
-// Scale and reciprocal of a block whose largest magnitude has these float32 bits.
+// Scale and reciprocal of a block whose largest magnitude has these float32 bits, for codes up to
+// `largest`.
 struct Int8Scale {
   float scale, reciprocal;
 };
-MXT_HD Int8Scale int8_scale(uint32_t amax_bits) {
+MXT_HD Int8Scale integer_scale(uint32_t amax_bits, float largest) {
   if (amax_bits >= kInfBits) return {bits_float(kNanBits), 0.0f};
   if (amax_bits == 0) return {0.0f, 0.0f};
-  const float s = bits_float(amax_bits) / kInt8Max, smallest = power_of_two(-126);
+  const float s = bits_float(amax_bits) / largest, smallest = power_of_two(-126);
   const float scale = s > smallest ? s : smallest;
   return {scale, 1.0f / scale};
 }
+MXT_HD Int8Scale int8_scale(uint32_t amax_bits) { return integer_scale(amax_bits, kInt8Max); }
 
 // Adding 1.5 * 2^23 rounds |u| < 2^22 to an integer, ties to even, and leaves it in the low bits.
 constexpr float kInt8Magic = 12582912.0f;
@@ -66,11 +68,7 @@ MXT_HD bool int8_falls_back(uint32_t amax_bits, float threshold) {
 // The float32 sum of a product, K in blocks of 128, ascending; a residual follows its block:
 //   acc = fma(scale_a * scale_b, integer product, acc)
 MXT_HD float int8_promote(float acc, float scale, float product) {
-#if defined(__CUDA_ARCH__)
-  return __fmaf_rn(scale, product, acc);
-#else
-  return __builtin_fmaf(scale, product, acc);
-#endif
+  return fused(scale, product, acc);
 }
 
 }  // namespace mxtrain

@@ -10,6 +10,9 @@
 namespace mxtrain {
 
 using Operand3 = std::tuple<Tensor, Tensor, Tensor>;  // data, scale, tensor_scale
+using Operand2 = std::tuple<Tensor, Tensor>;
+using Operand4 = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+using Operand5 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 using Operand6 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 using Operand8 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
@@ -76,7 +79,13 @@ GemmBackend requested_gemm_backend();
   Operand8 int8_quantize_fallback(Tensor x, Tensor threshold, int64_t layout);                     \
   Tensor int8_gemm(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, OptionalTensor bias,        \
                    ScalarType out_dtype, OptionalTensor residual, OptionalTensor residual_scale,   \
-                   OptionalTensor mask, bool residual_of_b);
+                   OptionalTensor mask, bool residual_of_b);                                       \
+  Operand5 rms_norm_forward(Tensor x, OptionalTensor weight, double eps, ScalarType out_dtype,     \
+                            bool context);                                                         \
+  Operand2 rms_norm_backward(Tensor dy, Tensor high, Tensor low, Tensor scale, Tensor rstd,        \
+                             OptionalTensor weight, ScalarType dx_dtype, bool weight_grad);        \
+  Operand4 swiglu_forward(Tensor gate, Tensor up, bool context);                                   \
+  Tensor swiglu_backward(Tensor dh, Tensor high, Tensor low, Tensor scale, ScalarType dtype);
 
 namespace cpu {
 MXT_DECLARE_OPS

@@ -8,6 +8,17 @@ that it can serve as its oracle.
 
 from __future__ import annotations
 
+from .context import (
+    int10_dequantize,
+    int10_pack,
+    int10_quantize,
+    int10_unpack,
+    rms_norm,
+    rms_norm_backward,
+    sigmoid,
+    swiglu,
+    swiglu_backward,
+)
 from .elements import (
     BFLOAT16,
     E2M1,
@@ -73,6 +84,10 @@ __all__ = [
     "int8_gemm",
     "int8_quantize",
     "int8_quantize_fallback",
+    "int10_dequantize",
+    "int10_pack",
+    "int10_quantize",
+    "int10_unpack",
     "lerp",
     "oscillation_step_",
     "pack",
@@ -82,7 +97,12 @@ __all__ = [
     "quantize_dual",
     "ramped_adamw",
     "requantize",
+    "rms_norm",
+    "rms_norm_backward",
+    "sigmoid",
     "stochastic_round",
+    "swiglu",
+    "swiglu_backward",
     "swizzle",
     "unpack",
     "unswizzle",

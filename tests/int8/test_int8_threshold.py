@@ -136,6 +136,7 @@ def test_a_call_uses_the_old_threshold(device):
         got = float(layer.fallback_threshold / before)
         assert got == pytest.approx(factor, rel=1e-6) or scale < 1  # a turn: the damped factor
         assert layer.fallback_counts.tolist() == [0, 0, 0]
+        assert layer.last_fallback_rate() == rate and layer.fallback_rate().isnan()
 
 
 def test_micro_batches_share_one_update(device):

@@ -1,0 +1,113 @@
+"""What backward keeps of the blocks that fell back, and of a whole block of a model (T18)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from common import refuses
+
+import mxtrain
+from mxtrain.packed import PARTS, compacted, parts_of, restored
+from mxtrain.recipe import RECIPES, Fallback
+
+pytestmark = pytest.mark.ops("int8_quantize", "int8_quantize_fallback", "int8_gemm")
+BF16 = torch.bfloat16
+RECIPE = RECIPES["int8_fallback"]
+
+
+def with_capacity(share):
+    square = mxtrain.Quantizer("int8_block")  # nearest: every call computes the same
+    return RECIPE.replace(
+        fallback=Fallback(capacity=share), dgrad_dy=square, wgrad_dy=square, name=f"{share}"
+    )
+
+
+def saved_bytes(f, left_out=()):
+    """Bytes that autograd keeps while f runs, each storage once, and the tensors."""
+    skip = {t.untyped_storage().data_ptr() for t in left_out}
+    kept = {}
+
+    def pack(t):
+        place = t.untyped_storage().data_ptr()
+        if place not in skip:
+            kept[place] = t
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        f()
+    return sum(t.untyped_storage().nbytes() for t in kept.values()), list(kept.values())
+
+
+def gradients(x, w, dy, recipe, threshold):
+    x, w = (t.detach().clone().requires_grad_() for t in (x, w))
+    mxtrain.linear(x, w, None, recipe, threshold=threshold).backward(dy)
+    return x.grad, w.grad
+
+
+@pytest.mark.parametrize("rows, k", [(512, 640), (300, 200), (130, 129)])
+def test_what_fits_is_kept_exactly(rows, k, device):
+    """Rates of 0, some, and all; ragged both ways; both forms."""
+    x = torch.randn(rows, k, device=device)
+    x[:, ::150] *= 50
+    for threshold in (1e9, 20.0, 1e-9):
+        for op in mxtrain.int8_quantize_fallback(x, threshold, layout="both")[0]:
+            share = max(float(op.mask.float().mean()), 1e-3)
+            got = restored(parts_of(compacted(op, share)), RECIPE.wgrad_x, op.shape)
+            assert torch.equal(got.mask, op.mask)
+            assert torch.equal(got.dequantize(), op.dequantize())
+
+
+def test_what_does_not_fit_is_plain_int8(device):
+    x = torch.randn(512, 640, device=device)
+    op = mxtrain.int8_quantize_fallback(x, 1e-9)[0]
+    got = restored(parts_of(compacted(op, 0.25)), RECIPE.wgrad_x, op.shape)
+    assert got.mask.flatten().tolist() == [1] * 5 + [0] * 15
+    plain = op.without_fallback().dequantize()
+    assert torch.equal(got.dequantize()[:128], op.dequantize()[:128])
+    assert torch.equal(got.dequantize()[128:], plain[128:])
+    assert len(parts_of(compacted(op, 0.25))) == PARTS
+    assert compacted(op, None) is op
+    assert compacted(op.without_fallback(), 0.25).residual is None
+
+
+def test_gradients_are_those_of_all_blocks(device):
+    """Bitwise where the fallen blocks fit; else dW loses their bulk, and dX nothing."""
+    x, w = torch.randn(512, 512, device=device), torch.randn(256, 512, device=device)
+    dy = torch.randn(512, 256, device=device)
+    x[::260, ::280] = 1000.0
+    threshold = torch.full((1,), 10.0, device=device)
+    want = gradients(x, w, dy, with_capacity(None), threshold)
+    rate = int(mxtrain.int8_quantize_fallback(x, 10.0)[1][0]) / 16
+    got = gradients(x, w, dy, with_capacity(rate), threshold)
+    assert 0.2 < rate < 1 and all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    dx, dw = gradients(x, w, dy, with_capacity(rate / 2), threshold)
+    assert torch.equal(dx, want[0]) and not torch.equal(dw, want[1])
+
+
+def test_under_compile_with_a_capacity(device):
+    layer = mxtrain.MXLinear(256, 128, device=device, recipe=with_capacity(0.3))
+    x = torch.randn(256, 256, device=device)
+    layer(x).sum().backward()  # sets the threshold
+    want = layer.weight.grad.clone()
+    layer.weight.grad = None
+    torch.compile(layer, fullgraph=True, backend="aot_eager")(x).sum().backward()
+    assert torch.equal(layer.weight.grad, want)
+
+
+@pytest.mark.parametrize("share", [None, 0.1, 0.3])
+def test_t18_bytes_of_a_linear_layer(share, device):
+    """T18: 1 + r + .01 bytes an element, or 2.01 where all is kept; nothing of 16 bits."""
+    x = torch.randn(1280, 1280, device=device, dtype=BF16)
+    layer = mxtrain.MXLinear(1280, 128, False, device, BF16, recipe=with_capacity(share))
+    layer(x)
+    _, kept = saved_bytes(lambda: layer(x), [layer.weight])
+    weight = [t for t in kept if t.shape[:1] == (128,) or t.numel() <= 10]
+    count = sum(t.nbytes for t in kept) - sum(t.nbytes for t in weight)
+    assert count / x.numel() <= (2.01 if share is None else 1 + share + 0.01)
+    assert not any(t.dtype == BF16 for t in kept)
+
+
+def test_refusals():
+    for bad in (0, 1.5, float("nan"), "all"):
+        with refuses(ValueError, match="capacity must be None or a share"):
+            Fallback(capacity=bad)
