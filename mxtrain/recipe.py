@@ -337,8 +337,7 @@ _TABLE: dict[str, tuple[tuple[Quantizer, ...], dict[str, Any], str]] = {
         "Chen et al., Oscillation-Reduced MXFP4 Training for Vision Transformers, arXiv 2502.20853",
     ),
     "tetrajet_ema": (
-        (_CEIL, _CEIL_EMA, _CEIL_SR, _CEIL_SR_AGAIN, _CEIL_SR, _CEIL_SR_AGAIN),
-        {"ema_beta": 0.998, "ema_fraction": 0.005},  # the paper's 500 steps are 0.4% of its runs
+        (_CEIL, _CEIL_EMA, _CEIL_SR, _CEIL_SR_AGAIN, _CEIL_SR, _CEIL_SR_AGAIN), {"ema_beta": 0.998},
         "Chen et al., Q-EMA in the same paper, arXiv 2502.20853",
     ),
     "mxfp4_backward": (
