@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 import harness  # noqa: E402
 import llama  # noqa: E402
-from train_gpt import StandardLibrary  # noqa: E402
+from train_gpt import PythonSource  # noqa: E402
 
 pytestmark = pytest.mark.ops(
     "int8_quantize", "int8_quantize_fallback", "int8_gemm", "rms_norm_forward", "swiglu_forward"
@@ -196,7 +196,7 @@ def test_a_block_keeps_a_third_less():
 def test_the_example_runs(outliers, tmp_path, capsys):
     recipes = ["bf16", "tetrajet", "int8_block", "int8_fallback"]
     options = [*SMALL, "--outliers", outliers, "--recipe", *recipes, "--out", str(tmp_path)]
-    assert harness.main(StandardLibrary(), options) == 0
+    assert harness.main(PythonSource(), options) == 0
     out = capsys.readouterr().out
     assert all(f"\n{recipe} " in out for recipe in recipes)
     assert (tmp_path / "log.csv").read_text().count("int8_fallback") == 2
@@ -212,7 +212,7 @@ def test_the_example_runs(outliers, tmp_path, capsys):
     ],
 )
 def test_refused_options(options, message, tmp_path, capsys):
-    assert harness.main(StandardLibrary(), [*SMALL, *options, "--out", str(tmp_path)]) == 2
+    assert harness.main(PythonSource(), [*SMALL, *options, "--out", str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith(f"train_gpt: {message}")
 
 
