@@ -37,7 +37,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _unflattened(y: Tensor, shape: torch.Size) -> Tensor:
-    """y [R, C] with these leading sizes; no view, which in-place ops may not follow."""
+    """y [R, C] with these leading sizes, as no view: an in-place op may follow a Function."""
     if len(shape) == 2:
         return y
     return torch.ops.aten._unsafe_view(y, [*shape[:-1], y.shape[-1]])

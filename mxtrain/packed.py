@@ -63,7 +63,8 @@ def compacted(op: Int8Operand, capacity: float | None) -> Int8Operand:
     rows, cols = _first_fallen(op.mask, count)
     mask = torch.zeros_like(op.mask, memory_format=torch.contiguous_format)
     mask[rows, cols] = op.mask[rows, cols]
-    pool = _tiles(F.pad(op.residual, (0, 0, 0, -op.shape[0] % BLOCK)))[rows, :, cols]
+    residual, fill = op.residual, -op.shape[0] % BLOCK
+    pool = _tiles(F.pad(residual, (0, 0, 0, fill)) if fill else residual)[rows, :, cols]
     return Int8Operand(op.data, op.scale, op.shape, pool, op.residual_scale, mask)
 
 

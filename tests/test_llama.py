@@ -25,25 +25,8 @@ pytestmark = pytest.mark.ops(
     "int8_quantize", "int8_quantize_fallback", "int8_gemm", "rms_norm_forward", "swiglu_forward"
 )
 BF16 = torch.bfloat16
-SMALL = [
-    *[
-        "--steps",
-        "4",
-        "--eval-every",
-        "2",
-        "--batch",
-        "32",
-        "--dim",
-        "32",
-        "--depth",
-        "1",
-        "--heads",
-        "2",
-        "--device",
-        "cpu",
-    ],
-    *["--threads", "1", "--context", "32", "--megabytes", "0.5", "--arch", "llama"],
-]
+SIZES = "--batch 32 --dim 32 --depth 1 --heads 2 --context 32 --megabytes 0.5"
+SMALL = f"--arch llama --steps 4 --eval-every 2 --device cpu --threads 1 {SIZES}".split()
 FALLBACK = RECIPES["int8_fallback"]
 PACKED = FALLBACK.replace(name="packed", fallback=Fallback(capacity=0.3))
 

@@ -108,16 +108,17 @@ __device__ __forceinline__ void store_context(const ContextPlanes& c, int64_t at
   const uint32_t amax = half_warp_max(amax_bits8(v));
   if (!exists) return;
   const Int8Scale s = context_scale(amax);
+  const uint32_t finite = amax < kInfBits ? 0xFFFFFFFFu : 0u;
   uint32_t code[8], bytes[2], high[2];
 #pragma unroll
-  for (int i = 0; i < 8; ++i) code[i] = amax < kInfBits ? context_code(v[i], s.reciprocal) : 0u;
+  for (int i = 0; i < 8; ++i) code[i] = context_code(v[i], s.reciprocal);
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const uint32_t* q = code + 4 * i;
-    bytes[i] =
-        __byte_perm(__byte_perm(q[0], q[1], 0x0040), __byte_perm(q[2], q[3], 0x0040), 0x5410);
-    high[i] = __byte_perm(__byte_perm(q[0] >> 2, q[1] >> 2, 0x0040),
-                          __byte_perm(q[2] >> 2, q[3] >> 2, 0x0040), 0x5410);
+    bytes[i] = finite & __byte_perm(__byte_perm(q[0], q[1], 0x0040),
+                                    __byte_perm(q[2], q[3], 0x0040), 0x5410);
+    high[i] = finite & __byte_perm(__byte_perm(q[0] >> 2, q[1] >> 2, 0x0040),
+                                   __byte_perm(q[2] >> 2, q[3] >> 2, 0x0040), 0x5410);
   }
   *reinterpret_cast<uint2*>(c.high + at) = make_uint2(high[0], high[1]);
   *reinterpret_cast<uint16_t*>(c.low + at / 4) =

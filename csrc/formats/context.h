@@ -21,6 +21,9 @@
 #pragma once
 
 #include "formats/int8.h"
+#if defined(__CUDACC__)
+#include "ptx/rcp.cuh"
+#endif
 
 namespace mxtrain {
 
@@ -52,6 +55,17 @@ MXT_HD float norm_rstd(float sum_of_squares, float cols, float eps) {
 
 constexpr float kSigmoidEnd = 87.0f;  // exp of it, and one over that, are normal numbers
 
+// 1 / v, correctly rounded, for v in [2^-125, 2^126): what the compiler makes of a division for
+// such v, without its branch for the others.
+MXT_HD float reciprocal(float v) {
+#if defined(__CUDA_ARCH__)
+  const float near = ptx::rcp_approx_ftz_f32(v);
+  return __fmaf_rn(near, -__fmaf_rn(near, v, -1.0f), near);
+#else
+  return 1.0f / v;
+#endif
+}
+
 // 1 / (1 + exp(-x)), to some 2^-22 relative; 0 below -87. NaN may give anything.
 MXT_HD float sigmoid(float x) {
   constexpr float kLog2E = 0x1.715476p+0f, kLn2High = 0x1.62e430p-1f, kLn2Low = -0x1.05c610p-29f;
@@ -70,7 +84,7 @@ MXT_HD float sigmoid(float x) {
   p = fused(p, r, 1.0f);
   p = fused(p, r, 1.0f);
   const float e = bits_float(float_bits(p) + (float_bits(shifted) << 23));  // p * 2^n
-  return x < -kSigmoidEnd ? 0.0f : 1.0f / (1.0f + e);
+  return x < -kSigmoidEnd ? 0.0f : reciprocal(1.0f + e);
 }
 
 struct SwigluGrad {

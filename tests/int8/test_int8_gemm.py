@@ -142,6 +142,31 @@ def test_outliers_in_a_product(device):
     assert 0.08 < off(a.without_fallback()) < 0.13 and off(a) < 0.0125
 
 
+def test_t6_outliers_in_a_product(device):
+    """T6: 13 of 256 blocks hold one 1000. Plain errs by 11.1%, the fallback by 0.46% of an exact W
+    and by 1.06% of one in INT8. (The error does not depend on how many rows W has.)
+    """
+    g = torch.Generator().manual_seed(0)
+    x, w = torch.randn(2048, 2048, generator=g), torch.randn(256, 2048, generator=g)
+    chosen = torch.randperm(256, generator=g)[:13]
+    x[chosen // 16 * 128 + 5, chosen % 16 * 128 + 77] = 1000.0
+    x, w = x.to(device), w.to(device)
+    exact = x.double() @ w.double().T
+    b = mxtrain.int8_quantize(w)
+
+    def off(d):
+        return float((d.double() - exact).norm() / exact.norm())
+
+    a, counts = mxtrain.int8_quantize_fallback(x, 10.0)
+    assert counts.tolist() == [13, 0, 256]
+    plain = mxtrain.int8_gemm(a.without_fallback(), b, out_dtype=torch.float32)
+    assert off(plain) == pytest.approx(0.111, abs=0.006)
+    assert off(a.dequantize().double() @ w.double().T) == pytest.approx(0.0046, abs=0.0005)
+    assert off(mxtrain.int8_gemm(a, b, out_dtype=torch.float32)) == pytest.approx(
+        0.0106, abs=0.0006
+    )
+
+
 def test_a_nan_scale_reaches_its_block_of_rows_or_columns(device):
     x, w = torch.randn(300, 300), torch.randn(140, 300)
     x[130, 7], w[5, 299] = float("nan"), float("inf")
