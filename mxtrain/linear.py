@@ -169,13 +169,14 @@ def _signs(recipe: Recipe, name: str, drawn: Tensor | None, device: torch.device
     return drawn[_SIGNS_ROW[name], : q.hadamard]
 
 
-@torch.library.custom_op("mxtrain::keep_draws", mutates_args=())
+@torch.library.custom_op("mxtrain_compile::keep_draws", mutates_args=())
 def _keep_draws(draws: Tensor, x: Tensor) -> Tensor:
     """A copy of draws that the compiler saves for backward.
 
     Its partition of a traced forward and backward makes again in backward what depends on no input
     of the graph, random numbers too: the two operands of a GEMM were rotated by different signs.
-    What an op that it does not know makes of an input, it saves.
+    What an op that it does not know makes of an input, it saves. (No op for users: not in mxtrain's
+    namespace.)
     """
     return draws.clone()
 
