@@ -2,8 +2,7 @@
 // Where requantize_codes.cu keeps a tile, 256 x 256 codes of x, in shared memory. Its 8 bands of 32
 // rows are the blocks of the result's rows; a warp has one, and each of its lanes 8 columns. A band
 // holds first its rows as in memory, 128 bytes each; then, in the same bytes, each lane's columns,
-// 16 bytes down; then the blocks that come of them. The scales of its rows, 8 bytes each, give way
-// to those of its 256 blocks in the same manner. No CUDA here: tests ask the host for it.
+// 16 bytes down; then the blocks that come of them. No CUDA here: tests ask the host for it.
 #pragma once
 
 #include <cstdint>
@@ -16,8 +15,7 @@ struct CodeTile {
   static constexpr uint32_t kSize = 256, kBands = 8, kColumns = 8;  // kColumns: of a lane
   static constexpr uint32_t kRowBytes = kSize / 2, kChunks = kRowBytes / 16;
   static constexpr uint32_t kBandBytes = 32 * kRowBytes, kBytes = kBands * kBandBytes;
-  // 8 bytes more than the scales of 32 rows, so that the bands' begin in different banks.
-  static constexpr uint32_t kBandScales = 32 * 8 + 8, kScaleBytes = kBands * kBandScales;
+  static constexpr uint32_t kScaleBytes = kSize * 8;  // of its rows, or of its blocks
   // A thread copies chunk thread % 8 of the rows thread / 8 + 32 i, and stores block thread % 8 of
   // the operand rows thread / 8 + 32 i.
   static constexpr uint32_t kThreads = 256, kStep = kThreads / kChunks, kSteps = kSize / kStep;
@@ -35,9 +33,12 @@ struct CodeTile {
     const uint32_t first = column(thread % 8, thread / 64, thread / 8 % 8);
     return (first ^ i % 2 * 64) + i * (4 * kRowBytes);
   }
-  MXT_HD static uint32_t row_scales(uint32_t row) { return row / 32 * kBandScales + row % 32 * 8; }
-  MXT_HD static uint32_t block_scale(uint32_t band, uint32_t column) {
-    return band * kBandScales + column;
+  // The scale of a block. Those of a column are a word of 8; thread t stores that of this column.
+  MXT_HD static uint32_t block_scale(uint32_t band, uint32_t lane, uint32_t n) {
+    return (n * 32 + lane) * kBands + band;
+  }
+  MXT_HD static uint32_t scaled_column(uint32_t thread) {
+    return thread % 32 * kColumns + thread / 32;
   }
 };
 

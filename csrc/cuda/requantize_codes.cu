@@ -40,8 +40,8 @@ struct CodeGrid {
   const uint8_t* x;
   uint32_t height, blocks, tiles;
   Divisor across;
-  bool pairs;   // no prescale, and groups of draws are numbered below 2^32
-  bool eights;  // 8 scales of a row, from a multiple of 8 on, are an aligned word
+  bool pairs;            // no prescale, and groups of draws are numbered below 2^32
+  bool loads8, stores8;  // rows of scales are aligned words of 8
 };
 
 struct CodePlace {
@@ -62,6 +62,7 @@ struct CodeTables {
 struct alignas(128) CodeShared {
   uint8_t codes[CodeTraits::kStages][CodeTile::kBytes];
   uint8_t scales[CodeTraits::kStages][CodeTile::kScaleBytes];
+  uint8_t block_scales[CodeTile::kScaleBytes];
   uint4 rows[CodeTile::kBands][CodeTraits::kSquares][4];  // of a square: see survey
   CodeTables tables;
 };
@@ -75,33 +76,48 @@ struct CodeStage {
 
 // ---- in ----
 
-// Start filling a tile, with zeros outside of x.
-__device__ __forceinline__ void copy_tile(const QuantizeParams& p, const CodeGrid& g,
-                                          uint32_t index, const CodeStage& tile) {
-  const CodePlace at(g, index);
+// Start copying the codes of a tile, with zeros outside of x.
+__device__ __forceinline__ void copy_codes(const CodeGrid& g, const CodePlace& at,
+                                           const CodeStage& tile) {
   const uint32_t chunk = threadIdx.x % CodeTile::kChunks, first = threadIdx.x / CodeTile::kChunks;
-  const uint32_t block = at.column / 32 + chunk;
-  const uint8_t* from = g.x + (static_cast<uint64_t>(at.row + first) * g.blocks + block) * 16;
+  const uint32_t block = at.column / 32 + chunk, row = at.row + first;
+  const uint8_t* from = g.x + (static_cast<uint64_t>(row) * g.blocks + block) * 16;
   const uint64_t pitch = static_cast<uint64_t>(g.blocks) * (16 * CodeTile::kStep);
   const uint32_t to = ptx::shared_address(tile.codes) + CodeTile::chunk(first, chunk);
-  const uint32_t rows =
-      block < g.blocks && at.row + first < g.height ? g.height - at.row - first : 0;
+  if (at.row + CodeTile::kSize <= g.height && at.column + CodeTile::kSize <= g.blocks * 32) {
 #pragma unroll
-  for (uint32_t i = 0; i < CodeTile::kSteps; ++i, from += pitch) {
-    const bool inside = i * CodeTile::kStep < rows;
-    ptx::cp_async_16(to + CodeTile::chunk(i * CodeTile::kStep, 0), inside ? from : g.x,
-                     inside ? 16 : 0);
+    for (uint32_t i = 0; i < CodeTile::kSteps; ++i, from += pitch)
+      ptx::cp_async_16(to + CodeTile::chunk(i * CodeTile::kStep, 0), from, 16);
+    return;
   }
-  const uint32_t row = at.row + threadIdx.x, left = row < g.height ? g.blocks - at.column / 32 : 0;
-  const uint8_t* scales =
-      left ? p.in_scale + (static_cast<uint64_t>(row) * g.blocks + at.column / 32) : p.in_scale;
-  const uint32_t to_scales = ptx::shared_address(tile.scales) + CodeTile::row_scales(threadIdx.x);
-  if (g.eights) return ptx::cp_async_8(to_scales, scales, left ? 8 : 0);
+#pragma unroll 1
+  for (uint32_t i = 0; i < CodeTile::kSize; i += CodeTile::kStep, from += pitch) {
+    const bool inside = row + i < g.height && block < g.blocks;
+    ptx::cp_async_16(to + CodeTile::chunk(i, 0), inside ? from : g.x, inside ? 16 : 0);
+  }
+}
+
+// The same of their scales: a thread takes the 8 of a row.
+__device__ __forceinline__ void copy_scales(const QuantizeParams& p, const CodeGrid& g,
+                                            const CodePlace& at, const CodeStage& tile) {
+  const uint32_t row = at.row + threadIdx.x, block = at.column / 32;
+  const uint32_t blocks = row < g.height ? g.blocks - block : 0;
+  const uint8_t* from = p.in_scale;
+  if (blocks != 0) from += static_cast<uint64_t>(row) * g.blocks + block;
+  const uint32_t to = ptx::shared_address(tile.scales) + threadIdx.x * 8;
+  if (g.loads8) return ptx::cp_async_8(to, from, blocks != 0 ? 8 : 0);
   uint32_t word[2] = {0, 0};
 #pragma unroll
   for (uint32_t s = 0; s < 8; ++s)
-    if (s < left) word[s / 4] |= ptx::ld_global_nc_u8(scales + s) << (8 * (s % 4));
-  ptx::st_shared_v2(to_scales, word[0], word[1]);
+    if (s < blocks) word[s / 4] |= ptx::ld_global_nc_u8(from + s) << (8 * (s % 4));
+  ptx::st_shared_v2(to, word[0], word[1]);
+}
+
+__device__ __forceinline__ void copy_tile(const QuantizeParams& p, const CodeGrid& g,
+                                          uint32_t index, const CodeStage& tile) {
+  const CodePlace at(g, index);
+  copy_codes(g, at, tile);
+  copy_scales(p, g, at, tile);
 }
 
 // ---- transposed ----
@@ -125,7 +141,8 @@ __device__ __forceinline__ void transpose_nibbles(const uint32_t (&w)[8], uint32
   }
 }
 
-// A lane's 32 x 8 codes, from a band's rows to its columns.
+// A lane's 32 x 8 codes, from a band's rows to its columns. When a lane writes a column, which it
+// alone reads, all have left the rows.
 __device__ __forceinline__ void transpose_codes(const CodeStage& tile, uint32_t band) {
   const uint32_t lane = threadIdx.x % 32;
   const uint32_t from = ptx::shared_address(tile.codes) + CodeTile::chunk(32 * band, 0) + lane * 4;
@@ -152,7 +169,7 @@ struct RowScales {
 
   __device__ __forceinline__ RowScales(const CodeStage& tile, uint32_t band) {
     const uint32_t lane = threadIdx.x % 32;
-    const uint8_t* from = tile.scales + CodeTile::row_scales(32 * band + lane % 4 * 8) + lane / 4;
+    const uint8_t* from = tile.scales + (32 * band + lane % 4 * 8) * 8 + lane / 4;
 #pragma unroll
     for (int t = 0; t < 8; ++t) code[t] = from[8 * t];
   }
@@ -358,10 +375,9 @@ __device__ __forceinline__ void round_band(const QuantizeParams& p, const CodeGr
   uint4(&rows)[CodeTraits::kSquares][4] = shared.rows[band];
   const Square square = survey(tile, band, g.pairs, rows);
   transpose_codes(tile, band);
-  __syncwarp();
   const uint32_t columns = ptx::shared_address(tile.codes) + CodeTile::column(band, lane, 0);
   const uint32_t scales =
-      ptx::shared_address(tile.scales) + CodeTile::block_scale(band, lane * CodeTile::kColumns);
+      ptx::shared_address(shared.block_scales) + CodeTile::block_scale(band, lane, 0);
   const uint64_t group =
       static_cast<uint64_t>(at.column + lane * CodeTile::kColumns) * (kp / 32) + k / 32;
   const auto each_column = [&](auto round) {
@@ -370,7 +386,7 @@ __device__ __forceinline__ void round_band(const QuantizeParams& p, const CodeGr
       const uint4 column = ptx::ld_shared_v4(columns ^ (n * 16));
       const StripBlock b = round(column, n);
       ptx::st_shared_v4(columns ^ (n * 16), b.codes.x, b.codes.y, b.codes.z, b.codes.w);
-      ptx::st_shared_u8(scales + n, b.scale);
+      ptx::st_shared_u8(scales + CodeTile::block_scale(0, 0, n), b.scale);
     }
   };
   if (square.fast) {
@@ -393,24 +409,38 @@ __device__ __forceinline__ void round_band(const QuantizeParams& p, const CodeGr
 }
 
 // 8 lanes write the 8 blocks of an operand row.
-__device__ __forceinline__ void store_tile(const QuantizeParams& p, const CodePlace& at,
-                                           const CodeStage& tile) {
+__device__ __forceinline__ void store_codes(const QuantizeParams& p, const CodePlace& at,
+                                            const CodeStage& tile) {
   const uint32_t band = threadIdx.x % CodeTile::kBands, first = threadIdx.x / CodeTile::kBands;
   const uint32_t k = at.row + 32 * band, row = at.column + first;
-  const uint32_t rows = static_cast<uint32_t>(p.rows), kp = static_cast<uint32_t>(p.kp);
-  if (k >= kp) return;
-  const uint32_t codes = ptx::shared_address(tile.codes);
-  const uint8_t* scale = tile.scales + CodeTile::block_scale(band, first);
-  uint64_t to = static_cast<uint64_t>(row) * (kp / 32) + k / 32;
+  const uint32_t rows = static_cast<uint32_t>(p.rows), blocks = static_cast<uint32_t>(p.kp) / 32;
+  const uint32_t left = k / 32 < blocks && row < rows ? rows - row : 0;
+  const uint32_t from = ptx::shared_address(tile.codes);
+  uint8_t* to = p.data + (static_cast<uint64_t>(row) * blocks + k / 32) * 16;
 #pragma unroll
   for (uint32_t i = 0; i < CodeTile::kSteps; ++i) {
-    const uint32_t r = row + i * CodeTile::kStep;
-    if (r < rows) {
-      reinterpret_cast<uint4*>(p.data)[to] =
-          ptx::ld_shared_v4(codes + CodeTile::stored(threadIdx.x, i));
-      *(p.swizzled ? scale_at<Mxfp4>(p, r, k) : p.scale + to) = scale[i * CodeTile::kStep];
-    }
-    to += static_cast<uint64_t>(CodeTile::kStep) * (kp / 32);
+    if (i * CodeTile::kStep < left)
+      *reinterpret_cast<uint4*>(to) = ptx::ld_shared_v4(from + CodeTile::stored(threadIdx.x, i));
+    to += static_cast<uint64_t>(blocks) * (16 * CodeTile::kStep);
+  }
+}
+
+// A thread writes the 8 scales of an operand row.
+__device__ __forceinline__ void store_scales(const QuantizeParams& p, const CodeGrid& g,
+                                             const CodePlace& at, const uint8_t* block_scales) {
+  const uint32_t row = at.column + CodeTile::scaled_column(threadIdx.x);
+  const uint32_t kp = static_cast<uint32_t>(p.kp);
+  if (row >= static_cast<uint32_t>(p.rows)) return;
+  const uint8_t* from = block_scales + threadIdx.x * CodeTile::kBands;
+  uint8_t* to = p.scale + (static_cast<uint64_t>(row) * (kp / 32) + at.row / 32);
+  if (g.stores8) {
+    *reinterpret_cast<uint2*>(to) = *reinterpret_cast<const uint2*>(from);
+    return;
+  }
+#pragma unroll 1
+  for (uint32_t b = 0; b < CodeTile::kBands; ++b) {
+    const uint32_t k = at.row + 32 * b;
+    if (k < kp) *(p.swizzled ? scale_at<Mxfp4>(p, row, k) : to + b) = from[b];
   }
 }
 
@@ -434,7 +464,8 @@ __global__ void __launch_bounds__(CodeTile::kThreads, CodeTraits::kCtas)
     __syncthreads();
     round_band(p, g, at, shared, tile);
     __syncthreads();
-    store_tile(p, at, tile);
+    store_codes(p, at, tile);
+    store_scales(p, g, at, shared.block_scales);
     __syncthreads();
     const uint32_t next = index + CodeTraits::kStages * step;
     if (next < g.tiles) copy_tile(p, g, next, tile);
@@ -452,14 +483,17 @@ cudaError_t launch_requantize_codes(const QuantizeParams& p, cudaStream_t stream
   const int64_t across = (p.rows + CodeTile::kSize - 1) / CodeTile::kSize,
                 down = (p.kp + CodeTile::kSize - 1) / CodeTile::kSize;
   const bool early = p.rows * (p.kp / 32) <= int64_t{1} << 32;
-  const bool eights = p.in_blocks % 8 == 0 && reinterpret_cast<uintptr_t>(p.in_scale) % 8 == 0;
+  const auto words8 = [](const uint8_t* scales, int64_t in_row) {
+    return in_row % 8 == 0 && reinterpret_cast<uintptr_t>(scales) % 8 == 0;
+  };
   const CodeGrid g = {static_cast<const uint8_t*>(p.x),
                       narrow(p.cols),
                       narrow(p.in_blocks),
                       narrow(across * down),
                       Divisor::of(across),
                       early && p.prescale == 1.0f,
-                      eights};
+                      words8(p.in_scale, p.in_blocks),
+                      !p.swizzled && words8(p.scale, p.kp / 32)};
   int sms = 0;
   const cudaError_t error = count_multiprocessors(&sms);
   if (error != cudaSuccess) return error;
