@@ -28,9 +28,11 @@ struct CodeTile {
   MXT_HD static uint32_t column(uint32_t band, uint32_t lane, uint32_t n) {
     return band * kBandBytes + lane * kRowBytes + (n ^ lane % 8 ^ band) * 16;
   }
-  // Block `band` of column thread / 8 + 32 i of the tile: column() of its lane.
-  MXT_HD static uint32_t stored(uint32_t thread, uint32_t i) {
-    const uint32_t first = column(thread % 8, thread / 64, thread / 8 % 8);
+  // Block thread % 8 of column thread / 8 + 32 i: column() of its lane, from that of i = 0.
+  MXT_HD static uint32_t stored(uint32_t thread) {
+    return column(thread % 8, thread / 64, thread / 8 % 8);
+  }
+  MXT_HD static uint32_t stored_further(uint32_t first, uint32_t i) {
     return (first ^ i % 2 * 64) + i * (4 * kRowBytes);
   }
   // The scale of a block. Those of a column are a word of 8; thread t stores that of this column.

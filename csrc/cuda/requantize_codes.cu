@@ -67,6 +67,9 @@ struct alignas(128) CodeShared {
   CodeTables tables;
 };
 
+static_assert(CodeTraits::kCtas * (sizeof(CodeShared) + 1024) <= 228 * 1024,
+              "what a multiprocessor of 9.0 has, of which a CTA costs 1 KiB more");
+
 // One of the two tiles.
 struct CodeStage {
   uint8_t *codes, *scales;
@@ -415,14 +418,21 @@ __device__ __forceinline__ void store_codes(const QuantizeParams& p, const CodeP
   const uint32_t k = at.row + 32 * band, row = at.column + first;
   const uint32_t rows = static_cast<uint32_t>(p.rows), blocks = static_cast<uint32_t>(p.kp) / 32;
   const uint32_t left = k / 32 < blocks && row < rows ? rows - row : 0;
-  const uint32_t from = ptx::shared_address(tile.codes);
+  const uint32_t from =
+      ptx::opaque(ptx::shared_address(tile.codes) + CodeTile::stored(threadIdx.x));
   uint8_t* to = p.data + (static_cast<uint64_t>(row) * blocks + k / 32) * 16;
+  const uint64_t pitch = static_cast<uint64_t>(blocks) * (16 * CodeTile::kStep);
+  const auto store = [&](uint32_t i) {
+    *reinterpret_cast<uint4*>(to + i * pitch) =
+        ptx::ld_shared_v4(CodeTile::stored_further(from, i));
+  };
+  if (left > (CodeTile::kSteps - 1) * CodeTile::kStep) {
 #pragma unroll
-  for (uint32_t i = 0; i < CodeTile::kSteps; ++i) {
-    if (i * CodeTile::kStep < left)
-      *reinterpret_cast<uint4*>(to) = ptx::ld_shared_v4(from + CodeTile::stored(threadIdx.x, i));
-    to += static_cast<uint64_t>(blocks) * (16 * CodeTile::kStep);
+    for (uint32_t i = 0; i < CodeTile::kSteps; ++i) store(i);
+    return;
   }
+#pragma unroll 1
+  for (uint32_t i = 0; i * CodeTile::kStep < left; ++i) store(i);
 }
 
 // A thread writes the 8 scales of an operand row.
