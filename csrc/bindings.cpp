@@ -12,6 +12,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "cuda/code_tile.h"
 #include "cuda/split_k.h"
 #include "formats/block.h"
 #include "formats/layout.h"
@@ -134,6 +135,32 @@ py::dict split_k(int64_t m, int64_t n, int64_t k, int multiprocessors) {
   return plan;
 }
 
+// Byte offsets in a tile of requantize_codes.cu, by the names of CodeTile's functions.
+py::dict code_tile() {
+  using Tile = cuda::CodeTile;
+  const auto table = [](std::vector<py::ssize_t> shape, const auto& at) {
+    Array<int> out(shape);
+    const uint32_t last = static_cast<uint32_t>(shape.back()),
+                   middle = shape.size() > 2 ? static_cast<uint32_t>(shape[1]) : 1;
+    for (uint32_t i = 0; i < out.size(); ++i)
+      out.mutable_data()[i] = static_cast<int>(at(i / last / middle, i / last % middle, i % last));
+    return out;
+  };
+  py::dict tile;
+  tile["chunk"] = table({Tile::kSize, Tile::kChunks}, [](uint32_t row, uint32_t, uint32_t chunk) {
+    return Tile::chunk(row, chunk);
+  });
+  tile["column"] = table({Tile::kBands, 32, Tile::kColumns}, &Tile::column);
+  tile["stored"] = table({Tile::kThreads, Tile::kSteps}, [](uint32_t thread, uint32_t, uint32_t i) {
+    return Tile::stored_further(Tile::stored(thread), i);
+  });
+  tile["block_scale"] = table({Tile::kBands, 32, Tile::kColumns}, &Tile::block_scale);
+  tile["scaled_column"] = table({Tile::kThreads, 1}, [](uint32_t thread, uint32_t, uint32_t) {
+    return Tile::scaled_column(thread);
+  });
+  return tile;
+}
+
 // Row and k (column, for "d") of every code (value) that a lane holds.
 Array<int> fragment_table(const std::string& factor, int per_word) {
   const bool a = factor == "a", b = factor == "b";
@@ -213,6 +240,8 @@ PYBIND11_MODULE(_host, m) {
         "One Philox4x32-10 block: 4 words from a counter of 4 and a key of 2.");
   m.def("split_k", &split_k, py::arg("m"), py::arg("n"), py::arg("k"), py::arg("multiprocessors"),
         "How gemm's fold backend shares out a product on Hopper whose tiles are too few.");
+  m.def("code_tile", &code_tile,
+        "Where requantize's kernel for mxfp4 keeps a tile in shared memory: byte offsets.");
   m.def("swizzled_offset", &swizzled_offset, py::arg("row"), py::arg("col"), py::arg("col_tiles"),
         "Byte offset of scale (row, col) in the 128x4 tile layout.");
   m.def("fragment_table", &fragment_table, py::arg("factor"), py::arg("per_word"),

@@ -3,17 +3,19 @@
 // as nibbles, and rounds 8 blocks, one after the other, two elements a word.
 //
 // The source's codes carry one mantissa bit and a power of two that a whole row of the 32 x 32
-// square shares, so float16 holds what rounding needs. With the square's scales within 8 binades of
-// the largest, v = code * 2^(e - largest) and b = v + max(v, S) are exact (d = log2 of S over the
-// row's scale is at most 8: b is S times 1 + code / 2^d, 10 bits), and b's bits above the cut at
-// bit 9 are the code, as in encode.cuh. The fraction below has 9 bits, so the draw's first 9 decide
-// (F / 512 * 2^17 > 2 r + 1 just where F > r / 128 rounded down), and one integer addition of their
-// complement rounds both halves. Every rule takes the same scale, since no magnitude's mantissa
-// exceeds that of the largest element, and no element exceeds 6 S. Squares of other scales, NaN,
-// and prescales go element by element (strip.cuh).
+// square shares, so float16 holds what rounding needs. With the square's scales within 9 binades of
+// the largest, v = code * 2^(e - largest) is exact, and so is u = v / S * 2^-14, which is at least
+// 2^-24 or zero. Float16 is subnormal below 2^-14 as E2M1 is below 1, so u's bits above the cut at
+// bit 9 are the code. The fraction below has 9 bits, so the draw's first 9 decide (F / 512 * 2^17 >
+// 2 r + 1 just where F > r / 128 rounded down), and one integer addition of their complement rounds
+// both halves. Every rule takes the same scale, since no magnitude's mantissa exceeds that of the
+// largest element, and no element exceeds 6 S. Squares of other scales, NaN, and prescales go
+// element by element (strip.cuh).
 //
-// A warp's tile is 128 rows x 64 columns of x, 4 x 8 lanes. Warps work for themselves and are
-// persistent; a tile's codes are copied to shared memory while the one before is rounded.
+// A CTA's tile is 256 rows x 256 columns of x: rows come in, and rows of the result leave, as lines
+// of 128 bytes. CTAs are persistent, with two tiles in shared memory (code_tile.h says how they lie
+// there): the next is copied while one is rounded in place.
+#include "cuda/code_tile.h"
 #include "cuda/divide.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/strip.cuh"
@@ -26,15 +28,11 @@ namespace {
 // ---- traits ----
 
 struct CodeTraits {
-  static constexpr int kWarps = 4, kThreads = 32 * kWarps;
-  static constexpr int kCtas = 5;  // of an SM, as many as registers and shared memory allow
-  static constexpr int kHeight = 128, kWidth = 64;  // of a warp's tile, in codes
-  static constexpr int kColumns = 8;                // of a lane: the nibbles of a word
-  static constexpr int kLanesAcross = kWidth / kColumns;
-  static constexpr int kChunks = kHeight * kWidth / 32;  // of 16 bytes, in a tile
-  static constexpr int kSquares = kChunks / 32;          // 32 x 32, each of 4 lanes
+  static constexpr int kCtas = 3;  // of an SM, as many as registers and shared memory allow
+  static constexpr uint32_t kStages = 2;
+  static constexpr uint32_t kSquares = 8;  // 32 x 32, of a warp, each of 4 lanes
   // Scales that neither under- nor overflow on the way, and how far they may lie apart.
-  static constexpr uint32_t kFirst = 16, kLast = 250, kBinades = 8;
+  static constexpr uint32_t kFirst = 16, kLast = 250, kBinades = 9;
 };
 
 // The packed operand: `height` rows of `blocks` blocks. across: tiles in a row of tiles.
@@ -42,54 +40,90 @@ struct CodeGrid {
   const uint8_t* x;
   uint32_t height, blocks, tiles;
   Divisor across;
+  bool pairs;            // no prescale, and groups of draws are numbered below 2^32
+  bool loads8, stores8;  // rows of scales are aligned words of 8
 };
 
 struct CodePlace {
   uint32_t row, column;
   __device__ __forceinline__ CodePlace(const CodeGrid& g, uint32_t tile) {
     const uint32_t down = g.across.divide(tile);
-    row = down * CodeTraits::kHeight;
-    column = (tile - down * g.across.value) * CodeTraits::kWidth;
+    row = down * CodeTile::kSize;
+    column = (tile - down * g.across.value) * CodeTile::kSize;
   }
 };
 
-// A warp's part of shared memory.
-struct alignas(128) CodeTile {
-  uint4 source[CodeTraits::kChunks];        // as in memory, two chunks a row: see chunk_at
-  uint4 columns[32][CodeTraits::kColumns];  // of a lane: column n, 32 codes down, at n ^ lane % 8
-  uint4 units[CodeTraits::kSquares][4];     // 2^(e - largest), of the pairs of rows of 8: see below
-  uint2 scales[CodeTraits::kSquares][4];    // e of each row, where they are needed
-
-  // Rows 32 apart, which 8 lanes each read at once, lie in different banks.
-  __device__ static __forceinline__ int chunk_at(int row, int half) {
-    return row / 4 * 8 + ((row % 4 * 2 + half) ^ (row / 32 * 2));
-  }
+// The plan, and for groups below 2^32 what two rounds of Philox make of the rest of the counter.
+struct CodeTables {
+  StripTables strip;
+  uint4 rounds2;
 };
 
-// ---- codes: in, and transposed ----
+struct alignas(128) CodeShared {
+  uint8_t codes[CodeTraits::kStages][CodeTile::kBytes];
+  uint8_t scales[CodeTraits::kStages][CodeTile::kScaleBytes];
+  uint8_t block_scales[CodeTile::kScaleBytes];
+  uint4 rows[CodeTile::kBands][CodeTraits::kSquares][4];  // of a square: see survey
+  CodeTables tables;
+};
 
-// Start filling the source of a tile, zeros outside of x.
-__device__ __forceinline__ void copy_codes(const CodeGrid& g, CodePlace at, bool whole,
-                                           CodeTile& tile) {
-  constexpr int kStep = 16;  // rows of 32 lanes
-  const int lane = threadIdx.x % 32, first = lane / 2, half = lane % 2;
-  const uint32_t block = at.column / 32 + half, row = at.row + first;
+static_assert(CodeTraits::kCtas * (sizeof(CodeShared) + 1024) <= 228 * 1024,
+              "what a multiprocessor of 9.0 has, of which a CTA costs 1 KiB more");
+
+// One of the two tiles.
+struct CodeStage {
+  uint8_t *codes, *scales;
+  __device__ __forceinline__ CodeStage(CodeShared& shared, uint32_t stage)
+      : codes(shared.codes[stage]), scales(shared.scales[stage]) {}
+};
+
+// ---- in ----
+
+// Start copying the codes of a tile, with zeros outside of x.
+__device__ __forceinline__ void copy_codes(const CodeGrid& g, const CodePlace& at,
+                                           const CodeStage& tile) {
+  const uint32_t chunk = threadIdx.x % CodeTile::kChunks, first = threadIdx.x / CodeTile::kChunks;
+  const uint32_t block = at.column / 32 + chunk, row = at.row + first;
   const uint8_t* from = g.x + (static_cast<uint64_t>(row) * g.blocks + block) * 16;
-  const uint64_t pitch = static_cast<uint64_t>(g.blocks) * (16 * kStep);
-  if (whole) {
-    const uint32_t to = ptx::shared_address(tile.source + CodeTile::chunk_at(first, half));
+  const uint64_t pitch = static_cast<uint64_t>(g.blocks) * (16 * CodeTile::kStep);
+  const uint32_t to = ptx::shared_address(tile.codes) + CodeTile::chunk(first, chunk);
+  if (at.row + CodeTile::kSize <= g.height && at.column + CodeTile::kSize <= g.blocks * 32) {
 #pragma unroll
-    for (int i = 0; i < CodeTraits::kHeight / kStep; ++i, from += pitch)
-      ptx::cp_async_16((to ^ (i / 2 * 32)) + i * kStep * 32, from, 16);
+    for (uint32_t i = 0; i < CodeTile::kSteps; ++i, from += pitch)
+      ptx::cp_async_16(to + CodeTile::chunk(i * CodeTile::kStep, 0), from, 16);
     return;
   }
 #pragma unroll 1
-  for (int r = first; r < CodeTraits::kHeight; r += kStep, from += pitch) {
-    const bool inside = at.row + r < g.height && block < g.blocks;
-    ptx::cp_async_16(ptx::shared_address(tile.source + CodeTile::chunk_at(r, half)),
-                     inside ? from : g.x, inside ? 16 : 0);
+  for (uint32_t i = 0; i < CodeTile::kSize; i += CodeTile::kStep, from += pitch) {
+    const bool inside = row + i < g.height && block < g.blocks;
+    ptx::cp_async_16(to + CodeTile::chunk(i, 0), inside ? from : g.x, inside ? 16 : 0);
   }
 }
+
+// The same of their scales: a thread takes the 8 of a row.
+__device__ __forceinline__ void copy_scales(const QuantizeParams& p, const CodeGrid& g,
+                                            const CodePlace& at, const CodeStage& tile) {
+  const uint32_t row = at.row + threadIdx.x, block = at.column / 32;
+  const uint32_t blocks = row < g.height ? g.blocks - block : 0;
+  const uint8_t* from = p.in_scale;
+  if (blocks != 0) from += static_cast<uint64_t>(row) * g.blocks + block;
+  const uint32_t to = ptx::shared_address(tile.scales) + threadIdx.x * 8;
+  if (g.loads8) return ptx::cp_async_8(to, from, blocks != 0 ? 8 : 0);
+  uint32_t word[2] = {0, 0};
+#pragma unroll
+  for (uint32_t s = 0; s < 8; ++s)
+    if (s < blocks) word[s / 4] |= ptx::ld_global_nc_u8(from + s) << (8 * (s % 4));
+  ptx::st_shared_v2(to, word[0], word[1]);
+}
+
+__device__ __forceinline__ void copy_tile(const QuantizeParams& p, const CodeGrid& g,
+                                          uint32_t index, const CodeStage& tile) {
+  const CodePlace at(g, index);
+  copy_codes(g, at, tile);
+  copy_scales(p, g, at, tile);
+}
+
+// ---- transposed ----
 
 // 8 words of 8 nibbles, transposed.
 __device__ __forceinline__ void transpose_nibbles(const uint32_t (&w)[8], uint32_t (&out)[8]) {
@@ -110,28 +144,24 @@ __device__ __forceinline__ void transpose_nibbles(const uint32_t (&w)[8], uint32
   }
 }
 
-// A lane's 32 x 8 codes from tile.source to tile.columns.
-__device__ __forceinline__ void transpose_codes(CodeTile& tile) {
-  const int lane = threadIdx.x % 32, down = lane / CodeTraits::kLanesAcross,
-            word = lane % CodeTraits::kLanesAcross;
-  const uint32_t* from[4];  // of rows 0 to 3; every 4 rows are 128 bytes further
-#pragma unroll
-  for (int j = 0; j < 4; ++j)
-    from[j] = reinterpret_cast<const uint32_t*>(tile.source +
-                                                CodeTile::chunk_at(32 * down + j, word / 4)) +
-              word % 4;
+// A lane's 32 x 8 codes, from a band's rows to its columns. When a lane writes a column, which it
+// alone reads, all have left the rows.
+__device__ __forceinline__ void transpose_codes(const CodeStage& tile, uint32_t band) {
+  const uint32_t lane = threadIdx.x % 32;
+  const uint32_t from = ptx::shared_address(tile.codes) + CodeTile::chunk(32 * band, 0) + lane * 4;
   uint32_t columns[4][8];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     uint32_t w[8];
 #pragma unroll
-    for (int j = 0; j < 8; ++j) w[j] = from[j % 4][(8 * i + j) / 4 * 32];
+    for (int j = 0; j < 8; ++j) w[j] = ptx::ld_shared_b32(from + CodeTile::chunk(8 * i + j, 0));
     transpose_nibbles(w, columns[i]);
   }
+  __syncwarp();
+  const uint32_t to = ptx::shared_address(tile.codes) + CodeTile::column(band, lane, 0);
 #pragma unroll
-  for (int n = 0; n < CodeTraits::kColumns; ++n)
-    tile.columns[lane][n ^ (lane % 8)] =
-        make_uint4(columns[0][n], columns[1][n], columns[2][n], columns[3][n]);
+  for (int n = 0; n < 8; ++n)
+    ptx::st_shared_v4(to ^ (n * 16), columns[0][n], columns[1][n], columns[2][n], columns[3][n]);
 }
 
 // ---- scales of the source ----
@@ -140,33 +170,21 @@ __device__ __forceinline__ void transpose_codes(CodeTile& tile) {
 struct RowScales {
   uint32_t code[8];
 
-  __device__ __forceinline__ void load(const QuantizeParams& p, const CodeGrid& g, CodePlace at,
-                                       bool whole) {
-    const uint32_t lane = threadIdx.x % 32, block = at.column / 32 + lane / 4 % 2,
-                   row = at.row + lane / 8 * 32 + lane % 4 * 8;
-    const uint8_t* from = p.in_scale + (static_cast<uint64_t>(row) * g.blocks + block);
-    if (whole) {
+  __device__ __forceinline__ RowScales(const CodeStage& tile, uint32_t band) {
+    const uint32_t lane = threadIdx.x % 32;
+    const uint8_t* from = tile.scales + (32 * band + lane % 4 * 8) * 8 + lane / 4;
 #pragma unroll
-      for (int t = 0; t < 8; ++t, from += g.blocks) code[t] = ptx::ld_global_nc_u8(from);
-      return;
-    }
-    const uint32_t rows = block < g.blocks && row < g.height ? g.height - row : 0;
-    from = rows ? from : p.in_scale;
-#pragma unroll
-    for (uint32_t t = 0; t < 8; ++t) {
-      code[t] = t < rows ? ptx::ld_global_nc_u8(from) : 0u;
-      from += t + 1 < rows ? g.blocks : 0;
-    }
+    for (int t = 0; t < 8; ++t) code[t] = from[8 * t];
   }
 
   // Whether some of the rows whose scale is 0 hold other codes than zeros.
-  __device__ __forceinline__ bool hides_codes(const CodeTile& tile) const {
-    const int lane = threadIdx.x % 32;
+  __device__ __forceinline__ bool hides_codes(const CodeStage& tile, uint32_t band) const {
+    const uint32_t lane = threadIdx.x % 32, first = 32 * band + lane % 4 * 8;
     uint32_t found = 0;
 #pragma unroll
     for (int t = 0; t < 8; ++t) {
       const uint4 w =
-          tile.source[CodeTile::chunk_at(lane / 8 * 32 + lane % 4 * 8 + t, lane / 4 % 2)];
+          *reinterpret_cast<const uint4*>(tile.codes + CodeTile::chunk(first + t, lane / 4));
       found |= code[t] == 0 ? w.x | w.y | w.z | w.w : 0u;
     }
     return (found & 0x77777777u) != 0;
@@ -186,9 +204,9 @@ struct RowScales {
     return make_uint4(u[0], u[1], u[2], u[3]);
   }
 
-  __device__ __forceinline__ uint2 packed() const {
-    return make_uint2(code[0] | code[1] << 8 | code[2] << 16 | code[3] << 24,
-                      code[4] | code[5] << 8 | code[6] << 16 | code[7] << 24);
+  __device__ __forceinline__ uint4 packed() const {
+    return make_uint4(code[0] | code[1] << 8 | code[2] << 16 | code[3] << 24,
+                      code[4] | code[5] << 8 | code[6] << 16 | code[7] << 24, 0, 0);
   }
 };
 
@@ -198,18 +216,21 @@ struct Square {
   bool fast;         // the same in all lanes
 };
 
-// Leaves the units, or the scales, in the tile; its source must still be there.
-__device__ __forceinline__ Square survey(const RowScales& rows, float prescale, CodeTile& tile) {
-  const int lane = threadIdx.x % 32;
+// Leaves the units in rows[square], or the scales where the squares are not fast. The tile must
+// still hold the rows.
+__device__ __forceinline__ Square survey(const CodeStage& tile, uint32_t band, bool pairs,
+                                         uint4 (&rows)[CodeTraits::kSquares][4]) {
+  const RowScales scales(tile, band);
+  const uint32_t lane = threadIdx.x % 32;
   uint32_t largest = 0, smallest = 255, least = 255;  // smallest: but for zeros, less 1
 #pragma unroll
   for (int t = 0; t < 8; ++t) {
-    largest = max(largest, rows.code[t]);
-    least = min(least, rows.code[t]);
-    smallest = min(smallest, (rows.code[t] - 1) & 0xFFu);
+    largest = max(largest, scales.code[t]);
+    least = min(least, scales.code[t]);
+    smallest = min(smallest, (scales.code[t] - 1) & 0xFFu);
   }
   const bool hidden =
-      __any_sync(kAllLanes, least == 0) && __any_sync(kAllLanes, rows.hides_codes(tile));
+      __any_sync(kAllLanes, least == 0) && __any_sync(kAllLanes, scales.hides_codes(tile, band));
 #pragma unroll
   for (int lanes = 1; lanes < 4; lanes *= 2) {
     largest = max(largest, __shfl_xor_sync(kAllLanes, largest, lanes));
@@ -218,15 +239,43 @@ __device__ __forceinline__ Square survey(const RowScales& rows, float prescale, 
   const bool near =
       largest == 0 || (smallest + 1 >= CodeTraits::kFirst && largest <= CodeTraits::kLast &&
                        largest - smallest - 1 <= CodeTraits::kBinades);
-  const bool fast = __all_sync(kAllLanes, near) && !hidden && prescale == 1.0f;
-  if (fast)
-    tile.units[lane / 4][lane % 4] = rows.units(largest);
-  else
-    tile.scales[lane / 4][lane % 4] = rows.packed();
+  const bool fast = __all_sync(kAllLanes, near) && !hidden && pairs;
+  rows[lane / 4][lane % 4] = fast ? scales.units(largest) : scales.packed();
   return {largest, fast};
 }
 
 // ---- one block ----
+
+// With a group g of draws and the rest of its counter and the key fixed, the state after two rounds
+// of Philox: rounds2 where M0 g and M1 (its high word ^ rounds2.x) are zero.
+__device__ __forceinline__ void fill_code_tables(CodeTables& t, const QuantizeParams& p) {
+  fill_tables<Strip::kStochastic>(t.strip, p);
+  if (threadIdx.x != 0) return;
+  const uint64_t seed = static_cast<uint64_t>(p.rng[0]);
+  const uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+  const Philox4 first =
+      philox_round({{0, 0, static_cast<uint32_t>(p.rng[p.rng_stride]), p.stream}}, k0, k1);
+  const Philox4 second =
+      philox_round({{first.w[0], first.w[1], 0, 0}}, k0 + kPhiloxW0, k1 + kPhiloxW1);
+  t.rounds2 = make_uint4(first.w[2], second.w[0], second.w[2], second.w[3]);
+}
+
+// draw_block of a group below 2^32.
+__device__ __forceinline__ Philox4 draw_early_block(const CodeTables& t, uint32_t group) {
+  ptx::compiler_fence();
+  const uint64_t a = static_cast<uint64_t>(kPhiloxM0) * group;
+  const uint64_t b =
+      static_cast<uint64_t>(kPhiloxM1) * (static_cast<uint32_t>(a >> 32) ^ t.rounds2.x);
+  Philox4 c = {{static_cast<uint32_t>(b >> 32) ^ t.rounds2.y, static_cast<uint32_t>(b),
+                static_cast<uint32_t>(a) ^ t.rounds2.z, t.rounds2.w}};
+#pragma unroll
+  for (int i = 1; i < kPhiloxRounds / 2; ++i) {
+    const uint4 key = t.strip.keys[i];
+    c = philox_round(c, key.x, key.y);
+    c = philox_round(c, key.z, key.w);
+  }
+  return c;
+}
 
 // ~draw's first 9 bits of elements t and t + 4 of a quarter, in each half from bit 0 (even t) or 4
 // (odd t) up: ~(word[t] ^ change[s]) under a mask. See quarter_words: even t takes low halves.
@@ -263,8 +312,8 @@ __device__ __forceinline__ uint32_t raw_pair(uint32_t codes, int t) {
 
 // 32 codes of a column, scaled by units, to the codes of the block.
 __device__ __forceinline__ StripBlock round_codes(const uint4& column, const uint32_t (&units)[16],
-                                                  uint32_t largest, const StripTables& tables,
-                                                  uint64_t group, uint32_t stream) {
+                                                  uint32_t largest, const CodeTables& tables,
+                                                  uint32_t group) {
   const uint32_t codes[4] = {column.x, column.y, column.z, column.w};
   uint32_t v[16];
 #pragma unroll
@@ -276,43 +325,39 @@ __device__ __forceinline__ StripBlock round_codes(const uint4& column, const uin
     for (int j = 0; j < 2; ++j)  // one instruction from sm_90 on
       m[j] = ptx::max_f16x2(ptx::max_f16x2(m[j], v[i + j]), v[i + j + 2]);
   const uint32_t m2 = ptx::max_f16x2(ptx::max_f16x2(m[0], v[14]), ptx::max_f16x2(m[1], v[15]));
-  const uint32_t bits = max(m2 & 0xFFFFu, m2 >> 16), exponent = max(bits >> 10, 2u);
-  const bool empty = bits == 0;  // then S is 0, and all magnitudes come out as 0
-  const uint32_t s2 = (exponent - 2) * 0x04000400u;
-  const uint32_t first = (2 * exponent + 4) % 8 * 0x11111111u;  // what code 0 leaves in a nibble
+  const uint32_t bits = max(m2 & 0xFFFFu, m2 >> 16), exponent = bits >> 10;
+  const bool empty = bits == 0;  // then all magnitudes come out as 0
   const uint32_t signs = empty ? 0u : 0x88888888u;
-  const PairDraws draws(draw_block(tables, group, stream));
+  const uint32_t to_grid = (18 - exponent) * 0x04000400u;  // 2^-14 / S
+  const PairDraws draws(draw_early_block(tables, group));
   uint32_t w[4];
 #pragma unroll
   for (int s = 0; s < kQuarters; ++s) {
-    uint32_t b[4], pair[2];
+    uint32_t u[4], pair[2];
 #pragma unroll
-    for (int t = 0; t < 4; ++t)
-      b[t] = ptx::add_rn_f16x2(v[4 * s + t], ptx::max_f16x2(v[4 * s + t], s2));
+    for (int t = 0; t < 4; ++t) u[t] = ptx::mul_rn_f16x2(v[4 * s + t], to_grid);
 #pragma unroll
     for (int t = 0; t < 4; t += 2) {
-      // Codes in bits 9..11 and 13..15. What the low half pushes over its edge stays below the
-      // high half's draw.
-      const uint32_t even = b[t] + draws.complement(s, t),
-                     odd = ptx::mad_lo_u32(b[t + 1], 16u, draws.complement(s, t + 1));
+      // u's 12 bits and their carries stay in their half. Codes in bits 9..11 and 13..15.
+      const uint32_t even = u[t] + draws.complement(s, t),
+                     odd = ptx::mad_lo_u32(u[t + 1], 16u, draws.complement(s, t + 1));
       pair[t / 2] = ptx::lop3_select(odd, even, 0xE000E000u);
     }
     const uint32_t joined = __byte_perm(pair[0], pair[1], 0x7351) >> 1;
-    const uint32_t magnitudes = (joined | 0x88888888u) - first;
-    w[s] = ptx::lop3_select(codes[s] & signs, magnitudes, 0x88888888u);
+    w[s] = ptx::lop3_select(codes[s] & signs, joined, 0x88888888u);
   }
   return {make_uint4(w[0], w[1], w[2], w[3]), empty ? 0u : largest + exponent - 17};
 }
 
 // The same from any scales, by float32.
-__device__ __forceinline__ StripBlock round_values(const uint4& column, const uint2 (&scales)[4],
+__device__ __forceinline__ StripBlock round_values(const uint4& column, const uint4 (&scales)[4],
                                                    const QuantizeParams& p,
                                                    const StripTables& tables, uint64_t group) {
   const uint32_t codes[4] = {column.x, column.y, column.z, column.w};
   float v[32];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const uint2 packed = scales[i];
+    const uint4 packed = scales[i];
 #pragma unroll
     for (int j = 0; j < 8; ++j)
       v[8 * i + j] = decode<E2M1>(codes[i] >> (4 * j) & 15u) *
@@ -323,57 +368,118 @@ __device__ __forceinline__ StripBlock round_values(const uint4& column, const ui
 
 // ---- kernel ----
 
-__global__ void __launch_bounds__(CodeTraits::kThreads, CodeTraits::kCtas)
-    requantize_codes_kernel(const QuantizeParams p, const CodeGrid g) {
-  __shared__ CodeTile tiles[CodeTraits::kWarps];
-  __shared__ StripTables tables;
-  fill_tables<Strip::kStochastic>(tables, p);
-  __syncthreads();
-  const uint32_t warp = __shfl_sync(kAllLanes, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
-  const uint32_t step = gridDim.x * CodeTraits::kWarps;
-  CodeTile& mine = tiles[warp];
-  uint32_t tile = blockIdx.x * CodeTraits::kWarps + warp;
-  if (tile >= g.tiles) return;
-  RowScales rows;
-  const auto fetch = [&](const CodePlace& at) {
-    const bool whole =
-        at.row + CodeTraits::kHeight <= g.height && at.column + CodeTraits::kWidth <= g.blocks * 32;
-    copy_codes(g, at, whole, mine);
-    rows.load(p, g, at, whole);
+// A warp's band, in place: rows of codes to blocks of columns. at: of the tile.
+__device__ __forceinline__ void round_band(const QuantizeParams& p, const CodeGrid& g,
+                                           const CodePlace& at, CodeShared& shared,
+                                           const CodeStage& tile) {
+  const uint32_t band = __shfl_sync(kAllLanes, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+  const uint32_t k = at.row + 32 * band, kp = static_cast<uint32_t>(p.kp);
+  if (k >= kp) return;
+  uint4(&rows)[CodeTraits::kSquares][4] = shared.rows[band];
+  const Square square = survey(tile, band, g.pairs, rows);
+  transpose_codes(tile, band);
+  const uint32_t columns = ptx::shared_address(tile.codes) + CodeTile::column(band, lane, 0);
+  const uint32_t scales =
+      ptx::shared_address(shared.block_scales) + CodeTile::block_scale(band, lane, 0);
+  const uint64_t group =
+      static_cast<uint64_t>(at.column + lane * CodeTile::kColumns) * (kp / 32) + k / 32;
+  const auto each_column = [&](auto round) {
+#pragma unroll 1
+    for (uint32_t n = 0; n < CodeTile::kColumns; ++n) {
+      const uint4 column = ptx::ld_shared_v4(columns ^ (n * 16));
+      const StripBlock b = round(column, n);
+      ptx::st_shared_v4(columns ^ (n * 16), b.codes.x, b.codes.y, b.codes.z, b.codes.w);
+      ptx::st_shared_u8(scales + CodeTile::block_scale(0, 0, n), b.scale);
+    }
   };
-  fetch(CodePlace(g, tile));
-  for (; tile < g.tiles; tile += step) {
-    const CodePlace at(g, tile);
-    ptx::cp_async_wait_all();
-    __syncwarp();
-    const Square square = survey(rows, p.prescale, mine);
-    transpose_codes(mine);
-    __syncwarp();
-    if (tile + step < g.tiles) fetch(CodePlace(g, tile + step));
+  if (square.fast) {
     uint32_t units[16];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const uint4 u = mine.units[lane / 4][i];
+      const uint4 u = rows[lane / 4][i];
       units[4 * i] = u.x, units[4 * i + 1] = u.y, units[4 * i + 2] = u.z, units[4 * i + 3] = u.w;
     }
-    const uint32_t k = at.row + lane / CodeTraits::kLanesAcross * 32,
-                   first = at.column + lane % CodeTraits::kLanesAcross * CodeTraits::kColumns,
-                   blocks = tables.plan.kp / 32;
-    const int valid = k < tables.plan.kp ? static_cast<int>(tables.plan.rows - first) : 0;
-    uint64_t group = static_cast<uint64_t>(first) * blocks + k / 32;
-    const uint32_t columns = ptx::shared_address(&mine.columns[lane][lane % 8]);
+    each_column([&](const uint4& column, uint32_t n) {
+      return round_codes(column, units, square.largest, shared.tables,
+                         static_cast<uint32_t>(group) + n * (kp / 32));
+    });
+  } else {
+    each_column([&](const uint4& column, uint32_t n) {
+      return round_values(column, rows[lane / 4], p, shared.tables.strip,
+                          group + static_cast<uint64_t>(n) * (kp / 32));
+    });
+  }
+}
+
+// 8 lanes write the 8 blocks of an operand row.
+__device__ __forceinline__ void store_codes(const QuantizeParams& p, const CodePlace& at,
+                                            const CodeStage& tile) {
+  const uint32_t band = threadIdx.x % CodeTile::kBands, first = threadIdx.x / CodeTile::kBands;
+  const uint32_t k = at.row + 32 * band, row = at.column + first;
+  const uint32_t rows = static_cast<uint32_t>(p.rows), blocks = static_cast<uint32_t>(p.kp) / 32;
+  const uint32_t left = k / 32 < blocks && row < rows ? rows - row : 0;
+  const uint32_t from =
+      ptx::opaque(ptx::shared_address(tile.codes) + CodeTile::stored(threadIdx.x));
+  uint8_t* to = p.data + (static_cast<uint64_t>(row) * blocks + k / 32) * 16;
+  const uint64_t pitch = static_cast<uint64_t>(blocks) * (16 * CodeTile::kStep);
+  const auto store = [&](uint32_t i) {
+    *reinterpret_cast<uint4*>(to + i * pitch) =
+        ptx::ld_shared_v4(CodeTile::stored_further(from, i));
+  };
+  if (left > (CodeTile::kSteps - 1) * CodeTile::kStep) {
+#pragma unroll
+    for (uint32_t i = 0; i < CodeTile::kSteps; ++i) store(i);
+    return;
+  }
 #pragma unroll 1
-    for (int n = 0; n < CodeTraits::kColumns; ++n, group += blocks) {
-      const uint4 column = ptx::ld_shared_v4(columns ^ (n * 16));
-      const StripBlock b = square.fast
-                               ? round_codes(column, units, square.largest, tables, group, p.stream)
-                               : round_values(column, mine.scales[lane / 4], p, tables, group);
-      if (n >= valid) continue;
-      reinterpret_cast<uint4*>(p.data)[group] = b.codes;
-      *(p.swizzled ? scale_at<Mxfp4>(p, first + n, k) : p.scale + group) =
-          static_cast<uint8_t>(b.scale);
-    }
-    __syncwarp();
+  for (uint32_t i = 0; i * CodeTile::kStep < left; ++i) store(i);
+}
+
+// A thread writes the 8 scales of an operand row.
+__device__ __forceinline__ void store_scales(const QuantizeParams& p, const CodeGrid& g,
+                                             const CodePlace& at, const uint8_t* block_scales) {
+  const uint32_t row = at.column + CodeTile::scaled_column(threadIdx.x);
+  const uint32_t kp = static_cast<uint32_t>(p.kp);
+  if (row >= static_cast<uint32_t>(p.rows)) return;
+  const uint8_t* from = block_scales + threadIdx.x * CodeTile::kBands;
+  uint8_t* to = p.scale + (static_cast<uint64_t>(row) * (kp / 32) + at.row / 32);
+  if (g.stores8) {
+    *reinterpret_cast<uint2*>(to) = *reinterpret_cast<const uint2*>(from);
+    return;
+  }
+#pragma unroll 1
+  for (uint32_t b = 0; b < CodeTile::kBands; ++b) {
+    const uint32_t k = at.row + 32 * b;
+    if (k < kp) *(p.swizzled ? scale_at<Mxfp4>(p, row, k) : to + b) = from[b];
+  }
+}
+
+__global__ void __launch_bounds__(CodeTile::kThreads, CodeTraits::kCtas)
+    requantize_codes_kernel(const QuantizeParams p, const CodeGrid g) {
+  extern __shared__ __align__(128) uint8_t memory[];
+  CodeShared& shared = *reinterpret_cast<CodeShared*>(memory);
+  fill_code_tables(shared.tables, p);
+  const uint32_t step = gridDim.x;
+  uint32_t index = blockIdx.x;
+#pragma unroll 1
+  for (uint32_t s = 0; s < CodeTraits::kStages; ++s) {
+    if (index + s * step < g.tiles) copy_tile(p, g, index + s * step, CodeStage(shared, s));
+    ptx::cp_async_commit_group();
+  }
+#pragma unroll 1
+  for (uint32_t s = 0; index < g.tiles; index += step, s = (s + 1) % CodeTraits::kStages) {
+    const CodeStage tile(shared, s);
+    const CodePlace at(g, index);
+    ptx::cp_async_wait_group<CodeTraits::kStages - 1>();
+    __syncthreads();
+    round_band(p, g, at, shared, tile);
+    __syncthreads();
+    store_codes(p, at, tile);
+    store_scales(p, g, at, shared.block_scales);
+    __syncthreads();
+    const uint32_t next = index + CodeTraits::kStages * step;
+    if (next < g.tiles) copy_tile(p, g, next, tile);
+    ptx::cp_async_commit_group();  // an empty one too: the wait counts them
   }
 }
 
@@ -384,17 +490,26 @@ __global__ void __launch_bounds__(CodeTraits::kThreads, CodeTraits::kCtas)
 // As can_strip_columns says, without a rotation.
 cudaError_t launch_requantize_codes(const QuantizeParams& p, cudaStream_t stream) {
   const auto narrow = [](int64_t n) { return static_cast<uint32_t>(n); };
-  const int64_t across = (p.rows + CodeTraits::kWidth - 1) / CodeTraits::kWidth,
-                down = (p.kp + CodeTraits::kHeight - 1) / CodeTraits::kHeight;
-  const CodeGrid g = {static_cast<const uint8_t*>(p.x), narrow(p.cols), narrow(p.in_blocks),
-                      narrow(across * down), Divisor::of(across)};
+  const int64_t across = (p.rows + CodeTile::kSize - 1) / CodeTile::kSize,
+                down = (p.kp + CodeTile::kSize - 1) / CodeTile::kSize;
+  const bool early = p.rows * (p.kp / 32) <= int64_t{1} << 32;
+  const auto words8 = [](const uint8_t* scales, int64_t in_row) {
+    return in_row % 8 == 0 && reinterpret_cast<uintptr_t>(scales) % 8 == 0;
+  };
+  const CodeGrid g = {static_cast<const uint8_t*>(p.x),
+                      narrow(p.cols),
+                      narrow(p.in_blocks),
+                      narrow(across * down),
+                      Divisor::of(across),
+                      early && p.prescale == 1.0f,
+                      words8(p.in_scale, p.in_blocks),
+                      !p.swizzled && words8(p.scale, p.kp / 32)};
   int sms = 0;
   const cudaError_t error = count_multiprocessors(&sms);
   if (error != cudaSuccess) return error;
-  const int64_t wanted = ceil_div(across * down, CodeTraits::kWarps),
-                most = sms * CodeTraits::kCtas;
-  return launch(requantize_codes_kernel, narrow(wanted < most ? wanted : most),
-                CodeTraits::kThreads, stream, p, g);
+  const uint32_t most = sms * CodeTraits::kCtas;
+  return launch_with_shared(requantize_codes_kernel, g.tiles < most ? g.tiles : most,
+                            CodeTile::kThreads, sizeof(CodeShared), stream, p, g);
 }
 
 }  // namespace mxtrain::cuda

@@ -47,6 +47,11 @@ __device__ __forceinline__ void cp_async_4(uint32_t shared, const void* p, int b
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared), "l"(p), "r"(bytes));
 }
 
+// cp.async.ca.shared.global: the same for 8 bytes, 8-byte aligned.
+__device__ __forceinline__ void cp_async_8(uint32_t shared, const void* p, int bytes) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared), "l"(p), "r"(bytes));
+}
+
 // cp.async.commit_group: this thread's copies since the last one make a group.
 __device__ __forceinline__ void cp_async_commit_group() {
   asm volatile("cp.async.commit_group;" ::: "memory");
@@ -84,6 +89,11 @@ __device__ __forceinline__ void stmatrix_x4(uint32_t shared, uint32_t w0, uint32
 // st.shared.v2.b32: 8 bytes.
 __device__ __forceinline__ void st_shared_v2(uint32_t shared, uint32_t w0, uint32_t w1) {
   asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(shared), "r"(w0), "r"(w1) : "memory");
+}
+
+// st.shared.u8.
+__device__ __forceinline__ void st_shared_u8(uint32_t shared, uint32_t byte) {
+  asm volatile("st.shared.u8 [%0], %1;" ::"r"(shared), "r"(byte) : "memory");
 }
 
 // ld.shared.b32.

@@ -1,0 +1,47 @@
+// SPDX-License-Identifier: Apache-2.0
+// Where requantize_codes.cu keeps a tile, 256 x 256 codes of x, in shared memory. Its 8 bands of 32
+// rows are the blocks of the result's rows; a warp has one, and each of its lanes 8 columns. A band
+// holds first its rows as in memory, 128 bytes each; then, in the same bytes, each lane's columns,
+// 16 bytes down; then the blocks that come of them. No CUDA here: tests ask the host for it.
+#pragma once
+
+#include <cstdint>
+
+#include "formats/host_device.h"
+
+namespace mxtrain::cuda {
+
+struct CodeTile {
+  static constexpr uint32_t kSize = 256, kBands = 8, kColumns = 8;  // kColumns: of a lane
+  static constexpr uint32_t kRowBytes = kSize / 2, kChunks = kRowBytes / 16;
+  static constexpr uint32_t kBandBytes = 32 * kRowBytes, kBytes = kBands * kBandBytes;
+  static constexpr uint32_t kScaleBytes = kSize * 8;  // of its rows, or of its blocks
+  // A thread copies chunk thread % 8 of the rows thread / 8 + 32 i, and stores block thread % 8 of
+  // the operand rows thread / 8 + 32 i.
+  static constexpr uint32_t kThreads = 256, kStep = kThreads / kChunks, kSteps = kSize / kStep;
+
+  MXT_HD static uint32_t chunk(uint32_t row, uint32_t chunk) {
+    return row * kRowBytes + chunk * 16;
+  }
+  // Column n of a lane. Lanes that take their n-th columns at once, and bands that are asked for
+  // the blocks of one column, touch every bank once.
+  MXT_HD static uint32_t column(uint32_t band, uint32_t lane, uint32_t n) {
+    return band * kBandBytes + lane * kRowBytes + (n ^ lane % 8 ^ band) * 16;
+  }
+  // Block thread % 8 of column thread / 8 + 32 i: column() of its lane, from that of i = 0.
+  MXT_HD static uint32_t stored(uint32_t thread) {
+    return column(thread % 8, thread / 64, thread / 8 % 8);
+  }
+  MXT_HD static uint32_t stored_further(uint32_t first, uint32_t i) {
+    return (first ^ i % 2 * 64) + i * (4 * kRowBytes);
+  }
+  // The scale of a block. Those of a column are a word of 8; thread t stores that of this column.
+  MXT_HD static uint32_t block_scale(uint32_t band, uint32_t lane, uint32_t n) {
+    return (n * 32 + lane) * kBands + band;
+  }
+  MXT_HD static uint32_t scaled_column(uint32_t thread) {
+    return thread % 32 * kColumns + thread / 32;
+  }
+};
+
+}  // namespace mxtrain::cuda
