@@ -62,10 +62,8 @@ __device__ __forceinline__ void copy_tile(const StripGrid& g, uint32_t tile, uin
   }
 }
 
-// The same in all lanes, and the compiler knows it: what follows from it is uniform control flow.
-__device__ __forceinline__ uint32_t uniform_warp() {
-  return __shfl_sync(kAllLanes, threadIdx.x / 32, 0);
-}
+// What follows from it is uniform control flow.
+__device__ __forceinline__ uint32_t uniform_warp() { return uniform(threadIdx.x / 32); }
 
 // ---- kernels ----
 
@@ -81,11 +79,16 @@ constexpr int requantize_ctas(Strip col) { return rotates64(col) ? 4 : 5; }
 template <Strip kRow, Strip kCol, bool kFlat>
 __global__ void __launch_bounds__(StripTraits::kThreads, strip_ctas(kRow, kCol))
     quantize_strips_kernel(const QuantizeParams row, const QuantizeParams col,
+                           const StripPlan row_plan, const StripPlan col_plan,
                            const StripGrid grid) {
   __shared__ alignas(128) uint8_t tiles[StripTraits::kWarps][StripTraits::kTileBytes];
-  __shared__ StripTables row_tables, col_tables;
-  fill_tables<kRow>(row_tables, row);
-  fill_tables<kCol>(col_tables, col);
+  __shared__ StripSigns row_signs, col_signs;
+  fill_signs<kRow>(row_signs.word, row);
+  fill_signs<kCol>(col_signs.word, col);
+  PhiloxSchedule keys = {};
+  if (draws_bits(kRow) || draws_bits(kCol)) keys = uniform_schedule(draws_bits(kRow) ? row : col);
+  const StripOperand row_operand = {row_plan, keys, row_signs.word},
+                     col_operand = {col_plan, keys, col_signs.word};
   __syncthreads();
   const uint32_t warp = uniform_warp();
   uint8_t* mine = tiles[warp];
@@ -103,13 +106,13 @@ __global__ void __launch_bounds__(StripTraits::kThreads, strip_ctas(kRow, kCol))
     if constexpr (kRow != Strip::kNone)
 #pragma unroll 1
       for (int pass = 0; pass < passes(kRow); ++pass)
-        row_pass<kRow>(mine, pass, row, row_tables, at.row, at.column, [&] {
+        row_pass<kRow>(mine, pass, row, row_operand, at.row, at.column, [&] {
           if (kCol == Strip::kNone && pass == passes(kRow) - 1) copy_next();
         });
     if constexpr (kCol != Strip::kNone)
 #pragma unroll 1
       for (int pass = 0; pass < passes(kCol); ++pass)
-        column_pass<kCol>(mine, pass, col, col_tables, at.column, at.row, [&] {
+        column_pass<kCol>(mine, pass, col, col_operand, at.column, at.row, [&] {
           if (pass == passes(kCol) - 1) copy_next();
         });
   }
@@ -196,7 +199,8 @@ static bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 1
 static bool has_strips(const QuantizeParams& p) {
   constexpr int64_t kMost = 0x7FFFFFFF;
   return p.format == kMxfp4Code && !p.toward && p.hadamard <= StripTraits::kTile &&
-         strip_of(p) != Strip::kNone && p.rows < kMost && p.kp < kMost;
+         strip_of(p) != Strip::kNone && p.rows < kMost && p.kp < kMost &&
+         p.rows * (p.kp / 32) < 2 * kMost;
 }
 
 // x with `pitch` between its contiguous rows.
@@ -245,7 +249,7 @@ static cudaError_t launch_strips(const QuantizeParams& row, const QuantizeParams
   const cudaError_t error = resident_ctas(grid, strip_ctas(kRow, kCol), &ctas);
   if (error != cudaSuccess) return error;
   return launch(quantize_strips_kernel<kRow, kCol, kFlat>, ctas, StripTraits::kThreads, stream, row,
-                col, grid);
+                col, make_plan<kRow>(row), make_plan<kCol>(col), grid);
 }
 
 template <bool kFlat>
@@ -320,7 +324,8 @@ bool can_strip_dual(const QuantizeParams& row, const QuantizeParams& col) {
   const auto stochastic = [](const QuantizeParams& p) {
     return p.rounding == static_cast<int>(Rounding::kStochastic);
   };
-  return can_strip_rows(row) && can_strip_columns(col) && stochastic(row) && stochastic(col);
+  return can_strip_rows(row) && can_strip_columns(col) && stochastic(row) && stochastic(col) &&
+         row.rng == col.rng && row.rng_stride == col.rng_stride;
 }
 
 template <Strip kRow>

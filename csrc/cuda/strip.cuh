@@ -61,15 +61,14 @@ constexpr bool draws_bits(Strip s) {
 struct StripPlan {
   uint32_t rows, kp;
   uint32_t round_up, ordinary;
-  uint32_t offset;
   uint32_t norm_shift;  // float32 bits by which the norm, a power of two, moves a scale; else 0
   float norm;           // 1 where it is multiplied into the elements
   bool fits, prescaled;
 };
 
 template <Strip kStrip>
-__device__ __forceinline__ StripPlan make_plan(const QuantizeParams& p) {
-  StripPlan plan;
+__host__ __device__ __forceinline__ StripPlan make_plan(const QuantizeParams& p) {
+  StripPlan plan = {};
   plan.rows = static_cast<uint32_t>(p.rows);
   plan.kp = static_cast<uint32_t>(p.kp);
   plan.round_up = e8m0_round_up<E2M1>(static_cast<ScaleRule>(p.scale_rule));
@@ -77,7 +76,6 @@ __device__ __forceinline__ StripPlan make_plan(const QuantizeParams& p) {
                           p.prescale <= OrdinaryTraits::kLargestPrescale
                       ? OrdinaryTraits::kCount
                       : 0u;
-  plan.offset = draws_bits(kStrip) ? static_cast<uint32_t>(p.rng[p.rng_stride]) : 0u;
   plan.norm_shift =
       rotates(kStrip) && p.hadamard != 32 ? (127u << 23) - float_bits(p.hadamard_norm) : 0u;
   plan.norm = plan.norm_shift != 0 ? p.hadamard_norm : 1.0f;
@@ -88,21 +86,57 @@ __device__ __forceinline__ StripPlan make_plan(const QuantizeParams& p) {
   return plan;
 }
 
-// In shared memory, so that it costs no registers: the plan, the sign bits of 64 elements and
-// the Philox key schedule, (k0, k1) of two rounds a uint4.
+// In shared memory, so that it costs no registers: the sign bits of 64 elements.
+struct StripSigns {
+  uint4 word[StripTraits::kTile / 4];
+};
+
+template <Strip kStrip>
+__device__ __forceinline__ void fill_signs(uint4 (&signs)[StripTraits::kTile / 4],
+                                           const QuantizeParams& p) {
+  const int i = threadIdx.x;
+  if (rotates(kStrip) && i < StripTraits::kTile)
+    reinterpret_cast<uint32_t*>(signs)[i] =
+        p.signs != nullptr && p.signs[i % p.hadamard] < 0 ? kSignBit : 0u;
+}
+
+// The same in all lanes, and the compiler knows it: so it lies in a uniform register.
+__device__ __forceinline__ uint32_t uniform(uint32_t v) { return __shfl_sync(kAllLanes, v, 0); }
+
+__device__ __forceinline__ PhiloxSchedule uniform_schedule(const QuantizeParams& p) {
+  PhiloxSchedule s = philox_schedule(static_cast<uint64_t>(p.rng[0]),
+                                     static_cast<uint32_t>(p.rng[p.rng_stride]));
+  s.first = uniform(s.first);
+  s.second[0] = uniform(s.second[0]), s.second[1] = uniform(s.second[1]);
+#pragma unroll
+  for (auto& key : s.key) key[0] = uniform(key[0]), key[1] = uniform(key[1]);
+  return s;
+}
+
+// An operand of the kernels from floats: the plan among their parameters, the keys in uniform
+// registers.
+struct StripOperand {
+  const StripPlan& plan;
+  const PhiloxSchedule& keys;
+  const uint4* signs;  // in shared memory
+};
+
+// An operand of the kernels from codes, in shared memory; keys: (k0, k1) of two rounds a uint4.
 struct StripTables {
   uint4 signs[StripTraits::kTile / 4];
   uint4 keys[kPhiloxRounds / 2];
   StripPlan plan;
+  uint32_t offset;
 };
 
 template <Strip kStrip>
 __device__ __forceinline__ void fill_tables(StripTables& t, const QuantizeParams& p) {
   const int i = threadIdx.x;
-  if (kStrip != Strip::kNone && i == 0) t.plan = make_plan<kStrip>(p);
-  if (rotates(kStrip) && i < StripTraits::kTile)
-    reinterpret_cast<uint32_t*>(t.signs)[i] =
-        p.signs != nullptr && p.signs[i % p.hadamard] < 0 ? kSignBit : 0u;
+  if (kStrip != Strip::kNone && i == 0) {
+    t.plan = make_plan<kStrip>(p);
+    t.offset = draws_bits(kStrip) ? static_cast<uint32_t>(p.rng[p.rng_stride]) : 0u;
+  }
+  fill_signs<kStrip>(t.signs, p);
   if (draws_bits(kStrip) && i < kPhiloxRounds) {
     const uint64_t seed = static_cast<uint64_t>(p.rng[0]);
     reinterpret_cast<uint2*>(t.keys)[i] =
@@ -130,7 +164,7 @@ __device__ __forceinline__ Philox4 draw_block(const StripTables& t, uint64_t gro
                                               uint32_t stream) {
   ptx::compiler_fence();  // the keys wait in shared memory, so that no draw is made too early
   Philox4 c = {
-      {static_cast<uint32_t>(group), static_cast<uint32_t>(group >> 32), t.plan.offset, stream}};
+      {static_cast<uint32_t>(group), static_cast<uint32_t>(group >> 32), t.offset, stream}};
 #pragma unroll
   for (int i = 0; i < kPhiloxRounds / 2; ++i) {
     const uint4 key = t.keys[i];
@@ -140,10 +174,15 @@ __device__ __forceinline__ Philox4 draw_block(const StripTables& t, uint64_t gro
   return c;
 }
 
+__device__ __forceinline__ Philox4 draw_block(const StripOperand& o, uint64_t group,
+                                              uint32_t stream) {
+  return philox_group(o.keys, static_cast<uint32_t>(group), stream);
+}
+
 // The codes of v over the scale of these float32 bits, prescaled and limited. group: of its draws.
-template <Strip kStrip>
+template <Strip kStrip, class Tables>
 __device__ __forceinline__ uint4 encode_block(float (&v)[32], uint32_t scale_bits,
-                                              const QuantizeParams& p, const StripTables& tables,
+                                              const QuantizeParams& p, const Tables& tables,
                                               uint64_t group) {
   if (!tables.plan.fits) {
     const float max = bits_float(E2M1::kMaxBits) * bits_float(scale_bits);
@@ -168,10 +207,10 @@ __device__ __forceinline__ uint4 encode_block(float (&v)[32], uint32_t scale_bit
 
 // By the steps of docs/numerics.md one after the other, to S = 1: where the maximum is no ordinary
 // number.
-template <Strip kStrip>
+template <Strip kStrip, class Tables>
 __device__ __forceinline__ StripBlock quantize_odd_block(float (&v)[32], uint32_t max_bits,
                                                          const QuantizeParams& p,
-                                                         const StripTables& tables,
+                                                         const Tables& tables,
                                                          uint64_t group) {
   const StripPlan& plan = tables.plan;
   const uint32_t m = float_bits(bits_float(max_bits) * plan.norm);
@@ -185,10 +224,10 @@ __device__ __forceinline__ StripBlock quantize_odd_block(float (&v)[32], uint32_
 }
 
 // v: a block, before a norm that moves the scale; max_bits: of its maximum; group: of its draws.
-template <Strip kStrip>
+template <Strip kStrip, class Tables>
 __device__ __forceinline__ StripBlock quantize_block(float (&v)[32], uint32_t max_bits,
                                                      const QuantizeParams& p,
-                                                     const StripTables& tables, uint64_t group) {
+                                                     const Tables& tables, uint64_t group) {
   const StripPlan& plan = tables.plan;
   // A path of its own, or the compiler moves all of v where the paths meet.
   if (__builtin_expect(max_bits - OrdinaryTraits::kFirst >= plan.ordinary, 0))
@@ -249,24 +288,26 @@ __device__ __forceinline__ void rotate64(float (&v)[2][32]) {
 }
 
 // Neighbour lanes write the 32 bytes of codes, and the two scales, of 64 elements of a row.
+// group: of the block.
 __device__ __forceinline__ void store_block(const QuantizeParams& p, const StripPlan& plan,
-                                            uint32_t row, uint32_t k, const StripBlock& b) {
+                                            uint32_t row, uint32_t k, uint32_t group,
+                                            const StripBlock& b) {
   if (row >= plan.rows || k >= plan.kp) return;
-  const uint64_t at = static_cast<uint64_t>(row) * (plan.kp / 32) + k / 32;
-  reinterpret_cast<uint4*>(p.data)[at] = b.codes;
-  *(p.swizzled ? scale_at<Mxfp4>(p, row, k) : p.scale + at) = static_cast<uint8_t>(b.scale);
+  reinterpret_cast<uint4*>(p.data)[group] = b.codes;
+  *(p.swizzled ? scale_at<Mxfp4>(p, row, k) : p.scale + group) = static_cast<uint8_t>(b.scale);
 }
 
-template <Strip kStrip>
+template <Strip kStrip, class Tables>
 __device__ __forceinline__ void finish_block(float (&v)[32], uint32_t max_bits,
-                                             const QuantizeParams& p, const StripTables& tables,
+                                             const QuantizeParams& p, const Tables& tables,
                                              uint32_t row, uint32_t k) {
   if constexpr (rotates(kStrip)) {
     rotate_short(v, p.hadamard, p.hadamard_norm);
     max_bits = amax32(v);
   }
-  const uint64_t group = static_cast<uint64_t>(row) * (tables.plan.kp / 32) + k / 32;
-  store_block(p, tables.plan, row, k, quantize_block<kStrip>(v, max_bits, p, tables, group));
+  const uint32_t group = row * (tables.plan.kp / 32) + k / 32;
+  store_block(p, tables.plan, row, k, group,
+              quantize_block<kStrip>(v, max_bits, p, tables, group));
 }
 
 // Neighbour lanes hold the two blocks of neighbour rows. Afterwards the even lane has the first
@@ -286,17 +327,17 @@ __device__ __forceinline__ void exchange_blocks(StripBlock& first, StripBlock& s
 }
 
 // The blocks at k and k + 32 of an even row in even lanes, of the next row in odd ones.
-template <Strip kStrip>
+template <Strip kStrip, class Tables>
 __device__ __forceinline__ void finish64(float (&v)[2][32], const QuantizeParams& p,
-                                         const StripTables& tables, uint32_t row, uint32_t k) {
+                                         const Tables& tables, uint32_t row, uint32_t k) {
   rotate64(v);
-  const uint64_t group = static_cast<uint64_t>(row) * (tables.plan.kp / 32) + k / 32;
+  const uint32_t blocks = tables.plan.kp / 32, group = row * blocks + k / 32;
   StripBlock first = quantize_block<kStrip>(v[0], amax32(v[0]), p, tables, group);
   StripBlock second = quantize_block<kStrip>(v[1], amax32(v[1]), p, tables, group + 1);
   exchange_blocks(first, second);  // so that together they write 32 bytes of one row at a time
-  const uint32_t odd = threadIdx.x % 2;
-  store_block(p, tables.plan, row - odd, k + 32 * odd, first);
-  store_block(p, tables.plan, row - odd + 1, k + 32 * odd, second);
+  const uint32_t odd = threadIdx.x % 2, at = odd ? group + 1 - blocks : group;
+  store_block(p, tables.plan, row - odd, k + 32 * odd, at, first);
+  store_block(p, tables.plan, row - odd + 1, k + 32 * odd, at + blocks, second);
 }
 
 // ---- blocks from a tile in shared memory ----
@@ -306,8 +347,8 @@ __device__ __forceinline__ float widen_with_sign(uint32_t half, uint32_t sign) {
 }
 
 // v[i] = element(i, sign bit); the signs are those of half b of the Hadamard group's 64.
-template <Strip kStrip, class Element>
-__device__ __forceinline__ void fill_block(float (&v)[32], const StripTables& tables, int b,
+template <Strip kStrip, class Tables, class Element>
+__device__ __forceinline__ void fill_block(float (&v)[32], const Tables& tables, int b,
                                            Element element) {
 #pragma unroll
   for (int i = 0; i < 32; i += 4) {
@@ -327,8 +368,8 @@ __device__ __forceinline__ void read_row_block(uint32_t from, uint32_t (&w)[16])
   }
 }
 
-template <Strip kStrip>
-__device__ __forceinline__ void fill_from_row(float (&v)[32], const StripTables& tables, int b,
+template <Strip kStrip, class Tables>
+__device__ __forceinline__ void fill_from_row(float (&v)[32], const Tables& tables, int b,
                                               const uint32_t (&w)[16]) {
   fill_block<kStrip>(v, tables, b, [&](int i, uint32_t sign) {
     return i % 2 ? bits_float((w[i / 2] & 0xFFFF0000u) ^ sign) : widen_with_sign(w[i / 2], sign);
@@ -338,9 +379,9 @@ __device__ __forceinline__ void fill_from_row(float (&v)[32], const StripTables&
 // Pass `pass` of the rows: lane 2 i + b takes block b of row 16 pass + i, or, for a group of 64,
 // lane i both blocks of row 32 pass + i. (row, k): the operand's at the tile's corner. after_read:
 // called when the blocks are in registers.
-template <Strip kStrip, class AfterRead>
+template <Strip kStrip, class Tables, class AfterRead>
 __device__ __forceinline__ void row_pass(const uint8_t* tile, int pass, const QuantizeParams& p,
-                                         const StripTables& tables, uint32_t row, uint32_t k,
+                                         const Tables& tables, uint32_t row, uint32_t k,
                                          AfterRead after_read) {
   const int lane = threadIdx.x % 32;
   uint32_t w[16];
@@ -372,8 +413,8 @@ __device__ __forceinline__ void row_pass(const uint8_t* tile, int pass, const Qu
 }
 
 // Block b of column c of a tile.
-template <Strip kStrip>
-__device__ __forceinline__ void fill_from_column(float (&v)[32], const StripTables& tables, int b,
+template <Strip kStrip, class Tables>
+__device__ __forceinline__ void fill_from_column(float (&v)[32], const Tables& tables, int b,
                                                  const uint8_t* tile, int c) {
   const uint32_t from = ptx::shared_address(tile + strip_offset(32 * b, c / 8) + c % 8 * 2);
   uint32_t half[32];
@@ -388,9 +429,9 @@ __device__ __forceinline__ void fill_from_column(float (&v)[32], const StripTabl
 
 // Pass `pass` of the columns: lane 2 i + b takes rows 32 b and up of column 16 pass + i, or, for a
 // group of 64, lane i all of column 32 pass + i. (row, k): the operand's at the tile's corner.
-template <Strip kStrip, class AfterRead>
+template <Strip kStrip, class Tables, class AfterRead>
 __device__ __forceinline__ void column_pass(const uint8_t* tile, int pass, const QuantizeParams& p,
-                                            const StripTables& tables, uint32_t row, uint32_t k,
+                                            const Tables& tables, uint32_t row, uint32_t k,
                                             AfterRead after_read) {
   const int lane = threadIdx.x % 32;
   if constexpr (rotates64(kStrip)) {
