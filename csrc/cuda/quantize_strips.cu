@@ -69,8 +69,7 @@ __device__ __forceinline__ uint32_t uniform_warp() { return uniform(threadIdx.x 
 
 // CTAs of an SM, as many as the registers allow without spilling.
 constexpr int strip_ctas(Strip row, Strip col) {
-  if (rotates64(row) && col == Strip::kStochastic) return 3;
-  if (rotates64(row) || rotates64(col)) return 4;
+  if (rotates64(row) || rotates64(col)) return 5;
   return row != Strip::kNone && col != Strip::kNone ? 5 : 6;
 }
 constexpr int requantize_ctas(Strip col) { return rotates64(col) ? 4 : 5; }
@@ -85,10 +84,16 @@ __global__ void __launch_bounds__(StripTraits::kThreads, strip_ctas(kRow, kCol))
   __shared__ StripSigns row_signs, col_signs;
   fill_signs<kRow>(row_signs.word, row);
   fill_signs<kCol>(col_signs.word, col);
-  PhiloxSchedule keys = {};
-  if (draws_bits(kRow) || draws_bits(kCol)) keys = uniform_schedule(draws_bits(kRow) ? row : col);
-  const StripOperand row_operand = {row_plan, keys, row_signs.word},
-                     col_operand = {col_plan, keys, col_signs.word};
+  PhiloxSchedule row_keys = {}, col_keys = {};
+  if (draws_bits(kRow)) row_keys = uniform_schedule(row);
+  if (draws_bits(kCol)) col_keys = uniform_schedule(col);
+  if (draws_bits(kRow) && draws_bits(kCol)) {  // one seed: they share registers
+    const uint32_t first = col_keys.first;
+    col_keys = row_keys;
+    col_keys.first = first;
+  }
+  const StripOperand row_operand = {row_plan, row_keys, row_signs.word},
+                     col_operand = {col_plan, col_keys, col_signs.word};
   __syncthreads();
   const uint32_t warp = uniform_warp();
   uint8_t* mine = tiles[warp];

@@ -104,8 +104,9 @@ __device__ __forceinline__ void fill_signs(uint4 (&signs)[StripTraits::kTile / 4
 __device__ __forceinline__ uint32_t uniform(uint32_t v) { return __shfl_sync(kAllLanes, v, 0); }
 
 __device__ __forceinline__ PhiloxSchedule uniform_schedule(const QuantizeParams& p) {
-  PhiloxSchedule s = philox_schedule(static_cast<uint64_t>(p.rng[0]),
-                                     static_cast<uint32_t>(p.rng[p.rng_stride]));
+  PhiloxSchedule s =
+      philox_schedule(static_cast<uint64_t>(p.rng[0]),
+                      static_cast<uint32_t>(p.rng[p.rng_stride]), p.stream);
   s.first = uniform(s.first);
   s.second[0] = uniform(s.second[0]), s.second[1] = uniform(s.second[1]);
 #pragma unroll
@@ -175,8 +176,8 @@ __device__ __forceinline__ Philox4 draw_block(const StripTables& t, uint64_t gro
 }
 
 __device__ __forceinline__ Philox4 draw_block(const StripOperand& o, uint64_t group,
-                                              uint32_t stream) {
-  return philox_group(o.keys, static_cast<uint32_t>(group), stream);
+                                              uint32_t) {
+  return philox_group(o.keys, static_cast<uint32_t>(group));
 }
 
 // The codes of v over the scale of these float32 bits, prescaled and limited. group: of its draws.
@@ -241,14 +242,15 @@ __device__ __forceinline__ StripBlock quantize_block(float (&v)[32], uint32_t ma
 
 // Largest |v| bits of 32 elements; a NaN wins.
 __device__ __forceinline__ uint32_t amax32(const float* v) {
-  float m[4];
+  uint32_t m[16];  // of magnitudes the order of the bits is that of the floats
 #pragma unroll
-  for (int j = 0; j < 4; ++j) {
-    m[j] = fabsf(v[j]);
+  for (int i = 0; i < 16; ++i)
+    m[i] = float_bits(ptx::max_nan_f32(fabsf(v[2 * i]), fabsf(v[2 * i + 1])));
 #pragma unroll
-    for (int i = j + 4; i < 32; i += 4) m[j] = ptx::max_nan_f32(m[j], fabsf(v[i]));
-  }
-  return float_bits(ptx::max_nan_f32(ptx::max_nan_f32(m[0], m[1]), ptx::max_nan_f32(m[2], m[3])));
+  for (int i = 2; i < 14; i += 4)
+#pragma unroll
+    for (int j = 0; j < 2; ++j) m[j] = ptx::max3_u32(m[j], m[i + j], m[i + j + 2]);
+  return max(ptx::max3_u32(m[0], m[1], m[14]), m[15]);
 }
 
 // The butterflies of the first `last` strides, upward.
@@ -412,17 +414,25 @@ __device__ __forceinline__ void row_pass(const uint8_t* tile, int pass, const Qu
   finish_block<kStrip>(v, m, p, tables, row + r, k + 32 * b);
 }
 
-// Block b of column c of a tile.
-template <Strip kStrip, class Tables>
+// Where column c has its elements of rows 32 b + j, j = 0 to 7; every 8 rows are a kilobyte further.
+__device__ __forceinline__ void column_addresses(const uint8_t* tile, int b, int c,
+                                                 uint32_t (&from)[8]) {
+  from[0] = ptx::shared_address(tile + strip_offset(32 * b, c / 8) + c % 8 * 2);
+#pragma unroll
+  for (int j = 1; j < 8; ++j) from[j] = from[0] ^ (j * 16);
+}
+
+// A block of a column. kNext: 32 rows below those of the addresses, whose chunks are moved by 2.
+template <Strip kStrip, bool kNext, class Tables>
 __device__ __forceinline__ void fill_from_column(float (&v)[32], const Tables& tables, int b,
-                                                 const uint8_t* tile, int c) {
-  const uint32_t from = ptx::shared_address(tile + strip_offset(32 * b, c / 8) + c % 8 * 2);
+                                                 const uint32_t (&from)[8]) {
   uint32_t half[32];
 #pragma unroll
   for (int j = 0; j < 8; ++j)
 #pragma unroll
     for (int i = 0; i < 32; i += 8)
-      half[i + j] = ptx::ld_shared_u16((from ^ (j * 16)) + (i + j) * StripTraits::kRowBytes);
+      half[i + j] = ptx::ld_shared_u16(from[kNext ? j ^ 2 : j] +
+                                       (i + j + (kNext ? 32 : 0)) * StripTraits::kRowBytes);
   fill_block<kStrip>(v, tables, b,
                      [&](int i, uint32_t sign) { return widen_with_sign(half[i], sign); });
 }
@@ -434,17 +444,20 @@ __device__ __forceinline__ void column_pass(const uint8_t* tile, int pass, const
                                             const Tables& tables, uint32_t row, uint32_t k,
                                             AfterRead after_read) {
   const int lane = threadIdx.x % 32;
+  uint32_t from[8];
   if constexpr (rotates64(kStrip)) {
     const int c = pass * 32 + lane;
     float v[2][32];
-    fill_from_column<kStrip>(v[0], tables, 0, tile, c);
-    fill_from_column<kStrip>(v[1], tables, 1, tile, c);
+    column_addresses(tile, 0, c, from);
+    fill_from_column<kStrip, false>(v[0], tables, 0, from);
+    fill_from_column<kStrip, true>(v[1], tables, 1, from);
     after_read();
     return finish64<kStrip>(v, p, tables, row + c, k);
   }
   const int b = lane % 2, c = pass * StripTraits::kPassRows + lane / 2;
   float v[32];
-  fill_from_column<kStrip>(v, tables, b, tile, c);
+  column_addresses(tile, b, c, from);
+  fill_from_column<kStrip, false>(v, tables, b, from);
   const uint32_t m = rotates(kStrip) ? 0 : amax32(v);
   after_read();
   finish_block<kStrip>(v, m, p, tables, row + c, k + 32 * b);
