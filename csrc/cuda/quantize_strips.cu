@@ -38,7 +38,7 @@ __device__ __forceinline__ void copy_tile(const StripGrid& g, uint32_t tile, uin
   constexpr int kStep = 32 / StripTraits::kChunks;
   const StripPlace<kFlat> at(g, tile);
   const uint32_t pitch = kFlat ? StripTraits::kRowBytes : g.pitch;
-  const int lane = threadIdx.x % 32, chunk = lane % StripTraits::kChunks,
+  const int lane = ptx::lane_id(), chunk = lane % StripTraits::kChunks,
             first = lane / StripTraits::kChunks;
   const uint32_t column = at.column + chunk * 8;
   const uint8_t* from = g.x + static_cast<uint64_t>(at.row + first) * pitch + column * 2;
@@ -68,10 +68,7 @@ __device__ __forceinline__ uint32_t uniform_warp() { return uniform(threadIdx.x 
 // ---- kernels ----
 
 // CTAs of an SM, as many as the registers allow without spilling.
-constexpr int strip_ctas(Strip row, Strip col) {
-  if (rotates64(row) || rotates64(col)) return 5;
-  return row != Strip::kNone && col != Strip::kNone ? 5 : 6;
-}
+constexpr int strip_ctas(Strip row, Strip) { return row == Strip::kRotated64Nearest ? 5 : 6; }
 constexpr int requantize_ctas(Strip col) { return rotates64(col) ? 4 : 5; }
 
 // Either may be kNone.

@@ -59,11 +59,11 @@ constexpr bool draws_bits(Strip s) {
 // ---- what is the same for all blocks of an operand ----
 
 struct StripPlan {
-  uint32_t rows, kp;
+  uint32_t rows, kp, blocks;  // blocks: of a row
   uint32_t round_up, ordinary;
   uint32_t norm_shift;  // float32 bits by which the norm, a power of two, moves a scale; else 0
   float norm;           // 1 where it is multiplied into the elements
-  bool fits, prescaled;
+  bool fits, plain;  // plain: fits, and no prescale
 };
 
 template <Strip kStrip>
@@ -71,6 +71,7 @@ __host__ __device__ __forceinline__ StripPlan make_plan(const QuantizeParams& p)
   StripPlan plan = {};
   plan.rows = static_cast<uint32_t>(p.rows);
   plan.kp = static_cast<uint32_t>(p.kp);
+  plan.blocks = plan.kp / 32;
   plan.round_up = e8m0_round_up<E2M1>(static_cast<ScaleRule>(p.scale_rule));
   plan.ordinary = p.prescale >= OrdinaryTraits::kSmallestPrescale &&
                           p.prescale <= OrdinaryTraits::kLargestPrescale
@@ -82,7 +83,7 @@ __host__ __device__ __forceinline__ StripPlan make_plan(const QuantizeParams& p)
   // |v| < 8 S by every rule and <= 6 S by ceil
   plan.fits = p.prescale <= 0.75f ||
               (p.scale_rule == static_cast<int>(ScaleRule::kCeil) && p.prescale <= 1.0f);
-  plan.prescaled = p.prescale != 1.0f;
+  plan.plain = plan.fits && p.prescale == 1.0f;
   return plan;
 }
 
@@ -149,7 +150,7 @@ __device__ __forceinline__ void fill_tables(StripTables& t, const QuantizeParams
 // Chunk j of 16 bytes of tile row r lies at j ^ r % 8 ^ r / 32 * 2. So every bank is touched once
 // by lanes that read both blocks of 4 rows, by lanes that read 16 columns of rows r and r + 32, and
 // by the copies.
-__device__ __forceinline__ uint32_t strip_offset(int r, int chunk) {
+__device__ __forceinline__ uint32_t strip_offset(uint32_t r, uint32_t chunk) {
   return r * StripTraits::kRowBytes + ((chunk ^ (r & 7) ^ (r / 32 * 2)) * 16);
 }
 
@@ -180,16 +181,17 @@ __device__ __forceinline__ Philox4 draw_block(const StripOperand& o, uint64_t gr
   return philox_group(o.keys, static_cast<uint32_t>(group));
 }
 
+__device__ __forceinline__ void limit_block(float (&v)[32], uint32_t scale_bits) {
+  const float max = bits_float(E2M1::kMaxBits) * bits_float(scale_bits);
+#pragma unroll
+  for (int i = 0; i < 32; ++i) v[i] = fminf(fmaxf(v[i], -max), max);
+}
+
 // The codes of v over the scale of these float32 bits, prescaled and limited. group: of its draws.
 template <Strip kStrip, class Tables>
 __device__ __forceinline__ uint4 encode_block(float (&v)[32], uint32_t scale_bits,
                                               const QuantizeParams& p, const Tables& tables,
                                               uint64_t group) {
-  if (!tables.plan.fits) {
-    const float max = bits_float(E2M1::kMaxBits) * bits_float(scale_bits);
-#pragma unroll
-    for (int i = 0; i < 32; ++i) v[i] = fminf(fmaxf(v[i], -max), max);
-  }
   // Or the compiler keeps every v twice: its sign from before a branch, its magnitude from after.
 #pragma unroll
   for (int i = 0; i < 32; ++i) v[i] = ptx::opaque(v[i]);
@@ -220,6 +222,7 @@ __device__ __forceinline__ StripBlock quantize_odd_block(float (&v)[32], uint32_
   const float factor = e8m0_reciprocal(code);
 #pragma unroll
   for (int i = 0; i < 32; ++i) v[i] = empty ? 0.0f : v[i] * plan.norm * p.prescale * factor;
+  if (!plan.fits) limit_block(v, float_bits(1.0f));
   return {encode_block<kStrip>(v, float_bits(1.0f), p, tables, group),
           m >= kInfBits ? kE8M0Nan : code};
 }
@@ -234,10 +237,13 @@ __device__ __forceinline__ StripBlock quantize_block(float (&v)[32], uint32_t ma
   if (__builtin_expect(max_bits - OrdinaryTraits::kFirst >= plan.ordinary, 0))
     return quantize_odd_block<kStrip>(v, max_bits, p, tables, group);
   const uint32_t code = e8m0_scale<E2M1>(max_bits - plan.norm_shift, plan.round_up);
-  if (plan.prescaled)
+  const uint32_t scale_bits = (code << 23) + plan.norm_shift;
+  if (!plan.plain) {
 #pragma unroll
     for (int i = 0; i < 32; ++i) v[i] *= p.prescale;
-  return {encode_block<kStrip>(v, (code << 23) + plan.norm_shift, p, tables, group), code};
+    if (!plan.fits) limit_block(v, scale_bits);
+  }
+  return {encode_block<kStrip>(v, scale_bits, p, tables, group), code};
 }
 
 // Largest |v| bits of 32 elements; a NaN wins.
@@ -296,7 +302,10 @@ __device__ __forceinline__ void store_block(const QuantizeParams& p, const Strip
                                             const StripBlock& b) {
   if (row >= plan.rows || k >= plan.kp) return;
   reinterpret_cast<uint4*>(p.data)[group] = b.codes;
-  *(p.swizzled ? scale_at<Mxfp4>(p, row, k) : p.scale + group) = static_cast<uint8_t>(b.scale);
+  if (p.swizzled)
+    *scale_at<Mxfp4>(p, row, k) = static_cast<uint8_t>(b.scale);
+  else
+    p.scale[group] = static_cast<uint8_t>(b.scale);
 }
 
 template <Strip kStrip, class Tables>
@@ -307,15 +316,14 @@ __device__ __forceinline__ void finish_block(float (&v)[32], uint32_t max_bits,
     rotate_short(v, p.hadamard, p.hadamard_norm);
     max_bits = amax32(v);
   }
-  const uint32_t group = row * (tables.plan.kp / 32) + k / 32;
+  const uint32_t group = row * tables.plan.blocks + k / 32;
   store_block(p, tables.plan, row, k, group,
               quantize_block<kStrip>(v, max_bits, p, tables, group));
 }
 
 // Neighbour lanes hold the two blocks of neighbour rows. Afterwards the even lane has the first
 // block of both rows, the odd lane the second.
-__device__ __forceinline__ void exchange_blocks(StripBlock& first, StripBlock& second) {
-  const bool odd = threadIdx.x % 2;
+__device__ __forceinline__ void exchange_blocks(StripBlock& first, StripBlock& second, bool odd) {
   const auto exchange = [&](uint32_t& a, uint32_t& b) {
     const uint32_t got = __shfl_xor_sync(kAllLanes, odd ? a : b, 1);
     a = odd ? got : a;
@@ -328,18 +336,24 @@ __device__ __forceinline__ void exchange_blocks(StripBlock& first, StripBlock& s
   exchange(first.scale, second.scale);
 }
 
-// The blocks at k and k + 32 of an even row in even lanes, of the next row in odd ones.
-template <Strip kStrip, class Tables>
+// Lane i has the blocks at k and k + 32 of row first_row + i, an even one in even lanes. Its place is
+// found anew where it is needed, so that it takes no registers in between. after_first: called when
+// the first block's are free again.
+template <Strip kStrip, class Tables, class AfterFirst>
 __device__ __forceinline__ void finish64(float (&v)[2][32], const QuantizeParams& p,
-                                         const Tables& tables, uint32_t row, uint32_t k) {
+                                         const Tables& tables, uint32_t first_row, uint32_t k,
+                                         AfterFirst after_first) {
   rotate64(v);
-  const uint32_t blocks = tables.plan.kp / 32, group = row * blocks + k / 32;
-  StripBlock first = quantize_block<kStrip>(v[0], amax32(v[0]), p, tables, group);
-  StripBlock second = quantize_block<kStrip>(v[1], amax32(v[1]), p, tables, group + 1);
-  exchange_blocks(first, second);  // so that together they write 32 bytes of one row at a time
-  const uint32_t odd = threadIdx.x % 2, at = odd ? group + 1 - blocks : group;
-  store_block(p, tables.plan, row - odd, k + 32 * odd, at, first);
-  store_block(p, tables.plan, row - odd + 1, k + 32 * odd, at + blocks, second);
+  const uint32_t blocks = tables.plan.blocks;
+  const auto group = [&] { return (first_row + ptx::lane_id()) * blocks + k / 32; };
+  StripBlock first = quantize_block<kStrip>(v[0], amax32(v[0]), p, tables, group());
+  after_first();
+  StripBlock second = quantize_block<kStrip>(v[1], amax32(v[1]), p, tables, group() + 1);
+  const uint32_t lane = ptx::lane_id(), odd = lane % 2, row = first_row + (lane - odd);
+  exchange_blocks(first, second, odd);  // so that together they write 32 bytes of a row at a time
+  const uint32_t at = row * blocks + k / 32 + odd;
+  store_block(p, tables.plan, row, k + 32 * odd, at, first);
+  store_block(p, tables.plan, row + 1, k + 32 * odd, at + blocks, second);
 }
 
 // ---- blocks from a tile in shared memory ----
@@ -380,15 +394,15 @@ __device__ __forceinline__ void fill_from_row(float (&v)[32], const Tables& tabl
 
 // Pass `pass` of the rows: lane 2 i + b takes block b of row 16 pass + i, or, for a group of 64,
 // lane i both blocks of row 32 pass + i. (row, k): the operand's at the tile's corner. after_read:
-// called when the blocks are in registers.
+// called when the blocks are in registers, or half of them in codes.
 template <Strip kStrip, class Tables, class AfterRead>
 __device__ __forceinline__ void row_pass(const uint8_t* tile, int pass, const QuantizeParams& p,
                                          const Tables& tables, uint32_t row, uint32_t k,
                                          AfterRead after_read) {
-  const int lane = threadIdx.x % 32;
+  const uint32_t lane = rotates64(kStrip) ? ptx::lane_id() : threadIdx.x % 32;
   uint32_t w[16];
   if constexpr (rotates64(kStrip)) {
-    const int r = pass * 32 + lane;
+    const uint32_t r = pass * 32 + lane;
     const uint32_t from = ptx::shared_address(tile + strip_offset(r, 0));
     float v[2][32];
 #pragma unroll
@@ -396,11 +410,14 @@ __device__ __forceinline__ void row_pass(const uint8_t* tile, int pass, const Qu
       read_row_block(from ^ (b * 64), w);
       fill_from_row<kStrip>(v[b], tables, b, w);
     }
-    after_read();
-    return finish64<kStrip>(v, p, tables, row + r, k);
+    return finish64<kStrip>(v, p, tables, row + pass * 32, k, after_read);
   }
-  const int b = lane % 2, r = pass * StripTraits::kPassRows + lane / 2;
-  read_row_block(ptx::shared_address(tile + strip_offset(r, 4 * b)), w);
+  const uint32_t b = lane % 2, r = pass * StripTraits::kPassRows + lane / 2;
+  const uint32_t first = ptx::shared_address(tile + strip_offset(lane / 2, 4 * b));
+  // as strip_offset(r, 4 * b) has it, whose r % 8 no pass changes
+  read_row_block((first + pass * (StripTraits::kPassRows * StripTraits::kRowBytes)) ^
+                     (pass * StripTraits::kPassRows / 32 * 32),
+                 w);
   float v[32];
   uint32_t m = 0;
   if constexpr (!rotates(kStrip)) {
@@ -415,7 +432,7 @@ __device__ __forceinline__ void row_pass(const uint8_t* tile, int pass, const Qu
 }
 
 // Where column c has its elements of rows 32 b + j, j = 0 to 7; every 8 rows are a kilobyte further.
-__device__ __forceinline__ void column_addresses(const uint8_t* tile, int b, int c,
+__device__ __forceinline__ void column_addresses(const uint8_t* tile, uint32_t b, uint32_t c,
                                                  uint32_t (&from)[8]) {
   from[0] = ptx::shared_address(tile + strip_offset(32 * b, c / 8) + c % 8 * 2);
 #pragma unroll
@@ -426,15 +443,11 @@ __device__ __forceinline__ void column_addresses(const uint8_t* tile, int b, int
 template <Strip kStrip, bool kNext, class Tables>
 __device__ __forceinline__ void fill_from_column(float (&v)[32], const Tables& tables, int b,
                                                  const uint32_t (&from)[8]) {
-  uint32_t half[32];
-#pragma unroll
-  for (int j = 0; j < 8; ++j)
-#pragma unroll
-    for (int i = 0; i < 32; i += 8)
-      half[i + j] = ptx::ld_shared_u16(from[kNext ? j ^ 2 : j] +
-                                       (i + j + (kNext ? 32 : 0)) * StripTraits::kRowBytes);
-  fill_block<kStrip>(v, tables, b,
-                     [&](int i, uint32_t sign) { return widen_with_sign(half[i], sign); });
+  fill_block<kStrip>(v, tables, b, [&](int i, uint32_t sign) {
+    const uint32_t at = from[(kNext ? i ^ 2 : i) % 8];
+    const int row = i + (kNext ? 32 : 0);
+    return widen_with_sign(ptx::ld_shared_u16(at + row * StripTraits::kRowBytes), sign);
+  });
 }
 
 // Pass `pass` of the columns: lane 2 i + b takes rows 32 b and up of column 16 pass + i, or, for a
@@ -443,18 +456,17 @@ template <Strip kStrip, class Tables, class AfterRead>
 __device__ __forceinline__ void column_pass(const uint8_t* tile, int pass, const QuantizeParams& p,
                                             const Tables& tables, uint32_t row, uint32_t k,
                                             AfterRead after_read) {
-  const int lane = threadIdx.x % 32;
+  const uint32_t lane = rotates64(kStrip) ? ptx::lane_id() : threadIdx.x % 32;
   uint32_t from[8];
   if constexpr (rotates64(kStrip)) {
-    const int c = pass * 32 + lane;
+    const uint32_t c = pass * 32 + lane;
     float v[2][32];
     column_addresses(tile, 0, c, from);
     fill_from_column<kStrip, false>(v[0], tables, 0, from);
     fill_from_column<kStrip, true>(v[1], tables, 1, from);
-    after_read();
-    return finish64<kStrip>(v, p, tables, row + c, k);
+    return finish64<kStrip>(v, p, tables, row + pass * 32, k, after_read);
   }
-  const int b = lane % 2, c = pass * StripTraits::kPassRows + lane / 2;
+  const uint32_t b = lane % 2, c = pass * StripTraits::kPassRows + lane / 2;
   float v[32];
   column_addresses(tile, b, c, from);
   fill_from_column<kStrip, false>(v, tables, b, from);
