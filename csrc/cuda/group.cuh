@@ -226,15 +226,17 @@ __device__ __forceinline__ Packed8 encode_group(float (&v)[8], float (&z)[8], co
   using E = typename F::Element;
   if (s.empty) return {0, 0};
   to_grid8<F>(v, s.factor, p.prescale);
-  // The ceil rule of the E8M0 formats never exceeds the element's maximum: nothing to limit.
+  const bool stochastic = p.rounding == static_cast<int>(Rounding::kStochastic);
+  // The ceil rule of the E8M0 formats never exceeds the element's maximum: nothing to limit. Nor
+  // where the encoder does it.
   const bool fits =
       !F::kE4M3Scale && p.scale_rule == static_cast<int>(ScaleRule::kCeil) && p.prescale <= 1.0f;
-  if (!fits) clamp8<E>(v);
+  if (!fits && (stochastic || E::kBits < 8)) clamp8<E>(v);
   if (kToward) {
     to_grid8<F>(z, s.factor, p.prescale);
     return encode8_toward<E>(v, z);
   }
-  if (p.rounding == static_cast<int>(Rounding::kStochastic)) return encode8_stochastic<E>(v, draws);
+  if (stochastic) return encode8_stochastic<E>(v, draws);
   return encode8_nearest<E>(v);
 }
 
