@@ -208,11 +208,29 @@ struct ScaleChooser {
   }
 };
 
-template <class F>
+// v / s, each rounded once, where s lies within 2^-60 and 2^60: Markstein's division ("Computation
+// of elementary functions on the IBM RISC System/6000 processor", 1990) by the rounded reciprocal.
+// The first correction makes the quotient faithful, the second correct, with the remainders exact
+// for |v| >= 2^-90; smaller ones are under 2^-29 s, exact or not, and become zeros.
+__device__ __forceinline__ void divide8(float (&v)[8], float s) {
+  const float reciprocal = __fdiv_rn(1.0f, s);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    float q = v[i] * reciprocal;
+    q = __fmaf_rn(__fmaf_rn(-q, s, v[i]), reciprocal, q);
+    q = __fmaf_rn(__fmaf_rn(-q, s, v[i]), reciprocal, q);
+    v[i] = copysignf(q, v[i]);  // of a zero
+  }
+}
+
+// kBounded: v is of the block that the factor was made for, so that no quotient comes near 2^100.
+template <class F, bool kBounded>
 __device__ __forceinline__ void to_grid8(float (&v)[8], float factor, float prescale) {
   if (prescale != 1.0f)
 #pragma unroll
     for (int i = 0; i < 8; ++i) v[i] *= prescale;
+  if (F::kE4M3Scale && kBounded && factor >= 0x1p-60f && factor <= 0x1p60f && prescale <= 0x1p20f)
+    return divide8(v, factor);
 #pragma unroll
   for (int i = 0; i < 8; ++i) v[i] = F::kE4M3Scale ? __fdiv_rn(v[i], factor) : v[i] * factor;
 }
@@ -225,7 +243,7 @@ __device__ __forceinline__ Packed8 encode_group(float (&v)[8], float (&z)[8], co
                                                 const QuantizeParams& p, const Philox4& draws) {
   using E = typename F::Element;
   if (s.empty) return {0, 0};
-  to_grid8<F>(v, s.factor, p.prescale);
+  to_grid8<F, true>(v, s.factor, p.prescale);
   const bool stochastic = p.rounding == static_cast<int>(Rounding::kStochastic);
   // The ceil rule of the E8M0 formats never exceeds the element's maximum: nothing to limit. Nor
   // where the encoder does it.
@@ -233,7 +251,7 @@ __device__ __forceinline__ Packed8 encode_group(float (&v)[8], float (&z)[8], co
       !F::kE4M3Scale && p.scale_rule == static_cast<int>(ScaleRule::kCeil) && p.prescale <= 1.0f;
   if (!fits && (stochastic || E::kBits < 8)) clamp8<E>(v);
   if (kToward) {
-    to_grid8<F>(z, s.factor, p.prescale);
+    to_grid8<F, false>(z, s.factor, p.prescale);
     return encode8_toward<E>(v, z);
   }
   if (stochastic) return encode8_stochastic<E>(v, draws);
