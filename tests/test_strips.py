@@ -6,6 +6,9 @@ at prescales, at the edges of tiles of 128 x 64, and where they hand over to the
 
 from __future__ import annotations
 
+import itertools
+import random
+
 import pytest
 import torch
 from common import RULES, assert_same_bytes, check_quantize, wide_range
@@ -29,6 +32,18 @@ def options(rounding: str, group: int, **more) -> dict:
     return dict(rounding=rounding, hadamard=group, signs=some_signs(group), rng=rng, **more)
 
 
+def test_scheduled_philox():
+    """The kernels' calls, with folded keys, against the generator's."""
+    host = pytest.importorskip("mxtrain._host", reason="this library was built for another Python")
+    draw = random.Random(3)
+    ends = [0, 1, 2**31, 2**32 - 1]
+    cases = list(itertools.product(ends, ends, [0, 1], ends, ends))
+    cases += [[draw.getrandbits(32) for _ in range(5)] for _ in range(5000)]
+    for group, offset, stream, low, high in cases:
+        want = host.philox4x32([group, 0, offset, stream], [low, high])
+        assert host.scheduled_philox(group, offset, stream, [low, high]) == want
+
+
 @pytest.mark.parametrize("transpose", [False, True])
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("rounding, group", TARGETS)
@@ -49,6 +64,18 @@ def test_prescales(rounding, group, prescale, device):
         check_quantize(
             x, "mxfp4", device, scale_rule=rule, prescale=prescale, **options(rounding, group)
         )
+
+
+@pytest.mark.parametrize("value", [3.0, -3.0, float("inf"), float("-inf"), float("nan")])
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("rounding, group", TARGETS)
+def test_maximum_at_every_place(rounding, group, transpose, value, device):
+    x = torch.randn(64, 64).clamp(-0.5, 0.5).bfloat16()
+    x.fill_diagonal_(value)
+    if group:  # rotated back: it stands there after the rotation
+        x = (x.float() @ reference.hadamard(torch.eye(64), group, some_signs(group)).T).bfloat16()
+    x = x.T.contiguous() if transpose else x
+    check_quantize(x, "mxfp4", device, transpose=transpose, **options(rounding, group))
 
 
 @pytest.mark.parametrize("swizzle", [False, True])

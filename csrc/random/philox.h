@@ -57,7 +57,7 @@ MXT_HD Philox4 philox_group(const PhiloxKey& key, uint64_t group) {
 
 // What the calls of one seed, offset and stream share, for groups below 2^32: the keys, into which the parts
 // of the first three rounds that do not depend on the group are folded. The same words as
-// philox_group, by 3 products fewer.
+// philox_group, by 2 products fewer.
 struct PhiloxSchedule {
   static constexpr int kRounds = kPhiloxRounds - 2;
   uint32_t first;  // round 1, with the stream
