@@ -2,11 +2,11 @@
 // Strips: the fast path for bfloat16 to mxfp4 with stochastic rounding, a Hadamard rotation, or
 // both. A lane owns one block, 32 consecutive elements along K of one operand row, in registers, or
 // the two of a Hadamard group of 64. So maxima, scales and butterflies need no other lane. A block
-// is rounded where it stands,
-// without dividing it by its scale S: with a = |v| and b = a + max(a, S), the bits of b - S from
-// bit 22 up are the code (encode.cuh, moved up by S), and a Hadamard norm that is a power of two
-// moves S instead of v. Blocks whose maximum is no ordinary number for that (zero, subnormal, huge,
-// NaN, Inf) are first brought to S = 1. Rows, K and strides are below 2^31 here.
+// is rounded where it stands, without dividing it by its scale S: with a = |v| and b = a + max(a,
+// S), the bits of b - S from bit 22 up are the code (encode.cuh, moved up by S), and a Hadamard
+// norm that is a power of two moves S instead of v. Blocks whose maximum is no ordinary number for
+// that (zero, subnormal, huge, NaN, Inf) are first brought to S = 1. Two operands of one read may
+// also be nearest, by encode_pairs.cuh. Rows, K and strides are below 2^31 here, blocks below 2^32.
 #pragma once
 
 #include "cuda/group.cuh"
@@ -33,10 +33,12 @@ struct OrdinaryTraits {
   static constexpr float kSmallestPrescale = 0x1p-20f, kLargestPrescale = 0x1p20f;
 };
 
-// What a kernel does with an operand. kNone: it has none. 64: the Hadamard group, which is one of
-// the shorter ones elsewhere.
+// What a kernel does with an operand. kNone: it has none. kPairs: nearest, two elements a word,
+// where the other operand goes the same way. 64: the Hadamard group, which is one of the shorter
+// ones elsewhere.
 enum class Strip {
   kNone,
+  kPairs,
   kStochastic,
   kRotatedStochastic,
   kRotatedNearest,
@@ -50,7 +52,10 @@ constexpr bool rotates64(Strip s) {
 constexpr bool rotates(Strip s) {
   return rotates64(s) || s == Strip::kRotatedStochastic || s == Strip::kRotatedNearest;
 }
-constexpr int passes(Strip s) { return StripTraits::kPasses / (rotates64(s) ? 2 : 1); }
+constexpr int row_passes(Strip s) { return StripTraits::kPasses / (rotates64(s) ? 2 : 1); }
+constexpr int column_passes(Strip s) {
+  return StripTraits::kPasses / (rotates64(s) || s == Strip::kPairs ? 2 : 1);
+}
 constexpr bool draws_bits(Strip s) {
   return s == Strip::kStochastic || s == Strip::kRotatedStochastic ||
          s == Strip::kRotated64Stochastic;
@@ -63,7 +68,7 @@ struct StripPlan {
   uint32_t round_up, ordinary;
   uint32_t norm_shift;  // float32 bits by which the norm, a power of two, moves a scale; else 0
   float norm;           // 1 where it is multiplied into the elements
-  bool fits, plain;  // plain: fits, and no prescale
+  bool fits, plain;     // plain: fits, and no prescale
 };
 
 template <Strip kStrip>
@@ -87,7 +92,7 @@ __host__ __device__ __forceinline__ StripPlan make_plan(const QuantizeParams& p)
   return plan;
 }
 
-// In shared memory, so that it costs no registers: the sign bits of 64 elements.
+// The sign bits of 64 elements, in shared memory.
 struct StripSigns {
   uint4 word[StripTraits::kTile / 4];
 };
@@ -105,9 +110,8 @@ __device__ __forceinline__ void fill_signs(uint4 (&signs)[StripTraits::kTile / 4
 __device__ __forceinline__ uint32_t uniform(uint32_t v) { return __shfl_sync(kAllLanes, v, 0); }
 
 __device__ __forceinline__ PhiloxSchedule uniform_schedule(const QuantizeParams& p) {
-  PhiloxSchedule s =
-      philox_schedule(static_cast<uint64_t>(p.rng[0]),
-                      static_cast<uint32_t>(p.rng[p.rng_stride]), p.stream);
+  PhiloxSchedule s = philox_schedule(static_cast<uint64_t>(p.rng[0]),
+                                     static_cast<uint32_t>(p.rng[p.rng_stride]), p.stream);
   s.first = uniform(s.first);
   s.second[0] = uniform(s.second[0]), s.second[1] = uniform(s.second[1]);
 #pragma unroll
@@ -147,11 +151,11 @@ __device__ __forceinline__ void fill_tables(StripTables& t, const QuantizeParams
   }
 }
 
-// Chunk j of 16 bytes of tile row r lies at j ^ r % 8 ^ r / 32 * 2. So every bank is touched once
-// by lanes that read both blocks of 4 rows, by lanes that read 16 columns of rows r and r + 32, and
-// by the copies.
+// Chunk j of 16 bytes of tile row r lies at j ^ r % 8 ^ r / 32 * 4. So every bank is touched once
+// by lanes that read both blocks of 4 rows, by lanes that read words of 32 columns, or 16 columns,
+// of rows r and r + 32, and by the copies.
 __device__ __forceinline__ uint32_t strip_offset(uint32_t r, uint32_t chunk) {
-  return r * StripTraits::kRowBytes + ((chunk ^ (r & 7) ^ (r / 32 * 2)) * 16);
+  return r * StripTraits::kRowBytes + ((chunk ^ (r & 7) ^ (r / 32 * 4)) * 16);
 }
 
 // ---- one block of 32 elements ----
@@ -176,8 +180,7 @@ __device__ __forceinline__ Philox4 draw_block(const StripTables& t, uint64_t gro
   return c;
 }
 
-__device__ __forceinline__ Philox4 draw_block(const StripOperand& o, uint64_t group,
-                                              uint32_t) {
+__device__ __forceinline__ Philox4 draw_block(const StripOperand& o, uint64_t group, uint32_t) {
   return philox_group(o.keys, static_cast<uint32_t>(group));
 }
 
@@ -213,8 +216,7 @@ __device__ __forceinline__ uint4 encode_block(float (&v)[32], uint32_t scale_bit
 template <Strip kStrip, class Tables>
 __device__ __forceinline__ StripBlock quantize_odd_block(float (&v)[32], uint32_t max_bits,
                                                          const QuantizeParams& p,
-                                                         const Tables& tables,
-                                                         uint64_t group) {
+                                                         const Tables& tables, uint64_t group) {
   const StripPlan& plan = tables.plan;
   const uint32_t m = float_bits(bits_float(max_bits) * plan.norm);
   const bool empty = m == 0 || m >= kInfBits;
@@ -230,8 +232,8 @@ __device__ __forceinline__ StripBlock quantize_odd_block(float (&v)[32], uint32_
 // v: a block, before a norm that moves the scale; max_bits: of its maximum; group: of its draws.
 template <Strip kStrip, class Tables>
 __device__ __forceinline__ StripBlock quantize_block(float (&v)[32], uint32_t max_bits,
-                                                     const QuantizeParams& p,
-                                                     const Tables& tables, uint64_t group) {
+                                                     const QuantizeParams& p, const Tables& tables,
+                                                     uint64_t group) {
   const StripPlan& plan = tables.plan;
   // A path of its own, or the compiler moves all of v where the paths meet.
   if (__builtin_expect(max_bits - OrdinaryTraits::kFirst >= plan.ordinary, 0))
@@ -317,8 +319,7 @@ __device__ __forceinline__ void finish_block(float (&v)[32], uint32_t max_bits,
     max_bits = amax32(v);
   }
   const uint32_t group = row * tables.plan.blocks + k / 32;
-  store_block(p, tables.plan, row, k, group,
-              quantize_block<kStrip>(v, max_bits, p, tables, group));
+  store_block(p, tables.plan, row, k, group, quantize_block<kStrip>(v, max_bits, p, tables, group));
 }
 
 // Neighbour lanes hold the two blocks of neighbour rows. Afterwards the even lane has the first
@@ -336,9 +337,9 @@ __device__ __forceinline__ void exchange_blocks(StripBlock& first, StripBlock& s
   exchange(first.scale, second.scale);
 }
 
-// Lane i has the blocks at k and k + 32 of row first_row + i, an even one in even lanes. Its place is
-// found anew where it is needed, so that it takes no registers in between. after_first: called when
-// the first block's are free again.
+// Lane i has the blocks at k and k + 32 of row first_row + i, an even one in even lanes. Its place
+// is found anew where it is needed, so that it takes no registers in between. after_first: called
+// when the first block's are free again.
 template <Strip kStrip, class Tables, class AfterFirst>
 __device__ __forceinline__ void finish64(float (&v)[2][32], const QuantizeParams& p,
                                          const Tables& tables, uint32_t first_row, uint32_t k,
@@ -392,6 +393,34 @@ __device__ __forceinline__ void fill_from_row(float (&v)[32], const Tables& tabl
   });
 }
 
+// Blocks of bfloat16 pairs as they lie in x, nearest.
+template <class Tables>
+__device__ __forceinline__ void finish_row_pairs(const uint32_t (&w)[16], const QuantizeParams& p,
+                                                 const Tables& tables, uint32_t row, uint32_t k) {
+  const ScaleChooser<Mxfp4> scales(p);
+  BlockScale s;
+  const uint4 codes = tables.plan.fits ? quantize_row_block<true>(w, scales, s)
+                                       : quantize_row_block<false>(w, scales, s);
+  store_block(p, tables.plan, row, k, row * tables.plan.blocks + k / 32, {codes, s.code});
+}
+
+// The same of 32 rows of two columns, which are operand rows `row` and the next.
+template <class Tables>
+__device__ __forceinline__ void finish_column_pairs(const uint32_t (&x2)[32],
+                                                    const QuantizeParams& p, const Tables& tables,
+                                                    uint32_t row, uint32_t k) {
+  const ScaleChooser<Mxfp4> scales(p);
+  BlockScale s[2];
+  uint4 codes[2];
+  if (tables.plan.fits)
+    quantize_two_blocks<true>(x2, scales, s, codes);
+  else
+    quantize_two_blocks<false>(x2, scales, s, codes);
+  const uint32_t blocks = tables.plan.blocks, group = row * blocks + k / 32;
+  store_block(p, tables.plan, row, k, group, {codes[0], s[0].code});
+  store_block(p, tables.plan, row + 1, k, group + blocks, {codes[1], s[1].code});
+}
+
 // Pass `pass` of the rows: lane 2 i + b takes block b of row 16 pass + i, or, for a group of 64,
 // lane i both blocks of row 32 pass + i. (row, k): the operand's at the tile's corner. after_read:
 // called when the blocks are in registers, or half of them in codes.
@@ -416,8 +445,12 @@ __device__ __forceinline__ void row_pass(const uint8_t* tile, int pass, const Qu
   const uint32_t first = ptx::shared_address(tile + strip_offset(lane / 2, 4 * b));
   // as strip_offset(r, 4 * b) has it, whose r % 8 no pass changes
   read_row_block((first + pass * (StripTraits::kPassRows * StripTraits::kRowBytes)) ^
-                     (pass * StripTraits::kPassRows / 32 * 32),
+                     (pass * StripTraits::kPassRows / 32 * 64),
                  w);
+  if constexpr (kStrip == Strip::kPairs) {
+    after_read();
+    return finish_row_pairs(w, p, tables, row + r, k + 32 * b);
+  }
   float v[32];
   uint32_t m = 0;
   if constexpr (!rotates(kStrip)) {
@@ -431,7 +464,8 @@ __device__ __forceinline__ void row_pass(const uint8_t* tile, int pass, const Qu
   finish_block<kStrip>(v, m, p, tables, row + r, k + 32 * b);
 }
 
-// Where column c has its elements of rows 32 b + j, j = 0 to 7; every 8 rows are a kilobyte further.
+// Where column c has its elements of rows 32 b + j, j = 0 to 7; every 8 rows are a kilobyte
+// further.
 __device__ __forceinline__ void column_addresses(const uint8_t* tile, uint32_t b, uint32_t c,
                                                  uint32_t (&from)[8]) {
   from[0] = ptx::shared_address(tile + strip_offset(32 * b, c / 8) + c % 8 * 2);
@@ -439,19 +473,20 @@ __device__ __forceinline__ void column_addresses(const uint8_t* tile, uint32_t b
   for (int j = 1; j < 8; ++j) from[j] = from[0] ^ (j * 16);
 }
 
-// A block of a column. kNext: 32 rows below those of the addresses, whose chunks are moved by 2.
+// A block of a column. kNext: 32 rows below those of the addresses, whose chunks are moved by 4.
 template <Strip kStrip, bool kNext, class Tables>
 __device__ __forceinline__ void fill_from_column(float (&v)[32], const Tables& tables, int b,
                                                  const uint32_t (&from)[8]) {
   fill_block<kStrip>(v, tables, b, [&](int i, uint32_t sign) {
-    const uint32_t at = from[(kNext ? i ^ 2 : i) % 8];
+    const uint32_t at = from[(kNext ? i ^ 4 : i) % 8];
     const int row = i + (kNext ? 32 : 0);
     return widen_with_sign(ptx::ld_shared_u16(at + row * StripTraits::kRowBytes), sign);
   });
 }
 
-// Pass `pass` of the columns: lane 2 i + b takes rows 32 b and up of column 16 pass + i, or, for a
-// group of 64, lane i all of column 32 pass + i. (row, k): the operand's at the tile's corner.
+// Pass `pass` of the columns: lane 2 i + b takes rows 32 b and up of column 16 pass + i, or, in
+// pairs, of columns 32 pass + 2 i and the next, or, for a group of 64, lane i all of column
+// 32 pass + i. (row, k): the operand's at the tile's corner.
 template <Strip kStrip, class Tables, class AfterRead>
 __device__ __forceinline__ void column_pass(const uint8_t* tile, int pass, const QuantizeParams& p,
                                             const Tables& tables, uint32_t row, uint32_t k,
@@ -465,6 +500,16 @@ __device__ __forceinline__ void column_pass(const uint8_t* tile, int pass, const
     fill_from_column<kStrip, false>(v[0], tables, 0, from);
     fill_from_column<kStrip, true>(v[1], tables, 1, from);
     return finish64<kStrip>(v, p, tables, row + pass * 32, k, after_read);
+  }
+  if constexpr (kStrip == Strip::kPairs) {
+    const uint32_t half = lane % 2, c = pass * 32 + lane / 2 * 2;
+    column_addresses(tile, half, c, from);
+    uint32_t x2[32];
+#pragma unroll
+    for (int i = 0; i < 32; ++i)
+      x2[i] = ptx::ld_shared_b32(from[i % 8] + i * StripTraits::kRowBytes);
+    after_read();
+    return finish_column_pairs(x2, p, tables, row + c, k + 32 * half);
   }
   const uint32_t b = lane % 2, c = pass * StripTraits::kPassRows + lane / 2;
   float v[32];

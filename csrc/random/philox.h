@@ -55,8 +55,8 @@ MXT_HD Philox4 philox_group(const PhiloxKey& key, uint64_t group) {
                     static_cast<uint32_t>(key.seed >> 32));
 }
 
-// What the calls of one seed, offset and stream share, for groups below 2^32: the keys, into which the parts
-// of the first three rounds that do not depend on the group are folded. The same words as
+// What the calls of one seed, offset and stream share, for groups below 2^32: the keys, into which
+// the parts of the first three rounds that do not depend on the group are folded. The same words as
 // philox_group, by 2 products fewer.
 struct PhiloxSchedule {
   static constexpr int kRounds = kPhiloxRounds - 2;
@@ -84,11 +84,11 @@ MXT_HD PhiloxSchedule philox_schedule(uint64_t seed, uint32_t offset, uint32_t s
 
 MXT_HD Philox4 philox_group(const PhiloxSchedule& s, uint32_t group) {
   const uint64_t p0 = static_cast<uint64_t>(kPhiloxM0) * group;
-  const uint64_t p1 = static_cast<uint64_t>(kPhiloxM1) * (static_cast<uint32_t>(p0 >> 32) ^ s.first);
+  const uint64_t p1 =
+      static_cast<uint64_t>(kPhiloxM1) * (static_cast<uint32_t>(p0 >> 32) ^ s.first);
   Philox4 c = {{static_cast<uint32_t>(p1 >> 32) ^ s.second[0], static_cast<uint32_t>(p1),
                 static_cast<uint32_t>(p0) ^ s.second[1], 0}};
-  for (int i = 0; i < PhiloxSchedule::kRounds; ++i)
-    c = philox_round(c, s.key[i][0], s.key[i][1]);
+  for (int i = 0; i < PhiloxSchedule::kRounds; ++i) c = philox_round(c, s.key[i][0], s.key[i][1]);
   return c;
 }
 
