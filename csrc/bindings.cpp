@@ -98,6 +98,14 @@ py::tuple philox(const std::array<uint32_t, 4>& counter, const std::array<uint32
   return py::make_tuple(w.w[0], w.w[1], w.w[2], w.w[3]);
 }
 
+// The same by a schedule, for counters (group, 0, offset, stream).
+py::tuple scheduled_philox(uint32_t group, uint32_t offset, uint32_t stream,
+                           const std::array<uint32_t, 2>& key) {
+  const uint64_t seed = static_cast<uint64_t>(key[1]) << 32 | key[0];
+  const Philox4 w = philox_group(philox_schedule(seed, offset, stream), group);
+  return py::make_tuple(w.w[0], w.w[1], w.w[2], w.w[3]);
+}
+
 // The plan of a product, and what each worker does by it: (tile, first stage, end, slot of its sum,
 // or -1 where it has the whole tile).
 py::dict split_k(int64_t m, int64_t n, int64_t k, int multiprocessors) {
@@ -238,6 +246,10 @@ PYBIND11_MODULE(_host, m) {
         "Values of E8M0 codes. float32, same shape.");
   m.def("philox4x32", &philox, py::arg("counter"), py::arg("key"),
         "One Philox4x32-10 block: 4 words from a counter of 4 and a key of 2.");
+  m.def("scheduled_philox", &scheduled_philox, py::arg("group"), py::arg("offset"),
+        py::arg("stream"), py::arg("key"),
+        "The block of counter (group, 0, offset, stream) as the CUDA kernels make it, from keys "
+        "with a part of the rounds folded in.");
   m.def("split_k", &split_k, py::arg("m"), py::arg("n"), py::arg("k"), py::arg("multiprocessors"),
         "How gemm's fold backend shares out a product on Hopper whose tiles are too few.");
   m.def("code_tile", &code_tile,

@@ -36,6 +36,27 @@ def test_every_bfloat16_value(format, rule, rounding, order, device):
     check_quantize(x, format, device, scale_rule=rule, **options_for(rounding, x))
 
 
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("format", FORMATS)
+def test_every_bfloat16_value_under_scales_of_all_sizes(format, rule, device):
+    """Nearest, by whatever instructions: each finite value below a block's largest element, for
+    largest elements of many mantissas from one end of the exponents to the other.
+    """
+    every = all_bfloat16("finite").flatten()
+    every = every[every.isfinite()]
+    every = every[torch.randperm(every.numel(), generator=torch.Generator().manual_seed(2))]
+    block = mxtrain.FORMATS[format].block
+    for exponent in (-126, -9, 5, 126):
+        for mantissa in (1.0, 1.1640625, 1.5, 1.9921875):
+            largest = torch.tensor(mantissa * 2.0**exponent).bfloat16()
+            fit = every[every.abs() <= largest]
+            fit = fit[: fit.numel() // (block - 1) * (block - 1)].reshape(-1, block - 1)
+            # leads a little smaller too: nvfp4's scales below the largest
+            lead = largest * torch.exp2(-(torch.arange(fit.shape[0]) % 16)).bfloat16()
+            x = torch.cat([lead[:, None], fit], 1)
+            check_quantize(x, format, device, scale_rule=rule)
+
+
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("format", FORMATS)

@@ -1,10 +1,14 @@
-"""The kernels of csrc/cuda/strip.cuh: bfloat16 to mxfp4, stochastic or rotated, byte for byte.
+"""The kernels of csrc/cuda/strip.cuh: bfloat16 to mxfp4, stochastic or rotated, and both operands
+of one read nearest; byte for byte.
 
 They quantize a block where it stands, so what could go wrong is at the ends of the exponent range,
 at prescales, at the edges of tiles of 128 x 64, and where they hand over to the general kernels.
 """
 
 from __future__ import annotations
+
+import itertools
+import random
 
 import pytest
 import torch
@@ -29,6 +33,18 @@ def options(rounding: str, group: int, **more) -> dict:
     return dict(rounding=rounding, hadamard=group, signs=some_signs(group), rng=rng, **more)
 
 
+def test_scheduled_philox():
+    """The kernels' calls, with folded keys, against the generator's."""
+    host = pytest.importorskip("mxtrain._host", reason="this library was built for another Python")
+    draw = random.Random(3)
+    ends = [0, 1, 2**31, 2**32 - 1]
+    cases = list(itertools.product(ends, ends, [0, 1], ends, ends))
+    cases += [[draw.getrandbits(32) for _ in range(5)] for _ in range(5000)]
+    for group, offset, stream, low, high in cases:
+        want = host.philox4x32([group, 0, offset, stream], [low, high])
+        assert host.scheduled_philox(group, offset, stream, [low, high]) == want
+
+
 @pytest.mark.parametrize("transpose", [False, True])
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("rounding, group", TARGETS)
@@ -49,6 +65,18 @@ def test_prescales(rounding, group, prescale, device):
         check_quantize(
             x, "mxfp4", device, scale_rule=rule, prescale=prescale, **options(rounding, group)
         )
+
+
+@pytest.mark.parametrize("value", [3.0, -3.0, float("inf"), float("-inf"), float("nan")])
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("rounding, group", TARGETS)
+def test_maximum_at_every_place(rounding, group, transpose, value, device):
+    x = torch.randn(64, 64).clamp(-0.5, 0.5).bfloat16()
+    x.fill_diagonal_(value)
+    if group:  # rotated back: it stands there after the rotation
+        x = (x.float() @ reference.hadamard(torch.eye(64), group, some_signs(group)).T).bfloat16()
+    x = x.T.contiguous() if transpose else x
+    check_quantize(x, "mxfp4", device, transpose=transpose, **options(rounding, group))
 
 
 @pytest.mark.parametrize("swizzle", [False, True])
@@ -92,6 +120,47 @@ def test_dual(row, col, shape, device):
         )  # fmt: skip
         assert_same_bytes(operand.scale, want[1])
         assert_same_bytes(operand.data, want[0])
+
+
+@pytest.mark.parametrize("swizzle", [False, True])
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(
+    "shape", [(1, 64), (64, 8), (31, 40), (65, 72), (130, 136), (192, 320), (96, 63)]
+)
+def test_dual_nearest(shape, rule, swizzle, device):
+    """Two elements a word in both directions, and beside NaN and Inf; 63 columns have no strips."""
+    x = wide_range(-(-shape[0] // 32) * 32, -(-shape[1] // 32) * 32, 5)[: shape[0], : shape[1]]
+    x = x.contiguous()
+    x[0, 3], x[-1, -1] = float("nan"), float("-inf")
+    q = Quantizer("mxfp4", scale_rule=rule)
+    wide = torch.cat([x, x, x], 1)
+    for first, pitched in ((0, x), (8, wide)):
+        view = pitched[:, first : first + shape[1]]
+        on_device = pitched.to(device)[:, first : first + shape[1]]
+        got = mxtrain.quantize_dual(on_device, q, q, swizzle=swizzle)
+        for operand, transpose in zip(got, (False, True), strict=True):
+            want = reference.quantize(
+                view, "mxfp4", scale_rule=rule, transpose=transpose, swizzle=swizzle
+            )
+            assert_same_bytes(operand.scale, want[1])
+            assert_same_bytes(operand.data, want[0])
+
+
+def test_dual_nearest_of_every_value(device):
+    """Each bfloat16 value beside others of any kind, in a row and in a column."""
+    every = (torch.arange(1 << 16) * 40503 % (1 << 16)).to(torch.int32)  # odd: each value once
+    every = torch.where(every < 1 << 15, every, every - (1 << 16)).to(torch.int16)
+    x = torch.randn(64, 1 << 16, generator=torch.Generator().manual_seed(6)).bfloat16()
+    x[7] = every.view(torch.bfloat16)
+    x = torch.cat([x, x.reshape(1 << 16, 64).T], 1)
+    for rule in RULES:
+        q = Quantizer("mxfp4", scale_rule=rule)
+        for operand, transpose in zip(
+            mxtrain.quantize_dual(x.to(device), q, q), (False, True), strict=True
+        ):
+            want = reference.quantize(x, "mxfp4", scale_rule=rule, transpose=transpose)
+            assert_same_bytes(operand.scale, want[1])
+            assert_same_bytes(operand.data, want[0])
 
 
 @pytest.mark.parametrize("shape", [(1, 64), (64, 33), (200, 300), (384, 640)])

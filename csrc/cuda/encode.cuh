@@ -129,6 +129,57 @@ __device__ __forceinline__ Packed8 encode8_nearest<E2M1>(const float (&u)[8]) {
   return {e2m1_nearest8(u, float_bits(1.0f)), 0};
 }
 
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 890
+
+// By conversion to FP8; saturates.
+template <class E>
+__device__ __forceinline__ uint32_t convert4(float a, float b, float c, float d) {
+  static_assert(E::kBits == 8 && (E::kManBits == 3 || E::kManBits == 2), "E4M3 or E5M2");
+  if (E::kManBits == 3)
+    return ptx::cvt_rn_satfinite_e4m3x2(a, b) | ptx::cvt_rn_satfinite_e4m3x2(c, d) << 16;
+  return ptx::cvt_rn_satfinite_e5m2x2(a, b) | ptx::cvt_rn_satfinite_e5m2x2(c, d) << 16;
+}
+
+template <>
+__device__ __forceinline__ Packed8 encode8_nearest<E4M3>(const float (&u)[8]) {
+  return {convert4<E4M3>(u[0], u[1], u[2], u[3]), convert4<E4M3>(u[4], u[5], u[6], u[7])};
+}
+
+template <>
+__device__ __forceinline__ Packed8 encode8_nearest<E5M2>(const float (&u)[8]) {
+  return {convert4<E5M2>(u[0], u[1], u[2], u[3]), convert4<E5M2>(u[4], u[5], u[6], u[7])};
+}
+
+// The 6-bit formats have the mantissas of these two: with the smallest normal moved to theirs, the
+// magnitude codes are the same, as far as 6 bits reach. u is limited already.
+template <class E, class Wide>
+__device__ __forceinline__ Packed8 encode8_nearest_6bit(const float (&u)[8]) {
+  static_assert(E::kBits == 6 && E::kManBits == Wide::kManBits, "the same grid");
+  const float move = power_of_two(Wide::kEmin - E::kEmin);
+  uint32_t w[2];
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    uint32_t c = convert4<Wide>(u[4 * h] * move, u[4 * h + 1] * move, u[4 * h + 2] * move,
+                                u[4 * h + 3] * move);
+    c = ptx::lop3_select(c, c >> 2, 0x1F1F1F1Fu);  // the sign to bit 5; garbage above
+    c = (c & 0x003F003Fu) | (c >> 2 & 0x0FC00FC0u);
+    w[h] = (c & 0xFFFu) | (c >> 4 & 0xFFF000u);
+  }
+  return {w[0] | w[1] << 24, w[1] >> 8};
+}
+
+template <>
+__device__ __forceinline__ Packed8 encode8_nearest<E2M3>(const float (&u)[8]) {
+  return encode8_nearest_6bit<E2M3, E4M3>(u);
+}
+
+template <>
+__device__ __forceinline__ Packed8 encode8_nearest<E3M2>(const float (&u)[8]) {
+  return encode8_nearest_6bit<E3M2, E5M2>(u);
+}
+
+#endif
+
 template <class E>
 __device__ __forceinline__ Packed8 encode8_stochastic(const float (&u)[8], const Philox4& draws) {
   uint32_t codes[8];

@@ -208,11 +208,29 @@ struct ScaleChooser {
   }
 };
 
-template <class F>
+// v / s, each rounded once, where s lies within 2^-60 and 2^60: Markstein's division ("Computation
+// of elementary functions on the IBM RISC System/6000 processor", 1990) by the rounded reciprocal.
+// The first correction makes the quotient faithful, the second correct, with the remainders exact
+// for |v| >= 2^-90; smaller ones are under 2^-29 s, exact or not, and become zeros.
+__device__ __forceinline__ void divide8(float (&v)[8], float s) {
+  const float reciprocal = __fdiv_rn(1.0f, s);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    float q = v[i] * reciprocal;
+    q = __fmaf_rn(__fmaf_rn(-q, s, v[i]), reciprocal, q);
+    q = __fmaf_rn(__fmaf_rn(-q, s, v[i]), reciprocal, q);
+    v[i] = copysignf(q, v[i]);  // of a zero
+  }
+}
+
+// kBounded: v is of the block that the factor was made for, so that no quotient comes near 2^100.
+template <class F, bool kBounded>
 __device__ __forceinline__ void to_grid8(float (&v)[8], float factor, float prescale) {
   if (prescale != 1.0f)
 #pragma unroll
     for (int i = 0; i < 8; ++i) v[i] *= prescale;
+  if (F::kE4M3Scale && kBounded && factor >= 0x1p-60f && factor <= 0x1p60f && prescale <= 0x1p20f)
+    return divide8(v, factor);
 #pragma unroll
   for (int i = 0; i < 8; ++i) v[i] = F::kE4M3Scale ? __fdiv_rn(v[i], factor) : v[i] * factor;
 }
@@ -225,16 +243,18 @@ __device__ __forceinline__ Packed8 encode_group(float (&v)[8], float (&z)[8], co
                                                 const QuantizeParams& p, const Philox4& draws) {
   using E = typename F::Element;
   if (s.empty) return {0, 0};
-  to_grid8<F>(v, s.factor, p.prescale);
-  // The ceil rule of the E8M0 formats never exceeds the element's maximum: nothing to limit.
+  to_grid8<F, true>(v, s.factor, p.prescale);
+  const bool stochastic = p.rounding == static_cast<int>(Rounding::kStochastic);
+  // The ceil rule of the E8M0 formats never exceeds the element's maximum: nothing to limit. Nor
+  // where the encoder does it.
   const bool fits =
       !F::kE4M3Scale && p.scale_rule == static_cast<int>(ScaleRule::kCeil) && p.prescale <= 1.0f;
-  if (!fits) clamp8<E>(v);
+  if (!fits && (stochastic || E::kBits < 8)) clamp8<E>(v);
   if (kToward) {
-    to_grid8<F>(z, s.factor, p.prescale);
+    to_grid8<F, false>(z, s.factor, p.prescale);
     return encode8_toward<E>(v, z);
   }
-  if (p.rounding == static_cast<int>(Rounding::kStochastic)) return encode8_stochastic<E>(v, draws);
+  if (stochastic) return encode8_stochastic<E>(v, draws);
   return encode8_nearest<E>(v);
 }
 
@@ -316,6 +336,68 @@ __device__ __forceinline__ void quantize_column_pairs(const uint32_t (&x2)[8],
   gather_nibbles(c, low, high);
   codes[0] = {s[0].empty ? 0u : low, 0};
   codes[1] = {s[1].empty ? 0u : high, 0};
+}
+
+// The larger magnitude of each half over the block; a NaN wins.
+__device__ __forceinline__ uint32_t block_amax2_of(const uint32_t (&x2)[32]) {
+  uint32_t m[4];
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    m[j] = ptx::max_nan_abs_bf16x2(x2[j], x2[j + 4]);
+#pragma unroll
+    for (int i = j + 8; i < 32; i += 4) m[j] = ptx::max_nan_abs_bf16x2(m[j], x2[i]);
+  }
+  const uint32_t a = ptx::max_nan_abs_bf16x2(m[0], m[1]), b = ptx::max_nan_abs_bf16x2(m[2], m[3]);
+  return ptx::max_nan_abs_bf16x2(a, b) & 0x7FFF7FFFu;
+}
+
+// 32 rows of two columns: the codes of their blocks, one an operand row.
+template <bool kFits>
+__device__ __forceinline__ void quantize_two_blocks(const uint32_t (&x2)[32],
+                                                    const ScaleChooser<Mxfp4>& scales,
+                                                    BlockScale (&s)[2], uint4 (&codes)[2]) {
+  const uint32_t m2 = block_amax2_of(x2);
+  s[0] = scales.choose(m2 << 16);
+  s[1] = scales.choose(m2 & 0xFFFF0000u);
+  const uint32_t inv2 = __byte_perm(float_bits(s[0].factor), float_bits(s[1].factor), 0x7632);
+  uint32_t w[2][4];
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    uint32_t c[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const uint32_t x = x2[8 * j + i];
+      c[i] = encode2_nearest(x, ptx::abs_bf16x2(x), inv2, kFits);
+    }
+    gather_nibbles(c, w[0][j], w[1][j]);
+  }
+#pragma unroll
+  for (int n = 0; n < 2; ++n)
+    codes[n] = s[n].empty ? make_uint4(0, 0, 0, 0) : make_uint4(w[n][0], w[n][1], w[n][2], w[n][3]);
+}
+
+// 32 elements of one operand row, as 16 words.
+template <bool kFits>
+__device__ __forceinline__ uint4 quantize_row_block(const uint32_t (&x2)[16],
+                                                    const ScaleChooser<Mxfp4>& scales,
+                                                    BlockScale& s) {
+  uint32_t m2 = ptx::max_nan_abs_bf16x2(x2[0], x2[1]);
+#pragma unroll
+  for (int i = 2; i < 16; ++i) m2 = ptx::max_nan_abs_bf16x2(m2, x2[i]);
+  s = scales.choose(max(m2 << 16 & ~kSignBit, m2 & 0x7FFF0000u));
+  const uint32_t inv2 = (float_bits(s.factor) >> 16) * 0x00010001u;
+  uint32_t w[4];
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    uint32_t c[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t x = x2[4 * j + i];
+      c[i] = encode2_nearest(x, ptx::abs_bf16x2(x), inv2, kFits);
+    }
+    w[j] = join_nibbles(c);
+  }
+  return s.empty ? make_uint4(0, 0, 0, 0) : make_uint4(w[0], w[1], w[2], w[3]);
 }
 
 // ---- draws ----

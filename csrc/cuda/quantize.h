@@ -57,7 +57,8 @@ bool can_fuse_dual(const QuantizeParams& row, const QuantizeParams& col);
 cudaError_t launch_quantize_dual(const QuantizeParams& row, const QuantizeParams& col,
                                  cudaStream_t stream);
 
-// The same where strip.cuh serves: bfloat16 to mxfp4, stochastic or rotated.
+// The same where strip.cuh serves: bfloat16 to mxfp4, stochastic or rotated; both operands also
+// nearest.
 bool can_strip_rows(const QuantizeParams& p);
 bool can_strip_columns(const QuantizeParams& p);
 bool can_strip_dual(const QuantizeParams& row, const QuantizeParams& col);

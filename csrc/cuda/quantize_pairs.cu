@@ -64,44 +64,6 @@ __device__ __forceinline__ void load_block(const PairGrid& g, uint32_t k, uint32
   }
 }
 
-// The larger magnitude of each half over the block; a NaN wins.
-__device__ __forceinline__ uint32_t block_amax2_of(const uint32_t (&x2)[32]) {
-  uint32_t m[4];
-#pragma unroll
-  for (int j = 0; j < 4; ++j) {
-    m[j] = ptx::max_nan_abs_bf16x2(x2[j], x2[j + 4]);
-#pragma unroll
-    for (int i = j + 8; i < 32; i += 4) m[j] = ptx::max_nan_abs_bf16x2(m[j], x2[i]);
-  }
-  const uint32_t a = ptx::max_nan_abs_bf16x2(m[0], m[1]), b = ptx::max_nan_abs_bf16x2(m[2], m[3]);
-  return ptx::max_nan_abs_bf16x2(a, b) & 0x7FFF7FFFu;
-}
-
-// Codes of the two blocks, one an operand row.
-template <bool kFits>
-__device__ __forceinline__ void quantize_blocks(const uint32_t (&x2)[32],
-                                                const ScaleChooser<Mxfp4>& scales,
-                                                BlockScale (&s)[2], uint4 (&codes)[2]) {
-  const uint32_t m2 = block_amax2_of(x2);
-  s[0] = scales.choose(m2 << 16);
-  s[1] = scales.choose(m2 & 0xFFFF0000u);
-  const uint32_t inv2 = __byte_perm(float_bits(s[0].factor), float_bits(s[1].factor), 0x7632);
-  uint32_t w[2][4];
-#pragma unroll
-  for (int j = 0; j < 4; ++j) {
-    uint32_t c[8];
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const uint32_t x = x2[8 * j + i];
-      c[i] = encode2_nearest(x, ptx::abs_bf16x2(x), inv2, kFits);
-    }
-    gather_nibbles(c, w[0][j], w[1][j]);
-  }
-#pragma unroll
-  for (int n = 0; n < 2; ++n)
-    codes[n] = s[n].empty ? make_uint4(0, 0, 0, 0) : make_uint4(w[n][0], w[n][1], w[n][2], w[n][3]);
-}
-
 // 8 lanes write the 8 blocks of an operand row.
 __device__ __forceinline__ void store_tile(PairTile& tile, const QuantizeParams& p,
                                            const PairGrid& g, uint32_t row, uint32_t k) {
@@ -135,7 +97,7 @@ __global__ void __launch_bounds__(PairTraits::kThreads, PairTraits::kCtas)
   const ScaleChooser<Mxfp4> scales(p);
   BlockScale s[2];
   uint4 codes[2];
-  quantize_blocks<kFits>(x2, scales, s, codes);
+  quantize_two_blocks<kFits>(x2, scales, s, codes);
   tile.codes_at(column, block) = codes[0];
   tile.codes_at(column + 1, block) = codes[1];
   tile.scales[block][column / 2] = static_cast<uint16_t>(s[0].code | s[1].code << 8);

@@ -151,19 +151,26 @@ __global__ void __launch_bounds__(RowTraits::kThreads)
     amax_rows_kernel(const QuantizeParams p, int64_t groups, bool vector) {
   const int lane = threadIdx.x % 32;
   const Rotation rotation = make_rotation(p.hadamard, p.signs, lane);
+  constexpr int N = RowTraits::kGroups;
   uint32_t m = 0;
-  for (int64_t base = static_cast<int64_t>(blockIdx.x) * RowTraits::kThreads; base < groups;
-       base += static_cast<int64_t>(gridDim.x) * RowTraits::kThreads) {
-    const int64_t group = base + threadIdx.x;
-    uint4 raw[Source::kVectors] = {};
-    if (group < groups) load_raw<Source>(p, place_of(p, group), vector, raw);
-    float v[8];
-    Source::unpack(raw, v);
-    transform8(v, p, rotation, lane);
+  for (int64_t base = static_cast<int64_t>(blockIdx.x) * RowTraits::kGroupsPerCta; base < groups;
+       base += static_cast<int64_t>(gridDim.x) * RowTraits::kGroupsPerCta) {
+    uint4 raw[N][Source::kVectors] = {};
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const uint32_t a = float_bits(v[i]) & ~kSignBit;
-      m = a < kInfBits ? max(m, a) : m;
+    for (int n = 0; n < N; ++n) {
+      const int64_t group = base + n * RowTraits::kThreads + threadIdx.x;
+      if (group < groups) load_raw<Source>(p, place_of(p, group), vector, raw[n]);
+    }
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+      float v[8];
+      Source::unpack(raw[n], v);
+      transform8(v, p, rotation, lane);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const uint32_t a = float_bits(v[i]) & ~kSignBit;
+        m = a < kInfBits ? max(m, a) : m;
+      }
     }
   }
   m = __reduce_max_sync(kAllLanes, m);

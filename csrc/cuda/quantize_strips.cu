@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // quantize (either axis), quantize_dual and requantize where strip.cuh serves: bfloat16 (or mxfp4
-// operands) to mxfp4, stochastic or rotated. Every warp works for itself, on a tile of x of its own
-// in shared memory, 64 x 64, so that no barrier stops it: first the blocks along its rows, then
-// those along its columns, 32 blocks at a time or 64. Warps are persistent and walk along the rows
-// of tiles; the next tile is copied as soon as the last blocks of one are in registers. The copies
-// are 16 bytes, so x must be aligned to that, in both directions.
+// operands) to mxfp4, stochastic or rotated, and quantize_dual nearest. Every warp works for
+// itself, on a tile of x of its own in shared memory, 64 x 64, so that no barrier stops it: first
+// the blocks along its rows, then those along its columns, 32 blocks at a time or 64. Warps are
+// persistent and walk along the rows of tiles; the next tile is copied when the last blocks of one
+// are in registers and few enough to leave room for the copy's addresses. The copies are 16 bytes,
+// so x must be aligned to that, in both directions.
 #include "cuda/divide.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/strip.cuh"
@@ -38,7 +39,7 @@ __device__ __forceinline__ void copy_tile(const StripGrid& g, uint32_t tile, uin
   constexpr int kStep = 32 / StripTraits::kChunks;
   const StripPlace<kFlat> at(g, tile);
   const uint32_t pitch = kFlat ? StripTraits::kRowBytes : g.pitch;
-  const int lane = threadIdx.x % 32, chunk = lane % StripTraits::kChunks,
+  const int lane = ptx::lane_id(), chunk = lane % StripTraits::kChunks,
             first = lane / StripTraits::kChunks;
   const uint32_t column = at.column + chunk * 8;
   const uint8_t* from = g.x + static_cast<uint64_t>(at.row + first) * pitch + column * 2;
@@ -48,7 +49,7 @@ __device__ __forceinline__ void copy_tile(const StripGrid& g, uint32_t tile, uin
       (kFlat || at.column + StripTraits::kTile <= g.width)) {
 #pragma unroll
     for (int i = 0; i < StripTraits::kTile / kStep; ++i)
-      ptx::cp_async_16(((i % 2 ? odd : even) ^ (i * kStep / 32 * 32)) +
+      ptx::cp_async_16(((i % 2 ? odd : even) ^ (i * kStep / 32 * 64)) +
                            i / 2 * (2 * kStep * StripTraits::kRowBytes),
                        from + static_cast<uint64_t>(pitch) * (i * kStep), 16);
     return;
@@ -62,30 +63,35 @@ __device__ __forceinline__ void copy_tile(const StripGrid& g, uint32_t tile, uin
   }
 }
 
-// The same in all lanes, and the compiler knows it: what follows from it is uniform control flow.
-__device__ __forceinline__ uint32_t uniform_warp() {
-  return __shfl_sync(kAllLanes, threadIdx.x / 32, 0);
-}
+// What follows from it is uniform control flow.
+__device__ __forceinline__ uint32_t uniform_warp() { return uniform(threadIdx.x / 32); }
 
 // ---- kernels ----
 
 // CTAs of an SM, as many as the registers allow without spilling.
-constexpr int strip_ctas(Strip row, Strip col) {
-  if (rotates64(row) && col == Strip::kStochastic) return 3;
-  if (rotates64(row) || rotates64(col)) return 4;
-  return row != Strip::kNone && col != Strip::kNone ? 5 : 6;
-}
+constexpr int strip_ctas(Strip row, Strip) { return row == Strip::kRotated64Nearest ? 5 : 6; }
 constexpr int requantize_ctas(Strip col) { return rotates64(col) ? 4 : 5; }
 
 // Either may be kNone.
 template <Strip kRow, Strip kCol, bool kFlat>
 __global__ void __launch_bounds__(StripTraits::kThreads, strip_ctas(kRow, kCol))
     quantize_strips_kernel(const QuantizeParams row, const QuantizeParams col,
+                           const StripPlan row_plan, const StripPlan col_plan,
                            const StripGrid grid) {
   __shared__ alignas(128) uint8_t tiles[StripTraits::kWarps][StripTraits::kTileBytes];
-  __shared__ StripTables row_tables, col_tables;
-  fill_tables<kRow>(row_tables, row);
-  fill_tables<kCol>(col_tables, col);
+  __shared__ StripSigns row_signs, col_signs;
+  fill_signs<kRow>(row_signs.word, row);
+  fill_signs<kCol>(col_signs.word, col);
+  PhiloxSchedule row_keys = {}, col_keys = {};
+  if (draws_bits(kRow)) row_keys = uniform_schedule(row);
+  if (draws_bits(kCol)) col_keys = uniform_schedule(col);
+  if (draws_bits(kRow) && draws_bits(kCol)) {  // one seed: they share registers
+    const uint32_t first = col_keys.first;
+    col_keys = row_keys;
+    col_keys.first = first;
+  }
+  const StripOperand row_operand = {row_plan, row_keys, row_signs.word},
+                     col_operand = {col_plan, col_keys, col_signs.word};
   __syncthreads();
   const uint32_t warp = uniform_warp();
   uint8_t* mine = tiles[warp];
@@ -102,15 +108,15 @@ __global__ void __launch_bounds__(StripTraits::kThreads, strip_ctas(kRow, kCol))
     __syncwarp();
     if constexpr (kRow != Strip::kNone)
 #pragma unroll 1
-      for (int pass = 0; pass < passes(kRow); ++pass)
-        row_pass<kRow>(mine, pass, row, row_tables, at.row, at.column, [&] {
-          if (kCol == Strip::kNone && pass == passes(kRow) - 1) copy_next();
+      for (int pass = 0; pass < row_passes(kRow); ++pass)
+        row_pass<kRow>(mine, pass, row, row_operand, at.row, at.column, [&] {
+          if (kCol == Strip::kNone && pass == row_passes(kRow) - 1) copy_next();
         });
     if constexpr (kCol != Strip::kNone)
 #pragma unroll 1
-      for (int pass = 0; pass < passes(kCol); ++pass)
-        column_pass<kCol>(mine, pass, col, col_tables, at.column, at.row, [&] {
-          if (pass == passes(kCol) - 1) copy_next();
+      for (int pass = 0; pass < column_passes(kCol); ++pass)
+        column_pass<kCol>(mine, pass, col, col_operand, at.column, at.row, [&] {
+          if (pass == column_passes(kCol) - 1) copy_next();
         });
   }
 }
@@ -176,7 +182,7 @@ __global__ void __launch_bounds__(StripTraits::kThreads, requantize_ctas(kCol))
     next.copy(p, grid, tile + step, packed[warp]);
     const StripPlace<false> at(grid, tile);
 #pragma unroll 1
-    for (int pass = 0; pass < passes(kCol); ++pass)
+    for (int pass = 0; pass < column_passes(kCol); ++pass)
       column_pass<kCol>(tiles[warp], pass, p, tables, at.column, at.row, [] {});
     __syncwarp();
   }
@@ -193,10 +199,14 @@ static Strip strip_of(const QuantizeParams& p) {
 
 static bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
-static bool has_strips(const QuantizeParams& p) {
+static bool fits_strips(const QuantizeParams& p) {
   constexpr int64_t kMost = 0x7FFFFFFF;
   return p.format == kMxfp4Code && !p.toward && p.hadamard <= StripTraits::kTile &&
-         strip_of(p) != Strip::kNone && p.rows < kMost && p.kp < kMost;
+         p.rows < kMost && p.kp < kMost && p.rows * (p.kp / 32) < 2 * kMost;
+}
+
+static bool has_strips(const QuantizeParams& p) {
+  return fits_strips(p) && strip_of(p) != Strip::kNone;
 }
 
 // x with `pitch` between its contiguous rows.
@@ -245,7 +255,7 @@ static cudaError_t launch_strips(const QuantizeParams& row, const QuantizeParams
   const cudaError_t error = resident_ctas(grid, strip_ctas(kRow, kCol), &ctas);
   if (error != cudaSuccess) return error;
   return launch(quantize_strips_kernel<kRow, kCol, kFlat>, ctas, StripTraits::kThreads, stream, row,
-                col, grid);
+                col, make_plan<kRow>(row), make_plan<kCol>(col), grid);
 }
 
 template <bool kFlat>
@@ -263,6 +273,7 @@ static cudaError_t launch_row_strip(const QuantizeParams& p, cudaStream_t stream
     case Strip::kRotated64Nearest:
       return launch_strips<Strip::kRotated64Nearest, Strip::kNone, kFlat>(p, p, grid, stream);
     case Strip::kNone:
+    case Strip::kPairs:
       break;
   }
   return cudaErrorInvalidValue;
@@ -311,16 +322,27 @@ cudaError_t launch_column_strips(const QuantizeParams& p, cudaStream_t stream) {
     case Strip::kRotated64Nearest:
       return launch_column_strip<Strip::kRotated64Nearest>(p, stream);
     case Strip::kNone:
+    case Strip::kPairs:
       break;
   }
   return cudaErrorInvalidValue;
+}
+
+// Both operands nearest, two elements a word.
+static bool can_pair_dual(const QuantizeParams& row, const QuantizeParams& col) {
+  const auto pairs = [](const QuantizeParams& p) {
+    return fits_strips(p) && choose_path<Bfloat16Source, Mxfp4>(p) == Path::kPairs;
+  };
+  return pairs(row) && pairs(col) && can_copy_tiles(row, row.stride_k, row.stride_row, row.rows);
 }
 
 bool can_strip_dual(const QuantizeParams& row, const QuantizeParams& col) {
   const auto stochastic = [](const QuantizeParams& p) {
     return p.rounding == static_cast<int>(Rounding::kStochastic);
   };
-  return can_strip_rows(row) && can_strip_columns(col) && stochastic(row) && stochastic(col);
+  return can_pair_dual(row, col) ||
+         (can_strip_rows(row) && can_strip_columns(col) && stochastic(row) && stochastic(col) &&
+          row.rng == col.rng && row.rng_stride == col.rng_stride);
 }
 
 template <Strip kRow>
@@ -341,6 +363,8 @@ static cudaError_t launch_dual_strip(const QuantizeParams& row, const QuantizePa
 cudaError_t launch_dual_strips(const QuantizeParams& row, const QuantizeParams& col,
                                cudaStream_t stream) {
   const StripGrid grid = make_grid(row.x, row.rows, row.cols, row.stride_row, col.kp, row.kp);
+  if (can_pair_dual(row, col))
+    return launch_strips<Strip::kPairs, Strip::kPairs>(row, col, grid, stream);
   switch (strip_of(row)) {
     case Strip::kStochastic:
       return launch_dual_strip<Strip::kStochastic>(row, col, grid, stream);

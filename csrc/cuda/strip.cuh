@@ -2,11 +2,11 @@
 // Strips: the fast path for bfloat16 to mxfp4 with stochastic rounding, a Hadamard rotation, or
 // both. A lane owns one block, 32 consecutive elements along K of one operand row, in registers, or
 // the two of a Hadamard group of 64. So maxima, scales and butterflies need no other lane. A block
-// is rounded where it stands,
-// without dividing it by its scale S: with a = |v| and b = a + max(a, S), the bits of b - S from
-// bit 22 up are the code (encode.cuh, moved up by S), and a Hadamard norm that is a power of two
-// moves S instead of v. Blocks whose maximum is no ordinary number for that (zero, subnormal, huge,
-// NaN, Inf) are first brought to S = 1. Rows, K and strides are below 2^31 here.
+// is rounded where it stands, without dividing it by its scale S: with a = |v| and b = a + max(a,
+// S), the bits of b - S from bit 22 up are the code (encode.cuh, moved up by S), and a Hadamard
+// norm that is a power of two moves S instead of v. Blocks whose maximum is no ordinary number for
+// that (zero, subnormal, huge, NaN, Inf) are first brought to S = 1. Two operands of one read may
+// also be nearest, by encode_pairs.cuh. Rows, K and strides are below 2^31 here, blocks below 2^32.
 #pragma once
 
 #include "cuda/group.cuh"
@@ -33,10 +33,12 @@ struct OrdinaryTraits {
   static constexpr float kSmallestPrescale = 0x1p-20f, kLargestPrescale = 0x1p20f;
 };
 
-// What a kernel does with an operand. kNone: it has none. 64: the Hadamard group, which is one of
-// the shorter ones elsewhere.
+// What a kernel does with an operand. kNone: it has none. kPairs: nearest, two elements a word,
+// where the other operand goes the same way. 64: the Hadamard group, which is one of the shorter
+// ones elsewhere.
 enum class Strip {
   kNone,
+  kPairs,
   kStochastic,
   kRotatedStochastic,
   kRotatedNearest,
@@ -50,7 +52,10 @@ constexpr bool rotates64(Strip s) {
 constexpr bool rotates(Strip s) {
   return rotates64(s) || s == Strip::kRotatedStochastic || s == Strip::kRotatedNearest;
 }
-constexpr int passes(Strip s) { return StripTraits::kPasses / (rotates64(s) ? 2 : 1); }
+constexpr int row_passes(Strip s) { return StripTraits::kPasses / (rotates64(s) ? 2 : 1); }
+constexpr int column_passes(Strip s) {
+  return StripTraits::kPasses / (rotates64(s) || s == Strip::kPairs ? 2 : 1);
+}
 constexpr bool draws_bits(Strip s) {
   return s == Strip::kStochastic || s == Strip::kRotatedStochastic ||
          s == Strip::kRotated64Stochastic;
@@ -59,50 +64,85 @@ constexpr bool draws_bits(Strip s) {
 // ---- what is the same for all blocks of an operand ----
 
 struct StripPlan {
-  uint32_t rows, kp;
+  uint32_t rows, kp, blocks;  // blocks: of a row
   uint32_t round_up, ordinary;
-  uint32_t offset;
   uint32_t norm_shift;  // float32 bits by which the norm, a power of two, moves a scale; else 0
   float norm;           // 1 where it is multiplied into the elements
-  bool fits, prescaled;
+  bool fits, plain;     // plain: fits, and no prescale
 };
 
 template <Strip kStrip>
-__device__ __forceinline__ StripPlan make_plan(const QuantizeParams& p) {
-  StripPlan plan;
+__host__ __device__ __forceinline__ StripPlan make_plan(const QuantizeParams& p) {
+  StripPlan plan = {};
   plan.rows = static_cast<uint32_t>(p.rows);
   plan.kp = static_cast<uint32_t>(p.kp);
+  plan.blocks = plan.kp / 32;
   plan.round_up = e8m0_round_up<E2M1>(static_cast<ScaleRule>(p.scale_rule));
   plan.ordinary = p.prescale >= OrdinaryTraits::kSmallestPrescale &&
                           p.prescale <= OrdinaryTraits::kLargestPrescale
                       ? OrdinaryTraits::kCount
                       : 0u;
-  plan.offset = draws_bits(kStrip) ? static_cast<uint32_t>(p.rng[p.rng_stride]) : 0u;
   plan.norm_shift =
       rotates(kStrip) && p.hadamard != 32 ? (127u << 23) - float_bits(p.hadamard_norm) : 0u;
   plan.norm = plan.norm_shift != 0 ? p.hadamard_norm : 1.0f;
   // |v| < 8 S by every rule and <= 6 S by ceil
   plan.fits = p.prescale <= 0.75f ||
               (p.scale_rule == static_cast<int>(ScaleRule::kCeil) && p.prescale <= 1.0f);
-  plan.prescaled = p.prescale != 1.0f;
+  plan.plain = plan.fits && p.prescale == 1.0f;
   return plan;
 }
 
-// In shared memory, so that it costs no registers: the plan, the sign bits of 64 elements and
-// the Philox key schedule, (k0, k1) of two rounds a uint4.
+// The sign bits of 64 elements, in shared memory.
+struct StripSigns {
+  uint4 word[StripTraits::kTile / 4];
+};
+
+template <Strip kStrip>
+__device__ __forceinline__ void fill_signs(uint4 (&signs)[StripTraits::kTile / 4],
+                                           const QuantizeParams& p) {
+  const int i = threadIdx.x;
+  if (rotates(kStrip) && i < StripTraits::kTile)
+    reinterpret_cast<uint32_t*>(signs)[i] =
+        p.signs != nullptr && p.signs[i % p.hadamard] < 0 ? kSignBit : 0u;
+}
+
+// The same in all lanes, and the compiler knows it: so it lies in a uniform register.
+__device__ __forceinline__ uint32_t uniform(uint32_t v) { return __shfl_sync(kAllLanes, v, 0); }
+
+__device__ __forceinline__ PhiloxSchedule uniform_schedule(const QuantizeParams& p) {
+  PhiloxSchedule s = philox_schedule(static_cast<uint64_t>(p.rng[0]),
+                                     static_cast<uint32_t>(p.rng[p.rng_stride]), p.stream);
+  s.first = uniform(s.first);
+  s.second[0] = uniform(s.second[0]), s.second[1] = uniform(s.second[1]);
+#pragma unroll
+  for (auto& key : s.key) key[0] = uniform(key[0]), key[1] = uniform(key[1]);
+  return s;
+}
+
+// An operand of the kernels from floats: the plan among their parameters, the keys in uniform
+// registers.
+struct StripOperand {
+  const StripPlan& plan;
+  const PhiloxSchedule& keys;
+  const uint4* signs;  // in shared memory
+};
+
+// An operand of the kernels from codes, in shared memory; keys: (k0, k1) of two rounds a uint4.
 struct StripTables {
   uint4 signs[StripTraits::kTile / 4];
   uint4 keys[kPhiloxRounds / 2];
   StripPlan plan;
+  uint32_t offset;
 };
 
 template <Strip kStrip>
 __device__ __forceinline__ void fill_tables(StripTables& t, const QuantizeParams& p) {
   const int i = threadIdx.x;
-  if (kStrip != Strip::kNone && i == 0) t.plan = make_plan<kStrip>(p);
-  if (rotates(kStrip) && i < StripTraits::kTile)
-    reinterpret_cast<uint32_t*>(t.signs)[i] =
-        p.signs != nullptr && p.signs[i % p.hadamard] < 0 ? kSignBit : 0u;
+  if (kStrip != Strip::kNone && i == 0) {
+    t.plan = make_plan<kStrip>(p);
+    t.offset = draws_bits(kStrip) ? static_cast<uint32_t>(p.rng[p.rng_stride]) : 0u;
+  }
+  fill_signs<kStrip>(t.signs, p);
   if (draws_bits(kStrip) && i < kPhiloxRounds) {
     const uint64_t seed = static_cast<uint64_t>(p.rng[0]);
     reinterpret_cast<uint2*>(t.keys)[i] =
@@ -111,11 +151,11 @@ __device__ __forceinline__ void fill_tables(StripTables& t, const QuantizeParams
   }
 }
 
-// Chunk j of 16 bytes of tile row r lies at j ^ r % 8 ^ r / 32 * 2. So every bank is touched once
-// by lanes that read both blocks of 4 rows, by lanes that read 16 columns of rows r and r + 32, and
-// by the copies.
-__device__ __forceinline__ uint32_t strip_offset(int r, int chunk) {
-  return r * StripTraits::kRowBytes + ((chunk ^ (r & 7) ^ (r / 32 * 2)) * 16);
+// Chunk j of 16 bytes of tile row r lies at j ^ r % 8 ^ r / 32 * 4. So every bank is touched once
+// by lanes that read both blocks of 4 rows, by lanes that read words of 32 columns, or 16 columns,
+// of rows r and r + 32, and by the copies.
+__device__ __forceinline__ uint32_t strip_offset(uint32_t r, uint32_t chunk) {
+  return r * StripTraits::kRowBytes + ((chunk ^ (r & 7) ^ (r / 32 * 4)) * 16);
 }
 
 // ---- one block of 32 elements ----
@@ -130,7 +170,7 @@ __device__ __forceinline__ Philox4 draw_block(const StripTables& t, uint64_t gro
                                               uint32_t stream) {
   ptx::compiler_fence();  // the keys wait in shared memory, so that no draw is made too early
   Philox4 c = {
-      {static_cast<uint32_t>(group), static_cast<uint32_t>(group >> 32), t.plan.offset, stream}};
+      {static_cast<uint32_t>(group), static_cast<uint32_t>(group >> 32), t.offset, stream}};
 #pragma unroll
   for (int i = 0; i < kPhiloxRounds / 2; ++i) {
     const uint4 key = t.keys[i];
@@ -140,16 +180,21 @@ __device__ __forceinline__ Philox4 draw_block(const StripTables& t, uint64_t gro
   return c;
 }
 
-// The codes of v over the scale of these float32 bits, prescaled and limited. group: of its draws.
-template <Strip kStrip>
-__device__ __forceinline__ uint4 encode_block(float (&v)[32], uint32_t scale_bits,
-                                              const QuantizeParams& p, const StripTables& tables,
-                                              uint64_t group) {
-  if (!tables.plan.fits) {
-    const float max = bits_float(E2M1::kMaxBits) * bits_float(scale_bits);
+__device__ __forceinline__ Philox4 draw_block(const StripOperand& o, uint64_t group, uint32_t) {
+  return philox_group(o.keys, static_cast<uint32_t>(group));
+}
+
+__device__ __forceinline__ void limit_block(float (&v)[32], uint32_t scale_bits) {
+  const float max = bits_float(E2M1::kMaxBits) * bits_float(scale_bits);
 #pragma unroll
-    for (int i = 0; i < 32; ++i) v[i] = fminf(fmaxf(v[i], -max), max);
-  }
+  for (int i = 0; i < 32; ++i) v[i] = fminf(fmaxf(v[i], -max), max);
+}
+
+// The codes of v over the scale of these float32 bits, prescaled and limited. group: of its draws.
+template <Strip kStrip, class Tables>
+__device__ __forceinline__ uint4 encode_block(float (&v)[32], uint32_t scale_bits,
+                                              const QuantizeParams& p, const Tables& tables,
+                                              uint64_t group) {
   // Or the compiler keeps every v twice: its sign from before a branch, its magnitude from after.
 #pragma unroll
   for (int i = 0; i < 32; ++i) v[i] = ptx::opaque(v[i]);
@@ -168,11 +213,10 @@ __device__ __forceinline__ uint4 encode_block(float (&v)[32], uint32_t scale_bit
 
 // By the steps of docs/numerics.md one after the other, to S = 1: where the maximum is no ordinary
 // number.
-template <Strip kStrip>
+template <Strip kStrip, class Tables>
 __device__ __forceinline__ StripBlock quantize_odd_block(float (&v)[32], uint32_t max_bits,
                                                          const QuantizeParams& p,
-                                                         const StripTables& tables,
-                                                         uint64_t group) {
+                                                         const Tables& tables, uint64_t group) {
   const StripPlan& plan = tables.plan;
   const uint32_t m = float_bits(bits_float(max_bits) * plan.norm);
   const bool empty = m == 0 || m >= kInfBits;
@@ -180,36 +224,41 @@ __device__ __forceinline__ StripBlock quantize_odd_block(float (&v)[32], uint32_
   const float factor = e8m0_reciprocal(code);
 #pragma unroll
   for (int i = 0; i < 32; ++i) v[i] = empty ? 0.0f : v[i] * plan.norm * p.prescale * factor;
+  if (!plan.fits) limit_block(v, float_bits(1.0f));
   return {encode_block<kStrip>(v, float_bits(1.0f), p, tables, group),
           m >= kInfBits ? kE8M0Nan : code};
 }
 
 // v: a block, before a norm that moves the scale; max_bits: of its maximum; group: of its draws.
-template <Strip kStrip>
+template <Strip kStrip, class Tables>
 __device__ __forceinline__ StripBlock quantize_block(float (&v)[32], uint32_t max_bits,
-                                                     const QuantizeParams& p,
-                                                     const StripTables& tables, uint64_t group) {
+                                                     const QuantizeParams& p, const Tables& tables,
+                                                     uint64_t group) {
   const StripPlan& plan = tables.plan;
   // A path of its own, or the compiler moves all of v where the paths meet.
   if (__builtin_expect(max_bits - OrdinaryTraits::kFirst >= plan.ordinary, 0))
     return quantize_odd_block<kStrip>(v, max_bits, p, tables, group);
   const uint32_t code = e8m0_scale<E2M1>(max_bits - plan.norm_shift, plan.round_up);
-  if (plan.prescaled)
+  const uint32_t scale_bits = (code << 23) + plan.norm_shift;
+  if (!plan.plain) {
 #pragma unroll
     for (int i = 0; i < 32; ++i) v[i] *= p.prescale;
-  return {encode_block<kStrip>(v, (code << 23) + plan.norm_shift, p, tables, group), code};
+    if (!plan.fits) limit_block(v, scale_bits);
+  }
+  return {encode_block<kStrip>(v, scale_bits, p, tables, group), code};
 }
 
 // Largest |v| bits of 32 elements; a NaN wins.
 __device__ __forceinline__ uint32_t amax32(const float* v) {
-  float m[4];
+  uint32_t m[16];  // of magnitudes the order of the bits is that of the floats
 #pragma unroll
-  for (int j = 0; j < 4; ++j) {
-    m[j] = fabsf(v[j]);
+  for (int i = 0; i < 16; ++i)
+    m[i] = float_bits(ptx::max_nan_f32(fabsf(v[2 * i]), fabsf(v[2 * i + 1])));
 #pragma unroll
-    for (int i = j + 4; i < 32; i += 4) m[j] = ptx::max_nan_f32(m[j], fabsf(v[i]));
-  }
-  return float_bits(ptx::max_nan_f32(ptx::max_nan_f32(m[0], m[1]), ptx::max_nan_f32(m[2], m[3])));
+  for (int i = 2; i < 14; i += 4)
+#pragma unroll
+    for (int j = 0; j < 2; ++j) m[j] = ptx::max3_u32(m[j], m[i + j], m[i + j + 2]);
+  return max(ptx::max3_u32(m[0], m[1], m[14]), m[15]);
 }
 
 // The butterflies of the first `last` strides, upward.
@@ -249,30 +298,33 @@ __device__ __forceinline__ void rotate64(float (&v)[2][32]) {
 }
 
 // Neighbour lanes write the 32 bytes of codes, and the two scales, of 64 elements of a row.
+// group: of the block.
 __device__ __forceinline__ void store_block(const QuantizeParams& p, const StripPlan& plan,
-                                            uint32_t row, uint32_t k, const StripBlock& b) {
+                                            uint32_t row, uint32_t k, uint32_t group,
+                                            const StripBlock& b) {
   if (row >= plan.rows || k >= plan.kp) return;
-  const uint64_t at = static_cast<uint64_t>(row) * (plan.kp / 32) + k / 32;
-  reinterpret_cast<uint4*>(p.data)[at] = b.codes;
-  *(p.swizzled ? scale_at<Mxfp4>(p, row, k) : p.scale + at) = static_cast<uint8_t>(b.scale);
+  reinterpret_cast<uint4*>(p.data)[group] = b.codes;
+  if (p.swizzled)
+    *scale_at<Mxfp4>(p, row, k) = static_cast<uint8_t>(b.scale);
+  else
+    p.scale[group] = static_cast<uint8_t>(b.scale);
 }
 
-template <Strip kStrip>
+template <Strip kStrip, class Tables>
 __device__ __forceinline__ void finish_block(float (&v)[32], uint32_t max_bits,
-                                             const QuantizeParams& p, const StripTables& tables,
+                                             const QuantizeParams& p, const Tables& tables,
                                              uint32_t row, uint32_t k) {
   if constexpr (rotates(kStrip)) {
     rotate_short(v, p.hadamard, p.hadamard_norm);
     max_bits = amax32(v);
   }
-  const uint64_t group = static_cast<uint64_t>(row) * (tables.plan.kp / 32) + k / 32;
-  store_block(p, tables.plan, row, k, quantize_block<kStrip>(v, max_bits, p, tables, group));
+  const uint32_t group = row * tables.plan.blocks + k / 32;
+  store_block(p, tables.plan, row, k, group, quantize_block<kStrip>(v, max_bits, p, tables, group));
 }
 
 // Neighbour lanes hold the two blocks of neighbour rows. Afterwards the even lane has the first
 // block of both rows, the odd lane the second.
-__device__ __forceinline__ void exchange_blocks(StripBlock& first, StripBlock& second) {
-  const bool odd = threadIdx.x % 2;
+__device__ __forceinline__ void exchange_blocks(StripBlock& first, StripBlock& second, bool odd) {
   const auto exchange = [&](uint32_t& a, uint32_t& b) {
     const uint32_t got = __shfl_xor_sync(kAllLanes, odd ? a : b, 1);
     a = odd ? got : a;
@@ -285,18 +337,24 @@ __device__ __forceinline__ void exchange_blocks(StripBlock& first, StripBlock& s
   exchange(first.scale, second.scale);
 }
 
-// The blocks at k and k + 32 of an even row in even lanes, of the next row in odd ones.
-template <Strip kStrip>
+// Lane i has the blocks at k and k + 32 of row first_row + i, an even one in even lanes. Its place
+// is found anew where it is needed, so that it takes no registers in between. after_first: called
+// when the first block's are free again.
+template <Strip kStrip, class Tables, class AfterFirst>
 __device__ __forceinline__ void finish64(float (&v)[2][32], const QuantizeParams& p,
-                                         const StripTables& tables, uint32_t row, uint32_t k) {
+                                         const Tables& tables, uint32_t first_row, uint32_t k,
+                                         AfterFirst after_first) {
   rotate64(v);
-  const uint64_t group = static_cast<uint64_t>(row) * (tables.plan.kp / 32) + k / 32;
-  StripBlock first = quantize_block<kStrip>(v[0], amax32(v[0]), p, tables, group);
-  StripBlock second = quantize_block<kStrip>(v[1], amax32(v[1]), p, tables, group + 1);
-  exchange_blocks(first, second);  // so that together they write 32 bytes of one row at a time
-  const uint32_t odd = threadIdx.x % 2;
-  store_block(p, tables.plan, row - odd, k + 32 * odd, first);
-  store_block(p, tables.plan, row - odd + 1, k + 32 * odd, second);
+  const uint32_t blocks = tables.plan.blocks;
+  const auto group = [&] { return (first_row + ptx::lane_id()) * blocks + k / 32; };
+  StripBlock first = quantize_block<kStrip>(v[0], amax32(v[0]), p, tables, group());
+  after_first();
+  StripBlock second = quantize_block<kStrip>(v[1], amax32(v[1]), p, tables, group() + 1);
+  const uint32_t lane = ptx::lane_id(), odd = lane % 2, row = first_row + (lane - odd);
+  exchange_blocks(first, second, odd);  // so that together they write 32 bytes of a row at a time
+  const uint32_t at = row * blocks + k / 32 + odd;
+  store_block(p, tables.plan, row, k + 32 * odd, at, first);
+  store_block(p, tables.plan, row + 1, k + 32 * odd, at + blocks, second);
 }
 
 // ---- blocks from a tile in shared memory ----
@@ -306,8 +364,8 @@ __device__ __forceinline__ float widen_with_sign(uint32_t half, uint32_t sign) {
 }
 
 // v[i] = element(i, sign bit); the signs are those of half b of the Hadamard group's 64.
-template <Strip kStrip, class Element>
-__device__ __forceinline__ void fill_block(float (&v)[32], const StripTables& tables, int b,
+template <Strip kStrip, class Tables, class Element>
+__device__ __forceinline__ void fill_block(float (&v)[32], const Tables& tables, int b,
                                            Element element) {
 #pragma unroll
   for (int i = 0; i < 32; i += 4) {
@@ -327,25 +385,53 @@ __device__ __forceinline__ void read_row_block(uint32_t from, uint32_t (&w)[16])
   }
 }
 
-template <Strip kStrip>
-__device__ __forceinline__ void fill_from_row(float (&v)[32], const StripTables& tables, int b,
+template <Strip kStrip, class Tables>
+__device__ __forceinline__ void fill_from_row(float (&v)[32], const Tables& tables, int b,
                                               const uint32_t (&w)[16]) {
   fill_block<kStrip>(v, tables, b, [&](int i, uint32_t sign) {
     return i % 2 ? bits_float((w[i / 2] & 0xFFFF0000u) ^ sign) : widen_with_sign(w[i / 2], sign);
   });
 }
 
+// Blocks of bfloat16 pairs as they lie in x, nearest.
+template <class Tables>
+__device__ __forceinline__ void finish_row_pairs(const uint32_t (&w)[16], const QuantizeParams& p,
+                                                 const Tables& tables, uint32_t row, uint32_t k) {
+  const ScaleChooser<Mxfp4> scales(p);
+  BlockScale s;
+  const uint4 codes = tables.plan.fits ? quantize_row_block<true>(w, scales, s)
+                                       : quantize_row_block<false>(w, scales, s);
+  store_block(p, tables.plan, row, k, row * tables.plan.blocks + k / 32, {codes, s.code});
+}
+
+// The same of 32 rows of two columns, which are operand rows `row` and the next.
+template <class Tables>
+__device__ __forceinline__ void finish_column_pairs(const uint32_t (&x2)[32],
+                                                    const QuantizeParams& p, const Tables& tables,
+                                                    uint32_t row, uint32_t k) {
+  const ScaleChooser<Mxfp4> scales(p);
+  BlockScale s[2];
+  uint4 codes[2];
+  if (tables.plan.fits)
+    quantize_two_blocks<true>(x2, scales, s, codes);
+  else
+    quantize_two_blocks<false>(x2, scales, s, codes);
+  const uint32_t blocks = tables.plan.blocks, group = row * blocks + k / 32;
+  store_block(p, tables.plan, row, k, group, {codes[0], s[0].code});
+  store_block(p, tables.plan, row + 1, k, group + blocks, {codes[1], s[1].code});
+}
+
 // Pass `pass` of the rows: lane 2 i + b takes block b of row 16 pass + i, or, for a group of 64,
 // lane i both blocks of row 32 pass + i. (row, k): the operand's at the tile's corner. after_read:
-// called when the blocks are in registers.
-template <Strip kStrip, class AfterRead>
+// called when the blocks are in registers, or half of them in codes.
+template <Strip kStrip, class Tables, class AfterRead>
 __device__ __forceinline__ void row_pass(const uint8_t* tile, int pass, const QuantizeParams& p,
-                                         const StripTables& tables, uint32_t row, uint32_t k,
+                                         const Tables& tables, uint32_t row, uint32_t k,
                                          AfterRead after_read) {
-  const int lane = threadIdx.x % 32;
+  const uint32_t lane = rotates64(kStrip) ? ptx::lane_id() : threadIdx.x % 32;
   uint32_t w[16];
   if constexpr (rotates64(kStrip)) {
-    const int r = pass * 32 + lane;
+    const uint32_t r = pass * 32 + lane;
     const uint32_t from = ptx::shared_address(tile + strip_offset(r, 0));
     float v[2][32];
 #pragma unroll
@@ -353,11 +439,18 @@ __device__ __forceinline__ void row_pass(const uint8_t* tile, int pass, const Qu
       read_row_block(from ^ (b * 64), w);
       fill_from_row<kStrip>(v[b], tables, b, w);
     }
-    after_read();
-    return finish64<kStrip>(v, p, tables, row + r, k);
+    return finish64<kStrip>(v, p, tables, row + pass * 32, k, after_read);
   }
-  const int b = lane % 2, r = pass * StripTraits::kPassRows + lane / 2;
-  read_row_block(ptx::shared_address(tile + strip_offset(r, 4 * b)), w);
+  const uint32_t b = lane % 2, r = pass * StripTraits::kPassRows + lane / 2;
+  const uint32_t first = ptx::shared_address(tile + strip_offset(lane / 2, 4 * b));
+  // as strip_offset(r, 4 * b) has it, whose r % 8 no pass changes
+  read_row_block((first + pass * (StripTraits::kPassRows * StripTraits::kRowBytes)) ^
+                     (pass * StripTraits::kPassRows / 32 * 64),
+                 w);
+  if constexpr (kStrip == Strip::kPairs) {
+    after_read();
+    return finish_row_pairs(w, p, tables, row + r, k + 32 * b);
+  }
   float v[32];
   uint32_t m = 0;
   if constexpr (!rotates(kStrip)) {
@@ -371,39 +464,57 @@ __device__ __forceinline__ void row_pass(const uint8_t* tile, int pass, const Qu
   finish_block<kStrip>(v, m, p, tables, row + r, k + 32 * b);
 }
 
-// Block b of column c of a tile.
-template <Strip kStrip>
-__device__ __forceinline__ void fill_from_column(float (&v)[32], const StripTables& tables, int b,
-                                                 const uint8_t* tile, int c) {
-  const uint32_t from = ptx::shared_address(tile + strip_offset(32 * b, c / 8) + c % 8 * 2);
-  uint32_t half[32];
+// Where column c has its elements of rows 32 b + j, j = 0 to 7; every 8 rows are a kilobyte
+// further.
+__device__ __forceinline__ void column_addresses(const uint8_t* tile, uint32_t b, uint32_t c,
+                                                 uint32_t (&from)[8]) {
+  from[0] = ptx::shared_address(tile + strip_offset(32 * b, c / 8) + c % 8 * 2);
 #pragma unroll
-  for (int j = 0; j < 8; ++j)
-#pragma unroll
-    for (int i = 0; i < 32; i += 8)
-      half[i + j] = ptx::ld_shared_u16((from ^ (j * 16)) + (i + j) * StripTraits::kRowBytes);
-  fill_block<kStrip>(v, tables, b,
-                     [&](int i, uint32_t sign) { return widen_with_sign(half[i], sign); });
+  for (int j = 1; j < 8; ++j) from[j] = from[0] ^ (j * 16);
 }
 
-// Pass `pass` of the columns: lane 2 i + b takes rows 32 b and up of column 16 pass + i, or, for a
-// group of 64, lane i all of column 32 pass + i. (row, k): the operand's at the tile's corner.
-template <Strip kStrip, class AfterRead>
+// A block of a column. kNext: 32 rows below those of the addresses, whose chunks are moved by 4.
+template <Strip kStrip, bool kNext, class Tables>
+__device__ __forceinline__ void fill_from_column(float (&v)[32], const Tables& tables, int b,
+                                                 const uint32_t (&from)[8]) {
+  fill_block<kStrip>(v, tables, b, [&](int i, uint32_t sign) {
+    const uint32_t at = from[(kNext ? i ^ 4 : i) % 8];
+    const int row = i + (kNext ? 32 : 0);
+    return widen_with_sign(ptx::ld_shared_u16(at + row * StripTraits::kRowBytes), sign);
+  });
+}
+
+// Pass `pass` of the columns: lane 2 i + b takes rows 32 b and up of column 16 pass + i, or, in
+// pairs, of columns 32 pass + 2 i and the next, or, for a group of 64, lane i all of column
+// 32 pass + i. (row, k): the operand's at the tile's corner.
+template <Strip kStrip, class Tables, class AfterRead>
 __device__ __forceinline__ void column_pass(const uint8_t* tile, int pass, const QuantizeParams& p,
-                                            const StripTables& tables, uint32_t row, uint32_t k,
+                                            const Tables& tables, uint32_t row, uint32_t k,
                                             AfterRead after_read) {
-  const int lane = threadIdx.x % 32;
+  const uint32_t lane = rotates64(kStrip) ? ptx::lane_id() : threadIdx.x % 32;
+  uint32_t from[8];
   if constexpr (rotates64(kStrip)) {
-    const int c = pass * 32 + lane;
+    const uint32_t c = pass * 32 + lane;
     float v[2][32];
-    fill_from_column<kStrip>(v[0], tables, 0, tile, c);
-    fill_from_column<kStrip>(v[1], tables, 1, tile, c);
-    after_read();
-    return finish64<kStrip>(v, p, tables, row + c, k);
+    column_addresses(tile, 0, c, from);
+    fill_from_column<kStrip, false>(v[0], tables, 0, from);
+    fill_from_column<kStrip, true>(v[1], tables, 1, from);
+    return finish64<kStrip>(v, p, tables, row + pass * 32, k, after_read);
   }
-  const int b = lane % 2, c = pass * StripTraits::kPassRows + lane / 2;
+  if constexpr (kStrip == Strip::kPairs) {
+    const uint32_t half = lane % 2, c = pass * 32 + lane / 2 * 2;
+    column_addresses(tile, half, c, from);
+    uint32_t x2[32];
+#pragma unroll
+    for (int i = 0; i < 32; ++i)
+      x2[i] = ptx::ld_shared_b32(from[i % 8] + i * StripTraits::kRowBytes);
+    after_read();
+    return finish_column_pairs(x2, p, tables, row + c, k + 32 * half);
+  }
+  const uint32_t b = lane % 2, c = pass * StripTraits::kPassRows + lane / 2;
   float v[32];
-  fill_from_column<kStrip>(v, tables, b, tile, c);
+  column_addresses(tile, b, c, from);
+  fill_from_column<kStrip, false>(v, tables, b, from);
   const uint32_t m = rotates(kStrip) ? 0 : amax32(v);
   after_read();
   finish_block<kStrip>(v, m, p, tables, row + c, k + 32 * b);

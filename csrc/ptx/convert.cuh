@@ -55,6 +55,22 @@ __device__ __forceinline__ uint32_t cvt_rn_satfinite_e2m1x8(const float (&v)[8])
 #endif
 }
 
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 890
+// cvt.rn.satfinite.e4m3x2.f32 and .e5m2x2.f32 (sm_89 and up): low byte from a, high byte from b;
+// ties to even, the largest finite element beyond it, the sign kept.
+__device__ __forceinline__ uint32_t cvt_rn_satfinite_e4m3x2(float a, float b) {
+  uint16_t d;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(d) : "f"(b), "f"(a));
+  return d;
+}
+
+__device__ __forceinline__ uint32_t cvt_rn_satfinite_e5m2x2(float a, float b) {
+  uint16_t d;
+  asm("cvt.rn.satfinite.e5m2x2.f32 %0, %1, %2;" : "=h"(d) : "f"(b), "f"(a));
+  return d;
+}
+#endif
+
 // max.NaN.f32: a NaN wins.
 __device__ __forceinline__ float max_nan_f32(float a, float b) {
   float d;

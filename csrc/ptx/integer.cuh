@@ -14,6 +14,18 @@ __device__ __forceinline__ uint32_t lop3_select(uint32_t a, uint32_t b, uint32_t
   return d;
 }
 
+// %laneid, read where it stands.
+__device__ __forceinline__ uint32_t lane_id() {
+  uint32_t v;
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(v));
+  return v;
+}
+
+// The largest of three: one instruction from sm_90 on.
+__device__ __forceinline__ uint32_t max3_u32(uint32_t a, uint32_t b, uint32_t c) {
+  return __vimax3_u32(a, b, c);
+}
+
 // mad.lo.u32: a * b + c, on the multiply-add pipe.
 __device__ __forceinline__ uint32_t mad_lo_u32(uint32_t a, uint32_t b, uint32_t c) {
   uint32_t d;

@@ -55,6 +55,43 @@ MXT_HD Philox4 philox_group(const PhiloxKey& key, uint64_t group) {
                     static_cast<uint32_t>(key.seed >> 32));
 }
 
+// What the calls of one seed, offset and stream share, for groups below 2^32: the keys, into which
+// the parts of the first three rounds that do not depend on the group are folded. The same words as
+// philox_group, by 2 products fewer.
+struct PhiloxSchedule {
+  static constexpr int kRounds = kPhiloxRounds - 2;
+  uint32_t first;  // round 1, with the stream
+  uint32_t second[2];
+  uint32_t key[kRounds][2];
+};
+
+MXT_HD PhiloxSchedule philox_schedule(uint64_t seed, uint32_t offset, uint32_t stream) {
+  const uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+  const uint64_t of_offset = static_cast<uint64_t>(kPhiloxM1) * offset;
+  const uint64_t next =
+      static_cast<uint64_t>(kPhiloxM0) * (static_cast<uint32_t>(of_offset >> 32) ^ k0);
+  PhiloxSchedule s = {};
+  s.first = k1 ^ stream;
+  s.second[0] = static_cast<uint32_t>(of_offset) ^ (k0 + kPhiloxW0);
+  s.second[1] = static_cast<uint32_t>(next >> 32) ^ (k1 + kPhiloxW1);
+  for (int i = 0; i < PhiloxSchedule::kRounds; ++i) {
+    s.key[i][0] = k0 + static_cast<uint32_t>(i + 2) * kPhiloxW0;
+    s.key[i][1] = k1 + static_cast<uint32_t>(i + 2) * kPhiloxW1;
+  }
+  s.key[0][1] ^= static_cast<uint32_t>(next);
+  return s;
+}
+
+MXT_HD Philox4 philox_group(const PhiloxSchedule& s, uint32_t group) {
+  const uint64_t p0 = static_cast<uint64_t>(kPhiloxM0) * group;
+  const uint64_t p1 =
+      static_cast<uint64_t>(kPhiloxM1) * (static_cast<uint32_t>(p0 >> 32) ^ s.first);
+  Philox4 c = {{static_cast<uint32_t>(p1 >> 32) ^ s.second[0], static_cast<uint32_t>(p1),
+                static_cast<uint32_t>(p0) ^ s.second[1], 0}};
+  for (int i = 0; i < PhiloxSchedule::kRounds; ++i) c = philox_round(c, s.key[i][0], s.key[i][1]);
+  return c;
+}
+
 MXT_HD uint32_t swap_halves(uint32_t w) { return (w << 16) | (w >> 16); }
 
 // The words of quarter s of a group whose call gave `words`.
