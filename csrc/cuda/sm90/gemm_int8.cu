@@ -191,9 +191,9 @@ struct Multiplier {
   }
   // kCount units, of these columns and those behind them, each added to its part of `to` under the
   // next one's products. prepare() runs under the last one's, done() after them.
-  template <int kCount, class Prepare, class Done>
+  template <int kCount, class Prepare, class Done, class Added>
   __device__ __forceinline__ void multiply_units(float* to, uint32_t columns, const float* scales,
-                                                 Prepare prepare, Done done) {
+                                                 Prepare prepare, Done done, Added added) {
     start(sums[0], columns);
     start(sums[1], columns + kColumns);
 #pragma unroll
@@ -211,6 +211,7 @@ struct Multiplier {
         float& v = to[32 * u + i];
         v = int8_promote(v, scales[u / 2], static_cast<float>(sum[i]));
       }
+      added(u);
       if (u + 2 < kCount) start(sum, columns + (u + 2) * kColumns);
     }
   }
@@ -248,22 +249,22 @@ struct Multiplier {
     if (fell_back & 1) {
       await_residual();
       take_rows(T::kOffsetResidual);
-      multiply_units<kUnits>(d, columns, second, nothing, done);
+      multiply_units<kUnits>(d, columns, second, nothing, done, [](int) {});
       return;
     }
 #pragma unroll
     for (int part = 0; part < T::kParts; ++part) {
       if (!(fell_back & 2u << part)) continue;
       await_residual();
-      multiply_units<2>(d + 64 * part, columns_of(T::kOffsetResidual), second + part, nothing,
-                        done);
+      multiply_units<2>(d + 64 * part, columns_of(T::kOffsetResidual), second + part, nothing, done,
+                        [](int) {});
     }
   }
 
-  // more: there is a stage behind this one.
-  __device__ __forceinline__ void multiply_stage(bool more) {
-    const int stage = ring.stage;
-    const uint32_t columns = columns_of(T::kOffsetB + stage * T::kBytesB);
+  // more: there is a stage behind this one. added(u): after unit u.
+  template <class Added>
+  __device__ __forceinline__ void multiply_operands(bool more, Added added) {
+    const uint32_t columns = columns_of(T::kOffsetB + ring.stage * T::kBytesB);
     const float scales[2] = {scale[0], scale[T::kParts - 1]};
     const bool fell_back = fallen != 0;
     uint32_t empty = 0;
@@ -275,51 +276,83 @@ struct Multiplier {
       if (!fell_back) release<T>(empty, lane);
       enter();  // this one again, if it is not left yet: without a branch, it comes first
     };
-    multiply_units<kUnits>(d, columns, scales, prepare, done);
+    multiply_units<kUnits>(d, columns, scales, prepare, done, added);
+  }
+  __device__ __forceinline__ void multiply_stage(bool more) {
+    const int stage = ring.stage;
+    const bool fell_back = fallen != 0;
+    multiply_operands(more, [](int) {});
     if (!fell_back) return;
-    add_residuals(*facts_of<T>(memory, stage), columns);
-    empty = advance(more);
+    add_residuals(*facts_of<T>(memory, stage), columns_of(T::kOffsetB + stage * T::kBytesB));
+    const uint32_t empty = advance(more);
     __syncwarp();  // as above
     release<T>(empty, lane);
     enter();
   }
 };
 
+// A tile's way to D, 64 columns at a time.
+template <class T, FloatType kType>
+struct Output {
+  const CUtensorMap& map_out;
+  const Int8KernelArgs& args;
+  const uint32_t shared, rank;
+  int m, n;  // the tile's first row and column
+
+  __device__ __forceinline__ void at(int tile) {
+    args.order.at(tile, m, n);
+    m = (m * T::kCluster + rank) * T::kTileM;
+    n *= T::kTileN;
+  }
+  // kPlain: plain() is known.
+  __device__ __forceinline__ bool plain() const { return args.boxes && args.p.bias == nullptr; }
+  template <bool kPlain = false>
+  __device__ __forceinline__ void store(const float* d, int unit) const {
+    const Int8GemmParams& p = args.p;
+    // The thread and what follows from it anew for each unit: kept, they would not fit beside d.
+    const int thread = ptx::opaque(static_cast<int>(threadIdx.x)), warp = thread / 32 - 4,
+              lane = thread % 32, row = m + warp * 16, column = n + 64 * unit;
+    if (column >= p.n) {  // a group for no box, so that boxes keep their turns
+      if (lane == 0) ptx::cp_async_bulk_commit_group();
+      return;
+    }
+    float v[32];  // a copy: stores of float32 from d itself made it spill
+#pragma unroll
+    for (int e = 0; e < 32; ++e) v[e] = ptx::opaque(d[32 * unit + e]);
+    if (!kPlain && __builtin_expect(p.bias != nullptr, 0)) add_bias(v, p, column, lane);
+    const uint32_t box = boxes_of<T>(shared, warp);
+    if (kPlain || __builtin_expect(args.boxes, 1))
+      store_boxes<kType, T::kBoxes, T::kBoxBytes>(v, &map_out, row, column, box, unit, false, lane);
+    else
+      store_elements<kType>(v, p.out, row, column, static_cast<int>(p.m), static_cast<int>(p.n),
+                            false, lane);
+  }
+};
+
 template <class T, FloatType kType>
 __device__ __forceinline__ void consume(const CUtensorMap& map_out, const Int8KernelArgs& args,
                                         uint8_t* memory, uint32_t shared, uint32_t rank) {
-  const Int8GemmParams& p = args.p;
   const int warp = threadIdx.x / 32 - 4, lane = threadIdx.x % 32;
-  const uint32_t boxes = shared + T::kOffsetOut + warp * T::kBoxes * T::kBoxBytes;
   const int tiles = args.order.count(), step = gridDim.x / T::kCluster;
+  Output<T, kType> out = {map_out, args, shared, rank};
   Multiplier<T> work(memory, shared, warp, lane);
   ptx::mbarrier_wait(work.ring.full(), work.ring.parity);
   work.enter();
   for (int tile = blockIdx.x / T::kCluster; tile < tiles; tile += step) {
 #pragma unroll
     for (int i = 0; i < 64 * T::kParts; ++i) work.d[i] = 0.0f;
+    const bool more = tile + step < tiles;
+    // The last stage apart, where it can be: a unit is stored under the next one's products.
+    int left = args.k_blocks;
 #pragma unroll 1
-    for (int block = 1; block <= args.k_blocks; ++block)
-      work.multiply_stage(block < args.k_blocks || tile + step < tiles);
-    int m, n;
-    args.order.at(tile, m, n);
-    m = (m * T::kCluster + rank) * T::kTileM + warp * 16;  // the warp's 16 rows
-    n *= T::kTileN;
+    for (; left > 1 || (left == 1 && (work.fallen != 0 || !out.plain())); --left)
+      work.multiply_stage(left > 1 || more);
+    out.at(tile);
+    if (left == 1) {
+      work.multiply_operands(more, [&](int unit) { out.template store<true>(work.d, unit); });
+    } else {
 #pragma unroll
-    for (int i = 0; i < 2 * T::kParts; ++i, n += 64) {
-      if (n >= p.n) break;
-      float v[32];  // a copy: stores of float32 from d itself made it spill
-#pragma unroll
-      for (int e = 0; e < 32; ++e) v[e] = ptx::opaque(work.d[32 * i + e]);
-      if (__builtin_expect(p.bias != nullptr, 0)) add_bias(v, p, n, lane);
-      // Addresses are computed anew for each part: kept, they would not fit beside d.
-      const uint32_t box = ptx::opaque(boxes);
-      const int row = static_cast<int>(ptx::opaque(static_cast<uint32_t>(m)));
-      if (__builtin_expect(args.boxes, 1))
-        store_boxes<kType, T::kBoxes, T::kBoxBytes>(v, &map_out, row, n, box, i, false, lane);
-      else
-        store_elements<kType>(v, p.out, row, n, static_cast<int>(p.m), static_cast<int>(p.n), false,
-                              lane);
+      for (int unit = 0; unit < 2 * T::kParts; ++unit) out.store(work.d, unit);
     }
   }
   if (lane == 0) ptx::cp_async_bulk_wait_group_read<0>();
