@@ -151,42 +151,37 @@ __device__ __forceinline__ void produce(const TensorMaps& maps, const Int8Kernel
 // What a warp does. A unit is the products of its warpgroup's 64 rows with 64 columns over K = 128.
 template <class T>
 struct Multiplier {
-  static constexpr int kUnits = 2 * T::kParts;   // of a stage
-  static constexpr int kSteps = T::kTileK / 32;  // instructions of a unit
-  // In the units of matrix descriptors, 16 bytes: 64 columns of B, and a step along K.
-  static constexpr int kColumns = 64 * T::kTileK / 16, kStep = 32 / 16;
+  static constexpr int kUnits = 2 * T::kParts;          // of a stage
+  static constexpr int kColumns = 64 * T::kTileK / 16;  // of B, in the units of descriptors
 
   uint8_t* const memory;
   const int lane;
-  const uint32_t rows_at;  // where the lane's first 16 bytes of A are in stage 0
+  const uint32_t rows_at;     // where the lane's first 16 bytes of A are in stage 0
+  const uint32_t columns_at;  // where B is in stage 0, in the units of descriptors
   RingPosition<T> ring;
   uint32_t residual_parity = 0;
   float scale[T::kParts];  // of the stage where the ring is
   uint32_t fallen;
-  uint32_t rows[4 * kSteps];  // the warp's 16 rows of A, as wgmma takes them
-  int32_t sums[2][32];        // of two units
+  uint32_t rows[16];    // the warp's 16 rows of A, as wgmma takes them
+  int32_t sums[2][32];  // of two units
   float d[32 * kUnits];
 
   __device__ __forceinline__ Multiplier(uint8_t* memory, uint32_t shared, int warp, int lane)
       : memory(memory),
         lane(lane),
         rows_at(shared + (warp * 16 + lane % 16) * T::kTileK + (lane / 16 ^ lane % 8) * 16),
+        columns_at((shared + T::kOffsetB) / 16),
         ring(shared) {}
 
-  __device__ __forceinline__ uint32_t columns_of(uint32_t offset) const {
-    return (ring.shared + offset) / 16;
-  }
   // The rows of A in a stage or in the residual, `offset` bytes from stage 0 on.
   __device__ __forceinline__ void take_rows(uint32_t offset) {
 #pragma unroll
-    for (int k = 0; k < kSteps; ++k)
+    for (int k = 0; k < 4; ++k)
       ptx::ldmatrix_x4(rows + 4 * k, rows_at + offset ^ k * 32);  // of the 128-byte swizzle
   }
   __device__ __forceinline__ void start(int32_t (&sum)[32], uint32_t columns) {
     ptx::wgmma_fence();
-#pragma unroll
-    for (int k = 0; k < kSteps; ++k)
-      ptx::wgmma_m64n64k32_s8(sum, rows + 4 * k, ptx::wgmma_descriptor(columns + k * kStep), k > 0);
+    ptx::wgmma_m64n64k128_s8(sum, rows, ptx::wgmma_descriptor(columns));
     ptx::wgmma_commit_group();
   }
   // kCount units, of these columns and those behind them, each added to its part of `to` under the
@@ -256,15 +251,15 @@ struct Multiplier {
     for (int part = 0; part < T::kParts; ++part) {
       if (!(fell_back & 2u << part)) continue;
       await_residual();
-      multiply_units<2>(d + 64 * part, columns_of(T::kOffsetResidual), second + part, nothing, done,
-                        [](int) {});
+      multiply_units<2>(d + 64 * part, columns_at + (T::kOffsetResidual - T::kOffsetB) / 16,
+                        second + part, nothing, done, [](int) {});
     }
   }
 
   // more: there is a stage behind this one. added(u): after unit u.
   template <class Added>
   __device__ __forceinline__ void multiply_operands(bool more, Added added) {
-    const uint32_t columns = columns_of(T::kOffsetB + ring.stage * T::kBytesB);
+    const uint32_t columns = columns_at + ring.stage * (T::kBytesB / 16);
     const float scales[2] = {scale[0], scale[T::kParts - 1]};
     const bool fell_back = fallen != 0;
     uint32_t empty = 0;
@@ -283,7 +278,7 @@ struct Multiplier {
     const bool fell_back = fallen != 0;
     multiply_operands(more, [](int) {});
     if (!fell_back) return;
-    add_residuals(*facts_of<T>(memory, stage), columns_of(T::kOffsetB + stage * T::kBytesB));
+    add_residuals(*facts_of<T>(memory, stage), columns_at + stage * (T::kBytesB / 16));
     const uint32_t empty = advance(more);
     __syncwarp();  // as above
     release<T>(empty, lane);
