@@ -64,7 +64,7 @@ __device__ __forceinline__ void cp_async_wait_all() {
 }
 
 // ldmatrix.x4: four 8x8 matrices of 16-bit values from shared memory, laid out as stmatrix_x4's.
-__device__ __forceinline__ void ldmatrix_x4(uint32_t* w, uint32_t shared) {
+__device__ __forceinline__ void ldmatrix_x4(uint32_t (&w)[4], uint32_t shared) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3])
                : "r"(shared)

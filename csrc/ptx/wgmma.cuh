@@ -146,11 +146,11 @@ __device__ __forceinline__ void wgmma_m64n256k32_e5m2(float (&d)[2][64], uint64_
       : "l"(a), "l"(b), "r"(static_cast<uint32_t>(accumulate)));
 }
 
-// Four wgmma.mma_async.m64n64k32.s32.s8.s8, from the left end of rows of 128 bytes on: D = A B^T
-// over K = 128, exact. A is in registers: thread t has, in byte c of a[4 k + 2 j + i], row t / 32 *
-// 16 + t % 32 / 4 + 8 i and column 32 k + 16 j + 4 (t % 4) + c. (Stepping b as 64 bits takes one
-// instruction each, as two halves three.)
-__device__ __forceinline__ void wgmma_m64n64k128_s8(int32_t (&d)[32], const uint32_t (&a)[16],
+// Four of wgmma.mma_async.m64n64k32.s32.s8.s8, along rows of 128 bytes: D = A B^T over K = 128,
+// exact. A is in registers: thread t has, in byte c of a[k][2 j + i], row t / 32 * 16 + t % 32 / 4
+// + 8 i and column 32 k + 16 j + 4 (t % 4) + c. (Stepping b as 64 bits takes one instruction a
+// step, as two halves three.)
+__device__ __forceinline__ void wgmma_m64n64k128_s8(int32_t (&d)[32], const uint32_t (&a)[4][4],
                                                     uint64_t b) {
   asm volatile(
       "{\n"
@@ -181,9 +181,9 @@ __device__ __forceinline__ void wgmma_m64n64k128_s8(int32_t (&d)[32], const uint
         "+r"(d[14]), "+r"(d[15]), "+r"(d[16]), "+r"(d[17]), "+r"(d[18]), "+r"(d[19]), "+r"(d[20]),
         "+r"(d[21]), "+r"(d[22]), "+r"(d[23]), "+r"(d[24]), "+r"(d[25]), "+r"(d[26]), "+r"(d[27]),
         "+r"(d[28]), "+r"(d[29]), "+r"(d[30]), "+r"(d[31])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(a[4]), "r"(a[5]), "r"(a[6]), "r"(a[7]),
-        "r"(a[8]), "r"(a[9]), "r"(a[10]), "r"(a[11]), "r"(a[12]), "r"(a[13]), "r"(a[14]),
-        "r"(a[15]), "l"(b));
+      : "r"(a[0][0]), "r"(a[0][1]), "r"(a[0][2]), "r"(a[0][3]), "r"(a[1][0]), "r"(a[1][1]),
+        "r"(a[1][2]), "r"(a[1][3]), "r"(a[2][0]), "r"(a[2][1]), "r"(a[2][2]), "r"(a[2][3]),
+        "r"(a[3][0]), "r"(a[3][1]), "r"(a[3][2]), "r"(a[3][3]), "l"(b));
 }
 
 }  // namespace mxtrain::ptx

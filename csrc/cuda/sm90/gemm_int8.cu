@@ -162,7 +162,7 @@ struct Multiplier {
   uint32_t residual_parity = 0;
   float scale[T::kParts];  // of the stage where the ring is
   uint32_t fallen;
-  uint32_t rows[16];    // the warp's 16 rows of A, as wgmma takes them
+  uint32_t rows[4][4];  // the warp's 16 rows of A, as wgmma takes them
   int32_t sums[2][32];  // of two units
   float d[32 * kUnits];
 
@@ -177,7 +177,7 @@ struct Multiplier {
   __device__ __forceinline__ void take_rows(uint32_t offset) {
 #pragma unroll
     for (int k = 0; k < 4; ++k)
-      ptx::ldmatrix_x4(rows + 4 * k, rows_at + offset ^ k * 32);  // of the 128-byte swizzle
+      ptx::ldmatrix_x4(rows[k], rows_at + offset ^ k * 32);  // of the 128-byte swizzle
   }
   __device__ __forceinline__ void start(int32_t (&sum)[32], uint32_t columns) {
     ptx::wgmma_fence();
