@@ -81,8 +81,10 @@ def test_scales_and_masks_of_any_strides(device):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_every_kernel_gives_the_same_bytes(monkeypatch):
-    """The portable kernel and that of the architecture, both sides' residuals, large and small."""
-    for shape in ((260, 300, 400), (1024, 1280, 512)):
+    """The portable kernel and that of the architecture, both sides' residuals, large and small;
+    the last two have several tiles a thread block, whose stages follow one another.
+    """
+    for shape in ((260, 300, 400), (1024, 1280, 512), (4200, 4352, 300), (4200, 4352, 100)):
         a, b = operands(*shape, "cuda")
         for left, right in ((a.without_fallback(), b), (a, b), (b, a)):
             want = mxtrain.int8_gemm(left, right)

@@ -10,24 +10,27 @@
 // meets the other operand, which is still there: a fallback costs the products and one tile of
 // copies.
 //
-// The integer sums of a stage are exact. They are converted and added in float32 while the other
-// warpgroup has the tensor cores: acc = fma(scale, sum, acc), K ascending, a residual after its
-// block. That takes about as long as the other's products, so the warpgroups take turns: left to
-// themselves they multiply together and convert together, and the tensor cores wait half the time.
+// The integer sums of a stage are exact. They are converted and added in float32:
+// acc = fma(scale, sum, acc), K ascending, a residual after its block. A conversion and a
+// multiply-add for each sum take as many issue slots as half the products take cycles, so a
+// warpgroup multiplies 64 columns while it adds the 64 before: two sets of sums take turns. The
+// rows of A are in registers: from shared memory, such narrow products would read them again for
+// each 64 columns, 128 bytes a cycle with B, and there would be no room for the copies.
 // (Starting sums at the bits of a float, as cuda/int8_gemm.cu does, would take a move for each:
-// wgmma adds to the registers that it is given. A conversion takes no more.)
+// wgmma adds to the registers that it is given.)
 #include "cuda/sm90/gemm_consumer.cuh"
 #include "cuda/sm90/gemm_int8.h"
 #include "cuda/sm90/gemm_launch.h"
 #include "formats/int8.h"
-#include "ptx/barrier.cuh"
+#include "ptx/memory.cuh"
 
 namespace mxtrain::cuda::sm90 {
 
 // ---- traits ----
 
 // As GemmTraits, and the residual's tile, what the producer knows of each stage, the tile's
-// barriers. A chunk is a stage, so the integer sums of one part take 64 registers of a consumer's.
+// barriers. A chunk is a stage. Of a consumer's registers the integer sums of two times 64 columns
+// take 64, and rows of A 16.
 template <int kParts, int kCluster>
 using Int8RingTraits = GemmTraits<kParts, kCluster, 128, kParts == 2 ? 4 : 6, 56, 1>;
 
@@ -47,10 +50,9 @@ struct Int8Traits : Int8RingTraits<kParts, kCluster> {
 };
 
 // What the producer leaves beside a stage.
-struct StageFacts {
+struct alignas(16) StageFacts {
   float main[2], second[2];  // products of scales, of each part; second: with the residual's
   uint32_t fallen;           // bit 0: A's block fell back; bits 1 and 2: those of B's parts
-  uint32_t unused[3];
 };
 
 struct Int8KernelArgs {
@@ -120,6 +122,8 @@ __device__ __forceinline__ void produce(const TensorMaps& maps, const Int8Kernel
             blocks_n = static_cast<int>((args.p.n + kInt8Block - 1) / kInt8Block);
   RingPosition<T> ring(shared);
   uint32_t residual_parity = 0;
+  float scale[T::kParts];  // of the stage
+  uint32_t fallen;
   for (int tile = blockIdx.x / T::kCluster; tile < args.order.count();
        tile += gridDim.x / T::kCluster) {
     int m, n;
@@ -144,168 +148,206 @@ __device__ __forceinline__ void produce(const TensorMaps& maps, const Int8Kernel
 
 // ---- the consumers ----
 
-// As Factors, and the residual's tile: a consumer's 64 rows of one of A, all of one of B.
+// What a warp does. A unit is the products of its warpgroup's 64 rows with 64 columns over K = 128.
 template <class T>
-struct Int8Factors : Factors<T> {
-  using Factors<T>::Factors;
-  __device__ __forceinline__ uint32_t residual_of_a() const {
-    return this->a + T::kOffsetResidual / this->kUnit;
-  }
-  __device__ __forceinline__ uint32_t residual_of_b() const {
-    return this->b + (T::kOffsetResidual - T::kOffsetB) / this->kUnit;
-  }
-};
+struct Multiplier {
+  static constexpr int kUnits = 2 * T::kParts;          // of a stage
+  static constexpr int kColumns = 64 * T::kTileK / 16;  // of B, in the units of descriptors
 
-// Starts the products of 64 rows with 128 over K = 128, from these addresses on.
-template <class T>
-__device__ __forceinline__ void start_products(int32_t (&sum)[64], uint32_t a, uint32_t b) {
-  constexpr int kStep = Factors<T>::kStep;
-  ptx::wgmma_fence();
+  uint8_t* const memory;
+  const int lane;
+  const uint32_t rows_at;     // where the lane's first 16 bytes of A are in stage 0
+  const uint32_t columns_at;  // where B is in stage 0, in the units of descriptors
+  RingPosition<T> ring;
+  uint32_t residual_parity = 0;
+  float scale[T::kParts];  // of the stage where the ring is
+  uint32_t fallen;
+  uint32_t rows[4][4];  // the warp's 16 rows of A, as wgmma takes them
+  int32_t sums[2][32];  // of two units
+  float d[32 * kUnits];
+
+  __device__ __forceinline__ Multiplier(uint8_t* memory, uint32_t shared, int warp, int lane)
+      : memory(memory),
+        lane(lane),
+        rows_at(shared + (warp * 16 + lane % 16) * T::kTileK + (lane / 16 ^ lane % 8) * 16),
+        columns_at((shared + T::kOffsetB) / 16),
+        ring(shared) {}
+
+  // The rows of A in a stage or in the residual, `offset` bytes from stage 0 on.
+  __device__ __forceinline__ void take_rows(uint32_t offset) {
 #pragma unroll
-  for (int k = 0; k < T::kTileK / 32; ++k)
-    ptx::wgmma_m64n128k32_s8(sum, ptx::wgmma_descriptor(a + k * kStep),
-                             ptx::wgmma_descriptor(b + k * kStep), k > 0);
-  ptx::wgmma_commit_group();
-}
-
-__device__ __forceinline__ void promote(float (&d)[64], const int32_t (&sum)[64], float scale) {
+    for (int k = 0; k < 4; ++k)
+      ptx::ldmatrix_x4(rows[k], rows_at + offset ^ k * 32);  // of the 128-byte swizzle
+  }
+  __device__ __forceinline__ void start(int32_t (&sum)[32], uint32_t columns) {
+    ptx::wgmma_fence();
+    ptx::wgmma_m64n64k128_s8(sum, rows, ptx::wgmma_descriptor(columns));
+    ptx::wgmma_commit_group();
+  }
+  // kCount units, of these columns and those behind them, each added to its part of `to` under the
+  // next one's products. prepare() runs under the last one's, done() after them.
+  template <int kCount, class Prepare, class Done, class Added>
+  __device__ __forceinline__ void multiply_units(float* to, uint32_t columns, const float* scales,
+                                                 Prepare prepare, Done done, Added added) {
+    start(sums[0], columns);
+    start(sums[1], columns + kColumns);
 #pragma unroll
-  for (int i = 0; i < 64; ++i) d[i] = int8_promote(d[i], scale, static_cast<float>(sum[i]));
-}
-
-// Whose products come next: each warpgroup starts one part's, then lets the other start.
-struct Turns {
-  static constexpr int kBarriers = 1, kThreads = 256;  // barrier 1 + g: warpgroup g may start
-  int group;
-
-  __device__ __forceinline__ explicit Turns(int group) : group(group) {
-    if (group == 1) pass();  // warpgroup 0 begins
-  }
-  __device__ __forceinline__ void wait() const { ptx::barrier_sync(kBarriers + group, kThreads); }
-  __device__ __forceinline__ void pass() const {
-    ptx::barrier_arrive(kBarriers + 1 - group, kThreads);
-  }
-  __device__ __forceinline__ void end() const {
-    if (group == 0) wait();  // for the last pass of warpgroup 1
-  }
-};
-
-template <class T>
-struct ResidualRing {
-  uint32_t shared, parity = 0;
-
-  __device__ __forceinline__ void wait() {
-    ptx::mbarrier_wait(shared + T::kOffsetResidualFull, parity);
-  }
-  __device__ __forceinline__ void release(int lane) {
-    if (lane < kWarpArrivals) ptx::mbarrier_arrive(shared + T::kOffsetResidualEmpty);
-    parity ^= 1;
-  }
-};
-
-// The residuals of one stage, while its operands are there.
-template <class T>
-__device__ __forceinline__ void add_residuals(float (&d)[T::kParts][64], const StageFacts& facts,
-                                              const Int8Factors<T>& factors, int stage,
-                                              ResidualRing<T>& residual, const Turns& turns,
-                                              int lane) {
-  const bool of_a = facts.fallen & 1;
-  if (of_a) residual.wait();
+    for (int u = 0; u < kCount; ++u) {
+      int32_t (&sum)[32] = sums[u % 2];
+      if (u == kCount - 1) {
+        prepare();
+        ptx::wgmma_wait_group<0>(sum);
+        done();
+      } else {
+        ptx::wgmma_wait_group<1>(sum);
+      }
 #pragma unroll
-  for (int part = 0; part < T::kParts; ++part) {
-    const bool of_b = facts.fallen & (2u << part);
-    if (!of_a && !of_b) continue;
-    if (of_b) residual.wait();
-    int32_t sum[64];
-    turns.wait();
-    start_products<T>(sum, of_a ? factors.residual_of_a() : factors.stage_a(stage),
-                      of_a ? factors.stage_b(stage, part) : factors.residual_of_b());
-    turns.pass();
-    ptx::wgmma_wait_group<0>(sum);
-    if (of_b || part == T::kParts - 1) residual.release(lane);
-    promote(d[part], sum, facts.second[part]);
+      for (int i = 0; i < 32; ++i) {
+        float& v = to[32 * u + i];
+        v = int8_promote(v, scales[u / 2], static_cast<float>(sum[i]));
+      }
+      added(u);
+      if (u + 2 < kCount) start(sum, columns + (u + 2) * kColumns);
+    }
   }
-}
 
-// As multiply_promoted of gemm_consumer.cuh: the next stage is waited for under this one's last
-// products.
-template <class T>
-__device__ __forceinline__ void multiply(float (&d)[T::kParts][64], RingPosition<T>& ring,
-                                         const Int8Factors<T>& factors, uint8_t* memory,
-                                         ResidualRing<T>& residual, const Turns& turns,
-                                         int k_blocks, int lane) {
-  ptx::mbarrier_wait(ring.full(), ring.parity);
-  for (int block = 0; block < k_blocks; ++block) {
-    const int stage = ring.stage;
+  // On to the next stage, once it is full; returns this one's barrier.
+  __device__ __forceinline__ uint32_t advance(bool more) {
     const uint32_t empty = ring.empty();
-    const StageFacts& shared_facts = *facts_of<T>(memory, stage);
-    const uint32_t fallen = shared_facts.fallen;
+    ring.advance();
+    if (more) ptx::mbarrier_wait(ring.full(), ring.parity);
+    return empty;
+  }
+  // Reads what it needs of the stage where the ring is. Behind the last stage nobody uses it.
+  __device__ __forceinline__ void enter() {
+    const StageFacts& facts = *facts_of<T>(memory, ring.stage);
+#pragma unroll
+    for (int part = 0; part < T::kParts; ++part) scale[part] = facts.main[part];
+    fallen = facts.fallen;
+    take_rows(ring.stage * T::kBytesA);
+  }
+
+  __device__ __forceinline__ void await_residual() {
+    ptx::mbarrier_wait(ring.shared + T::kOffsetResidualFull, residual_parity);
+    residual_parity ^= 1;
+  }
+  __device__ __forceinline__ void release_residual() {
+    __syncwarp();  // every lane has read the rows
+    if (lane < kWarpArrivals) ptx::mbarrier_arrive(ring.shared + T::kOffsetResidualEmpty);
+  }
+  // The residuals of a stage, while its operands are there.
+  __device__ __forceinline__ void add_residuals(const StageFacts& facts, uint32_t columns) {
+    const float second[2] = {facts.second[0], facts.second[1]};
+    const uint32_t fell_back = facts.fallen;
+    const auto nothing = [] {};
+    const auto done = [&] { release_residual(); };
+    if (fell_back & 1) {
+      await_residual();
+      take_rows(T::kOffsetResidual);
+      multiply_units<kUnits>(d, columns, second, nothing, done, [](int) {});
+      return;
+    }
 #pragma unroll
     for (int part = 0; part < T::kParts; ++part) {
-      const float scale = shared_facts.main[part];
-      const bool last = part == T::kParts - 1 && fallen == 0;
-      int32_t sum[64];
-      turns.wait();
-      start_products<T>(sum, factors.stage_a(stage), factors.stage_b(stage, part));
-      turns.pass();
-      if (last) {
-        ring.advance();
-        if (block + 1 < k_blocks) ptx::mbarrier_wait(ring.full(), ring.parity);
-      }
-      ptx::wgmma_wait_group<0>(sum);
-      if (last) {
-        __syncwarp();  // every lane has read the facts
-        release<T>(empty, lane);
-      }
-      promote(d[part], sum, scale);
+      if (!(fell_back & 2u << part)) continue;
+      await_residual();
+      multiply_units<2>(d + 64 * part, columns_at + (T::kOffsetResidual - T::kOffsetB) / 16,
+                        second + part, nothing, done, [](int) {});
     }
-    if (fallen == 0) continue;
-    const StageFacts facts = shared_facts;
-    add_residuals<T>(d, facts, factors, stage, residual, turns, lane);
-    __syncwarp();
-    release<T>(empty, lane);
-    ring.advance();
-    if (block + 1 < k_blocks) ptx::mbarrier_wait(ring.full(), ring.parity);
   }
-}
+
+  // more: there is a stage behind this one. added(u): after unit u.
+  template <class Added>
+  __device__ __forceinline__ void multiply_operands(bool more, Added added) {
+    const uint32_t columns = columns_at + ring.stage * (T::kBytesB / 16);
+    const float scales[2] = {scale[0], scale[T::kParts - 1]};
+    const bool fell_back = fallen != 0;
+    uint32_t empty = 0;
+    const auto prepare = [&] {
+      if (!fell_back) empty = advance(more);
+    };
+    const auto done = [&] {
+      __syncwarp();  // every lane has read the facts and the rows
+      if (!fell_back) release<T>(empty, lane);
+      enter();  // this one again, if it is not left yet: without a branch, it comes first
+    };
+    multiply_units<kUnits>(d, columns, scales, prepare, done, added);
+  }
+  __device__ __forceinline__ void multiply_stage(bool more) {
+    const int stage = ring.stage;
+    const bool fell_back = fallen != 0;
+    multiply_operands(more, [](int) {});
+    if (!fell_back) return;
+    add_residuals(*facts_of<T>(memory, stage), columns_at + stage * (T::kBytesB / 16));
+    const uint32_t empty = advance(more);
+    __syncwarp();  // as above
+    release<T>(empty, lane);
+    enter();
+  }
+};
+
+// A tile's way to D, 64 columns at a time.
+template <class T, FloatType kType>
+struct Output {
+  const CUtensorMap& map_out;
+  const Int8KernelArgs& args;
+  const uint32_t shared, rank;
+  int m, n;  // the tile's first row and column
+
+  __device__ __forceinline__ void at(int tile) {
+    args.order.at(tile, m, n);
+    m = (m * T::kCluster + rank) * T::kTileM;
+    n *= T::kTileN;
+  }
+  // kPlain: plain() is known.
+  __device__ __forceinline__ bool plain() const { return args.boxes && args.p.bias == nullptr; }
+  template <bool kPlain = false>
+  __device__ __forceinline__ void store(const float* d, int unit) const {
+    const Int8GemmParams& p = args.p;
+    // The thread and what follows from it anew for each unit: kept, they would not fit beside d.
+    const int thread = ptx::opaque(static_cast<int>(threadIdx.x)), warp = thread / 32 - 4,
+              lane = thread % 32, row = m + warp * 16, column = n + 64 * unit;
+    static_assert(T::kBoxes == 1, "with more, a unit that is left out must keep its turn");
+    if (column >= p.n) return;
+    float v[32];  // a copy: stores of float32 from d itself made it spill
+#pragma unroll
+    for (int e = 0; e < 32; ++e) v[e] = ptx::opaque(d[32 * unit + e]);
+    if (!kPlain && __builtin_expect(p.bias != nullptr, 0)) add_bias(v, p, column, lane);
+    const uint32_t box = boxes_of<T>(shared, warp);
+    if (kPlain || __builtin_expect(args.boxes, 1))
+      store_boxes<kType, T::kBoxes, T::kBoxBytes>(v, &map_out, row, column, box, unit, false, lane);
+    else
+      store_elements<kType>(v, p.out, row, column, static_cast<int>(p.m), static_cast<int>(p.n),
+                            false, lane);
+  }
+};
 
 template <class T, FloatType kType>
 __device__ __forceinline__ void consume(const CUtensorMap& map_out, const Int8KernelArgs& args,
                                         uint8_t* memory, uint32_t shared, uint32_t rank) {
-  const Int8GemmParams& p = args.p;
   const int warp = threadIdx.x / 32 - 4, lane = threadIdx.x % 32;
-  const int group = __shfl_sync(0xFFFFFFFFu, warp / 4, 0);  // uniform, and known to be
-  const uint32_t boxes = shared + T::kOffsetOut + warp * T::kBoxes * T::kBoxBytes;
-  const Int8Factors<T> factors(shared, group);
-  RingPosition<T> ring(shared);
-  ResidualRing<T> residual = {shared};
-  const Turns turns(group);
-  for (int tile = blockIdx.x / T::kCluster; tile < args.order.count();
-       tile += gridDim.x / T::kCluster) {
-    int m, n;
-    args.order.at(tile, m, n);
-    m = (m * T::kCluster + rank) * T::kTileM + warp * 16;  // the warp's 16 rows
-    n *= T::kTileN;
-    float d[T::kParts][64] = {};
-    multiply<T>(d, ring, factors, memory, residual, turns, args.k_blocks, lane);
+  const int tiles = args.order.count(), step = gridDim.x / T::kCluster;
+  Output<T, kType> out = {map_out, args, shared, rank};
+  Multiplier<T> work(memory, shared, warp, lane);
+  ptx::mbarrier_wait(work.ring.full(), work.ring.parity);
+  work.enter();
+  for (int tile = blockIdx.x / T::kCluster; tile < tiles; tile += step) {
 #pragma unroll
-    for (int i = 0; i < 2 * T::kParts; ++i, n += 64) {
-      if (n >= p.n) break;
-      float v[32];  // a copy: stores of float32 from d itself made it spill
+    for (int i = 0; i < 64 * T::kParts; ++i) work.d[i] = 0.0f;
+    const bool more = tile + step < tiles;
+    // The last stage apart, where it can be: a unit is stored under the next one's products.
+    int left = args.k_blocks;
+#pragma unroll 1
+    for (; left > 1 || (left == 1 && (work.fallen != 0 || !out.plain())); --left)
+      work.multiply_stage(left > 1 || more);
+    out.at(tile);
+    if (left == 1) {
+      work.multiply_operands(more, [&](int unit) { out.template store<true>(work.d, unit); });
+    } else {
 #pragma unroll
-      for (int e = 0; e < 32; ++e) v[e] = ptx::opaque(d[i / 2][i % 2 * 32 + e]);
-      if (__builtin_expect(p.bias != nullptr, 0)) add_bias(v, p, n, lane);
-      // Addresses are computed anew for each part: kept, they would not fit beside d.
-      const uint32_t box = ptx::opaque(boxes);
-      const int row = static_cast<int>(ptx::opaque(static_cast<uint32_t>(m)));
-      if (__builtin_expect(args.boxes, 1))
-        store_boxes<kType, T::kBoxes, T::kBoxBytes>(v, &map_out, row, n, box, i, false, lane);
-      else
-        store_elements<kType>(v, p.out, row, n, static_cast<int>(p.m), static_cast<int>(p.n), false,
-                              lane);
+      for (int unit = 0; unit < 2 * T::kParts; ++unit) out.store(work.d, unit);
     }
   }
-  turns.end();
   if (lane == 0) ptx::cp_async_bulk_wait_group_read<0>();
   __syncwarp();
 }
