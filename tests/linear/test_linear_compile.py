@@ -32,7 +32,7 @@ def test_compiled_equals_eager(device, name):
 @pytest.mark.parametrize("name", [n for n in RECIPES if draws(RECIPES[n])])
 def test_compiled_under_autocast_equals_eager(device, name):
     """There the partition is another, and backward must still see the signs of forward. What the
-    recipe leaves to torch may be another kernel of torch's: within two roundings to bfloat16."""
+    recipe leaves to torch may be another kernel on a GPU: within two roundings to bfloat16."""
     torch._dynamo.reset()
     x, _, _, dy = tensors(128, device=device)
     layer = MXLinear(128, 128, device=device, recipe=name)
@@ -47,7 +47,7 @@ def test_compiled_under_autocast_equals_eager(device, name):
     results = [run(lambda *_, f=f: amp(f), x, layer.weight, layer.bias, dy.bfloat16())
                for f in (layer, compiled)]  # fmt: skip
     (y, *gradients), (compiled_y, *compiled_gradients) = results
-    if RECIPES[name].fprop_x.format is None:
+    if device == "cuda" and RECIPES[name].fprop_x.format is None:
         torch.testing.assert_close(compiled_y, y, rtol=2.0**-7, atol=2.0**-7 * float(y.abs().max()))
     else:
         assert torch.equal(compiled_y, y)
