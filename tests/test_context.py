@@ -144,12 +144,14 @@ def test_rms_norm_bytes(shape, dtype, device):
         if weight is None:
             assert dw.shape == (0,)
         else:
-            assert_same(dw, want[1], f"dw {what}")
+            # a GPU's NaN has other bytes
+            same = assert_same if device == "cuda" else assert_same_bytes
+            same(dw, want[1], f"dw {what}")
         plain, *nothing = ops.rms_norm_forward(x.to(device), w, 1e-5, out, False)
         assert_same_bytes(plain, y, "without a context")
         assert all(t.numel() == 0 for t in nothing)
-        same, none = ops.rms_norm_backward(dy.to(device), *context, rstd, w, out, False)
-        assert_same_bytes(same, dx, "of a frozen weight")
+        again, none = ops.rms_norm_backward(dy.to(device), *context, rstd, w, out, False)
+        assert_same_bytes(again, dx, "of a frozen weight")
         assert none.shape == (0,)
 
 
