@@ -25,7 +25,7 @@ constexpr GemmRow kGemmRows[] = {
     {8, 9, "L4, L40S, RTX 40", "89", GemmBackend::kFold, true, "folded",
      "exact folding into E5M2, FP8 tensor cores by mma.sync", kNeverRan},
     {9, 0, "H100, H200", "90a", GemmBackend::kFold, true, "folded",
-     "exact folding into E5M2, FP8 tensor cores", "runs on an H200"},
+     "exact folding into E5M2, FP8 tensor cores", "runs on an H100 and an H200"},
     {10, 0, "B200, GB200", "100a", GemmBackend::kSm100, false, "native",
      "block-scaled tensor cores by tcgen05", kNeverRan},
     {10, 3, "B300, GB300", "103a", GemmBackend::kSm100, false, "native",
