@@ -5,6 +5,7 @@ Nothing here needs a GPU, and torch is never imported.
 MXTRAIN_CUDA_ARCHS  "90a", "80;90a;100a;120a", "native" (the visible GPUs), "all", or "none".
                     Unset: native where a GPU is visible, otherwise CPU only.
 MAX_JOBS            compile jobs; unset: as many as the cores and the free memory allow.
+MXTRAIN_STRICT      "1": a kernel that spills registers, where none should, fails the build.
 MXTRAIN_CUTLASS     where the CUTLASS headers are, or "off" (third_party/README.md); for 10.x only.
 """
 
@@ -81,6 +82,12 @@ def cuda_archs() -> str:
                 "mxtrain: MXTRAIN_CUDA_ARCHS must list architectures such as 90a or 80;90a, "
                 f"got {bad[0]!r}. "
                 'Other values: "native", "all", "none".'
+            )
+        bare = [a for a in archs if a.isdigit() and int(a) >= 90]
+        if bare:
+            raise SystemExit(
+                "mxtrain: MXTRAIN_CUDA_ARCHS must name 9.0 and newer with their suffix, without "
+                f"which there are no tensor-core kernels, got {bare[0]!r}. Use {bare[0]}a."
             )
         return ";".join(archs)
     archs = gpu_archs()
@@ -162,6 +169,7 @@ class CMakeBuild(build_ext):
                 f"-DMXT_VERSION={package_version()}",
                 f"-DMXT_CUDA_ARCHS={archs}",
                 f"-DMXT_CUTLASS_JOBS={with_cutlass}",
+                f"-DMXT_STRICT={'ON' if os.environ.get('MXTRAIN_STRICT') == '1' else 'OFF'}",
                 f"-DMXT_OUTPUT_DIR={output}",
                 f"-DMXT_HOST_OUTPUT_DIR={host_output}",
                 *launchers,

@@ -152,7 +152,7 @@ SUITES: dict[str, tuple[tuple[Rows, Sequence[str]], ...]] = {
         (("quantize/mxfp4/nearest",), (SMALL,)),
         (OPTIMIZERS, ("8192x8192",)),
         (GEMMS, GEMM_SHAPES),
-        (OTHER_GEMMS[:1], GEMM_SHAPES[:1]),
+        (OTHER_GEMMS, GEMM_SHAPES[:1]),
         (INT8[3:4], (BIG,)),
         (INT8_GEMMS[:1], GEMM_SHAPES[:1]),
         (contexts("rms_norm", "int10", NORM_SHAPES[:1]), ("fwd", "bwd")),

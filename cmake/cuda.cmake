@@ -12,9 +12,12 @@ find_package(CUDAToolkit REQUIRED)
 set(CMAKE_CUDA_STANDARD 17)
 # -fmad=false keeps the rounding contract, as -ffp-contract=off does on the host.
 set(MXT_CUDA_FLAGS -O3 -lineinfo -fmad=false --expt-relaxed-constexpr -Xptxas=-warn-spills)
-# No kernel spills registers where the speed floors are measured: there a spill is an error.
+# No kernel spills registers where the speed floors are measured, nor any of sm120, whose registers are counted out
+# (gemm_traits.cuh): in a strict build, which CI makes, a spill is an error there. Another nvcc may still build what it likes.
+option(MXT_STRICT "spilled registers are errors" OFF)
+set(MXT_NO_SPILLS $<$<BOOL:${MXT_STRICT}>:-Xptxas=-Werror>)
 if(MXT_CUDA_ARCHS STREQUAL "90a")
-  list(APPEND MXT_CUDA_FLAGS -Xptxas=-Werror)
+  list(APPEND MXT_CUDA_FLAGS ${MXT_NO_SPILLS})
 endif()
 
 set(MXT_CUDA_SOURCES
@@ -75,13 +78,12 @@ if("90a" IN_LIST MXT_CUDA_ARCHS)
 endif()
 # Block-scaled mma.sync; 90a has the same kernels with that one instruction emulated, which is how they are tested there.
 set(MXT_SM120_ARCHS ${MXT_CUDA_ARCHS})
-list(FILTER MXT_SM120_ARCHS INCLUDE REGEX "^(90a|120a|121a)$")
+list(FILTER MXT_SM120_ARCHS INCLUDE REGEX "^(90a|12[01][af])$")
 if(MXT_SM120_ARCHS)
   add_library(mxt_cuda_sm120 OBJECT csrc/cuda/sm120/gemm_mxfp4.cu csrc/cuda/sm120/gemm_nvfp4.cu
     csrc/cuda/sm120/gemm_mxfp8_e4m3.cu csrc/cuda/sm120/gemm_mxfp8_e5m2.cu csrc/cuda/sm120/mma_probe.cu)
   target_include_directories(mxt_cuda_sm120 PRIVATE csrc)
-  # Registers are counted out (gemm_traits.cuh): a spill is an error for every architecture.
-  target_compile_options(mxt_cuda_sm120 PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:${MXT_CUDA_FLAGS} -Xptxas=-Werror>)
+  target_compile_options(mxt_cuda_sm120 PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:${MXT_CUDA_FLAGS} ${MXT_NO_SPILLS}>)
   mxt_set_archs(mxt_cuda_sm120 ${MXT_SM120_ARCHS})
   target_sources(mxtrain PRIVATE $<TARGET_OBJECTS:mxt_cuda_sm120>)
   target_compile_definitions(mxtrain PRIVATE MXT_HAVE_SM120)

@@ -101,8 +101,8 @@ static bool has_fold_mma(Capability c) {
 
 // Block-scaled mma.sync: an instruction of these architectures, and of no code without the suffix.
 static bool has_sm120(Capability c) {
-  return c.major == 12 &&
-         ((c.minor == 0 && built_as("120a")) || (c.minor == 1 && built_as("121a")));
+  return c.major == 12 && (built_as("120f") || (c.minor == 0 && built_as("120a")) ||
+                           (c.minor == 1 && (built_as("121a") || built_as("121f"))));
 }
 
 // The same kernel with the instruction emulated.

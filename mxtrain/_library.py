@@ -13,6 +13,7 @@ import torch
 
 PATH = Path(__file__).with_name("libmxtrain.so")
 MINIMUM_TORCH = (2, 11)
+CUDA_NOT_SUPPORTED = 801  # cudaErrorNotSupported
 
 
 def _load() -> ctypes.CDLL:
@@ -55,6 +56,30 @@ def gemm_backend(major: int, minor: int, format: int) -> str:
     """What gemm takes on a GPU of this compute capability, and why; of a build with CUDA."""
     LIBRARY.mxtrain_gemm_backend.restype = ctypes.c_char_p
     return LIBRARY.mxtrain_gemm_backend(major, minor, format).decode()
+
+
+def mma_probe(
+    format: int, selectors: tuple[int, int, int, int], registers: list[torch.Tensor]
+) -> torch.Tensor | None:
+    """Products of the block-scaled instruction, or its emulation, on the current GPU.
+
+    registers: a int32 [count, 32, 4], b [count, 32, 2], scale_a and scale_b [count, 32] and c
+    float32 [count, 32, 4], as csrc/ptx/block_scale.h lays them out, on any device. Returns d
+    float32 [count, 32, 4] on the CPU, or None where the build has no code for it. Raises
+    RuntimeError for what does not launch.
+    """
+    there = [t.cuda().contiguous() for t in registers]
+    d = torch.full(there[4].shape, torch.nan, device="cuda")
+    pointers = [ctypes.c_void_p(t.data_ptr()) for t in (*there, d)]
+    stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+    error = LIBRARY.mxtrain_mma_probe(
+        format, (ctypes.c_int * 4)(*selectors), len(d), *pointers, stream
+    )
+    if error == CUDA_NOT_SUPPORTED:
+        return None
+    if error:
+        raise RuntimeError(f"mxtrain: the probe must launch, got CUDA error {error}")
+    return d.cpu()
 
 
 LIBRARY: ctypes.CDLL = _load()

@@ -96,7 +96,12 @@ def backends(op: str) -> dict[str, str]:
     elif not found:
         chosen["cuda"] = f"built for {archs}; no GPU is visible"
     elif not built_for(found[0]["compute_capability"], archs):
-        chosen["cuda"] = f"none: built for {archs}, the GPU is {found[0]['compute_capability']}"
+        capability = found[0]["compute_capability"]
+        arch = capability.replace(".", "") + ("a" if int(capability.split(".")[0]) >= 9 else "")
+        chosen["cuda"] = (
+            f"none: built for {archs}, the GPU is {capability} (MXTRAIN_CUDA_ARCHS={arch} pip "
+            "install .)"
+        )
     else:
         chosen["cuda"] = f"portable kernel, for {archs}"
         if op == "gemm":
@@ -128,18 +133,17 @@ def _gemm_backends(capability: str) -> str:
 
 def gemm_by_architecture() -> list[str]:
     """What gemm is on each architecture, whether this build has its code, where it has run."""
-    archs = CATALOGUE["build"]["cuda_archs"].split(";")
-    lines = []
+    mxfp4, lines = formats.FORMATS["mxfp4"].code, []
     for row in formats.GEMM_ROWS:
         served = ", ".join(name for name in formats.FORMATS if name in row["formats"])
-        built = row["arch"] in archs
-        if row["backend"] == "sm100":
-            family = {f"10{minor}{suffix}" for minor in "03" for suffix in "af"}
-            built = bool(family & set(archs)) and bool(CATALOGUE["build"]["cutlass"])
+        major, minor = (int(part) for part in row["capability"].split("."))
+        built = CATALOGUE["build"]["cuda_archs"] and (
+            gemm_backend(major, minor, mxfp4).split(":")[0] == row["backend"]
+        )
         here = "built" if built else f"not built (MXTRAIN_CUDA_ARCHS={row['arch']})"
         where = f"{row['capability']}  {row['gpus']}"
         lines.append(f"{where:<34}{row['kind']}: {served}; {row['proof']}; {here}")
-    return [*lines, f"{'8.0 and newer, all else':<34}dequantized to BF16: every format"]
+    return [*lines, f"{'all else':<34}dequantized to BF16: every format"]
 
 
 def report() -> dict:
@@ -224,9 +228,10 @@ def _print_report(data: dict) -> None:
         print(f"GPU     {text}")
     for name, value in data["environment"].items():
         print(f"set     {name}={value}")
-    print(f"\n{'op':<18}{'on the CPU':<34}on CUDA")
+    width = max(map(len, data["backends"])) + 2
+    print(f"\n{'op':<{width}}{'on the CPU':<34}on CUDA")
     for op, chosen in data["backends"].items():
-        print(f"{op:<18}{chosen['cpu']:<34}{chosen['cuda']}")
+        print(f"{op:<{width}}{chosen['cpu']:<34}{chosen['cuda']}")
     print("\ngemm by compute capability")
     for line in gemm_by_architecture():
         print(f"  {line}")

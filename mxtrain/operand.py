@@ -79,6 +79,12 @@ class Operand:
                 refusal("Operand", "shape", "have data's rows", self.shape, context, advice)
             )
 
+        if self.scale.dim() != (3 if self.swizzled else 2):
+            got, context = self.swizzled, f"scale {list(self.scale.shape)}"
+            condition = "be true of scales in tiles, of 3 dimensions, and only of them"
+            advice = "Pass what quantize or swizzle_scale returned."
+            raise ValueError(refusal("Operand", "swizzled", condition, got, context, advice))
+
     @property
     def nbytes(self) -> int:
         """Bytes that codes and scales take."""

@@ -1,18 +1,22 @@
 """`python -m mxtrain.env --selftest [FILE]`: what the owner of a GPU runs once, and sends back.
 
 Bytes of quantize against the reference in every format, scale rule and rounding; GEMM against
-float64 on 40 shapes for each backend that the GPU has; torch's own scaled_mm on the same operands,
-where it takes them; and the quick suite of the benchmark, in a checkout. Each part runs in a
+float64 on 40 shapes for each backend that the GPU has, and for what `auto` takes; the block-scaled
+instruction of 12.x by itself, register by register, against its emulation on the CPU; torch's own
+scaled_mm on the same operands, where it takes them; and the quick suite of the benchmark, in a
+checkout. Each part runs in a
 process of its own, so that a kernel that hangs or breaks the CUDA context ends that part only. FILE
 is one JSON: the report of mxtrain.env, a list of parts with every figure, and the benchmark's own
 JSON.
 
 Exit status: 0 where everything that ran passed, 1 where a part failed, 2 where FILE cannot be
-written. What cannot run here is listed as not run, with the reason, and fails nothing.
+written. What cannot run here is listed as not run, with the reason, and fails nothing; but a build
+that lacks the GEMM which the GPU has tensor cores for fails gemm:cuda:auto, with what to build.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -22,10 +26,12 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from . import reference
+from ._library import gemm_backend, mma_probe
 from .formats import FORMATS, GEMM_BACKENDS, ROUNDINGS, SCALE_RULES
 from .operand import (
     Operand,
@@ -205,6 +211,13 @@ def gemm_part(device: str, backend: str) -> list[dict]:
     """40 shapes for each format that the backend serves here; the others with its refusal."""
     results = []
     for format in FORMATS:
+        taken = backend
+        if device == "cuda" and backend == "auto":
+            capability = torch.cuda.get_device_capability()
+            chosen = gemm_backend(*capability, FORMATS[format].code)
+            taken = chosen.split(":")[0]
+            found = _result(f"{format} auto takes {chosen}", "needs a build with" not in chosen)
+            results.append(found)
         if device == "cuda":
             set_gemm_backend(backend)
             try:
@@ -215,8 +228,68 @@ def gemm_part(device: str, backend: str) -> list[dict]:
                 results.append({"name": format, "status": NOT_RUN, "detail": str(error)})
                 continue
         for i, shape in enumerate(shapes()):
-            results.append(_one_product(i, shape, format, backend, device))
+            results.append(_one_product(i, shape, format, taken, device))
         results.append(_nan_stays(format, device))
+    return results
+
+
+# ---- one instruction ----
+
+
+PROBES = 64  # products of each set of selectors
+
+
+def _registers(format: str, seed: int = 8) -> list[Tensor]:
+    """a, b, scale_a, scale_b (int32) and c (float32) of a warp's lanes, PROBES times: random codes
+    of sums that float32 holds, random scales in every byte.
+    """
+    fmt, g = FORMATS[format], torch.Generator().manual_seed(seed)
+
+    def draw(low: int, high: int, *shape: int) -> Tensor:
+        return torch.randint(low, high, (PROBES, 32, *shape), generator=g)
+
+    def words(codes: Tensor) -> Tensor:
+        return codes.to(torch.uint8).contiguous().view(torch.int32).squeeze(-1)
+
+    def codes(count: int) -> Tensor:
+        if fmt.bits == 4:
+            return draw(0, 256, count, 4)
+        low, high = (0x30, 0x48) if fmt.mbits == 3 else (0x38, 0x44)  # 0.5 to 4
+        return draw(low, high, count, 4) + 128 * draw(0, 2, count, 4)
+
+    scale = (0x38, 0x48) if fmt.two_level else (126, 129)  # 1 to 4; 1/2 to 2
+    return [
+        *(words(codes(count)) for count in (4, 2)),
+        *(words(draw(*scale, 4)) for _ in range(2)),
+        draw(-256, 257, 4).float() / 4,
+    ]
+
+
+def probe_part(format: str) -> list[dict]:
+    """The block-scaled instruction of 12.x, or what stands for it on 9.0, under every set of
+    selectors that the probe has (csrc/cuda/sm120/mma_probe.cu), against the emulation on the CPU.
+
+    The sums are exact, so the results are equal where the chip reads the lanes and bytes that
+    csrc/ptx/block_scale.h says.
+    """
+    try:
+        from ._host import mma_block_scale
+    except ImportError as error:  # a library that was built for another Python
+        return [{"name": format, "status": NOT_RUN, "detail": str(error)}]
+    fmt, registers = FORMATS[format], _registers(format)
+    scales = 256 // fmt.bits // fmt.block
+    here = [*(t.numpy().view("uint32") for t in registers[:4]), registers[4].numpy()]
+    results = []
+    for byte_a, thread_b in itertools.product(range(0, 4, scales), range(4)):
+        selectors = (byte_a, thread_b % 2, 4 - scales - byte_a, thread_b)
+        got = mma_probe(fmt.code, selectors, registers)
+        if got is None:
+            detail = "this build has no code for it: build for 90a, 120a or 121a"
+            return [{"name": format, "status": NOT_RUN, "detail": detail}]
+        expected = [mma_block_scale(fmt.code, selectors, *one) for one in zip(*here, strict=True)]
+        differing = int((got != torch.from_numpy(np.stack(expected))).sum())
+        name = f"{format} selectors {selectors}"
+        results.append(_result(name, differing == 0, differing=differing))
     return results
 
 
@@ -244,7 +317,7 @@ def scaled_mm_part(format: str) -> list[dict]:
     try:
         theirs = functional.scaled_mm(*call, swizzle, swizzle, output_dtype=torch.bfloat16)
         torch.cuda.synchronize()
-    except (RuntimeError, ValueError, NotImplementedError, TypeError) as error:
+    except (RuntimeError, ValueError, NotImplementedError) as error:
         return [{"name": format, "status": NOT_RUN, "detail": f"torch: {error}"[:500]}]
     ours = gemm(a, b)
     left, right = _values(a), _values(b)
@@ -266,16 +339,18 @@ def _result(name: str, passed: bool, **figures) -> dict:
 def run_part(name: str) -> list[dict]:
     """The results of a part by its name: "gemm:cuda:sm100"."""
     kind, *rest = name.split(":")
-    parts = {"quantize": quantize_part, "gemm": gemm_part, "scaled_mm": scaled_mm_part}
+    parts = {"quantize": quantize_part, "gemm": gemm_part}
+    parts |= {"probe": probe_part, "scaled_mm": scaled_mm_part}
     return parts[kind](*rest)
 
 
 def part_names(cuda: bool) -> list[str]:
     names = ["quantize:cpu", "gemm:cpu:cpu"]
     if cuda:
-        backends = [name for name in GEMM_BACKENDS if name != "auto"]
-        names += ["quantize:cuda", *(f"gemm:cuda:{name}" for name in backends)]
-        names += [f"scaled_mm:{f}" for f in FORMATS if FORMATS[f].bits != 6]
+        block_scaled = [name for name, f in FORMATS.items() if f.bits != 6]
+        names += ["quantize:cuda", *(f"gemm:cuda:{name}" for name in GEMM_BACKENDS)]
+        names += [f"probe:{f}" for f in block_scaled]
+        names += [f"scaled_mm:{f}" for f in block_scaled]
     return names
 
 

@@ -45,7 +45,7 @@ def architectures_table() -> str:
         ]
         head = [row["capability"], row["gpus"], f"`{row['arch']}`"]
         rows.append(f"| {' | '.join([*head, *cells, row['proof']])} |")
-    other = "| other, 8.0 and newer | A100, ... | `80` |" + 4 * " dequantized |" + " |"
+    other = "| other 8.x | A100, A10, RTX 30 | `80` |" + 4 * " dequantized |" + " |"
     return "\n".join([*rows, other])
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -55,6 +56,43 @@ def test_a_wrong_byte_and_a_wrong_product_are_found(quick, monkeypatch):
     monkeypatch.setattr(selftest, "gemm", lambda *a, **k: product(*a, **k) * 1.01)
     results = selftest.run_part("gemm:cpu:cpu")
     assert any(r["status"] == "failed" for r in results if "of_bound" in r)
+
+
+def test_the_probe_is_compared_with_the_emulation(monkeypatch):
+    host = pytest.importorskip("mxtrain._host", reason="this library was built for another Python")
+
+    def emulated(format, selectors, registers, swap=False):
+        words = [t.numpy().view("uint32") for t in registers[:4]] + [registers[4].numpy()]
+        if swap and selectors[3] == 2:  # another lane's scales
+            selectors = (*selectors[:3], 3)
+        every = zip(*words, strict=True)
+        return torch.from_numpy(
+            np.stack([host.mma_block_scale(format, selectors, *one) for one in every])
+        )
+
+    for name, sets in (("mxfp4", 8), ("nvfp4", 4), ("mxfp8_e4m3", 16), ("mxfp8_e5m2", 16)):
+        monkeypatch.setattr(selftest, "mma_probe", emulated)
+        right = selftest.run_part(f"probe:{name}")
+        assert len(right) == sets and {r["status"] for r in right} == {"passed"}
+        monkeypatch.setattr(selftest, "mma_probe", lambda *a: emulated(*a, swap=True))
+        wrong = [r for r in selftest.run_part(f"probe:{name}") if r["status"] == "failed"]
+        assert len(wrong) == sets // 4 and all(r["differing"] > 1000 for r in wrong)
+    monkeypatch.setattr(selftest, "mma_probe", lambda *a: None)
+    assert [r["status"] for r in selftest.run_part("probe:mxfp4")] == ["not run"]
+
+
+def test_a_build_without_the_gpus_own_gemm_is_a_failure(quick, monkeypatch):
+    monkeypatch.setattr(selftest, "set_gemm_backend", lambda name: None)
+    monkeypatch.setattr(selftest, "_operand", lambda *a, real=selftest._operand: real(*a[:4], "cpu"))
+    monkeypatch.setattr(selftest, "_one_product", lambda *a: {"name": "", "status": "passed"})
+    monkeypatch.setattr(selftest, "_nan_stays", lambda *a: {"name": "", "status": "passed"})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (12, 0))
+    lacks = "dequant: decode to BF16, cuBLAS; sm120 needs a build with 120a"
+    for chosen, status in ((lacks, "failed"), ("sm120: block-scaled tensor cores", "passed")):
+        monkeypatch.setattr(selftest, "gemm_backend", lambda *a, chosen=chosen: chosen)
+        results = selftest.gemm_part("cuda", "auto")
+        found = [r for r in results if "auto takes" in r["name"]]
+        assert [r["status"] for r in found] == [status] * 2 and chosen in found[0]["name"]
 
 
 def test_a_part_that_crashes_or_hangs_ends_alone(monkeypatch):
@@ -109,8 +147,9 @@ def test_the_parts_of_this_gpu_pass(device):
     for name in ("quantize:cuda", "gemm:cuda:dequant"):
         part = selftest._in_a_process(name)
         assert part["status"] == "passed", part["detail"]
-    refused = selftest._in_a_process("gemm:cuda:fold")
-    assert refused["status"] in ("passed", "not run"), refused["detail"]
+    for name in ("gemm:cuda:fold", "probe:mxfp4"):  # not of every GPU
+        part = selftest._in_a_process(name)
+        assert part["status"] in ("passed", "not run"), part["detail"]
 
 
 def test_it_runs_as_a_command(tmp_path):

@@ -196,6 +196,13 @@ static void gemm_sm120(const char* op, const GemmArguments& g, Tensor& out, cuda
   check_launch(op, run_block_scaled_gemm(p, g.format, stream));
 }
 
+// What the kernel counts in 32 bits: rows, columns, tiles, and the bytes of a row.
+static bool sm120_fits(int64_t m, int64_t n, int64_t row_bytes) {
+  constexpr int64_t kInt = (int64_t{1} << 31) - 1, kTile = 128;
+  return m <= kInt - kTile && n <= kInt - 2 * kTile && row_bytes <= kInt - 2 * kTile &&
+         tiles(m, kTile) * tiles(n, kTile) <= kInt;
+}
+
 // ---- sm100 ----
 
 static bool aligned_16(const Tensor& t) {
@@ -287,6 +294,9 @@ static void product_into(const char* op, Tensor& out, bool add, const Tensor& a,
   const int64_t m = a.size(0), n = b.size(0), kp = a.size(1) * 8 / kFormats[format].bits;
   if (m == 0 || n == 0) return;
   if (backend == GemmBackend::kSm100 && !sm100_fits(m, n, kp, format))
+    backend = GemmBackend::kDequant;
+  if ((backend == GemmBackend::kSm120 || backend == GemmBackend::kSm120Emulated) &&
+      !sm120_fits(m, n, a.size(1)))
     backend = GemmBackend::kDequant;
   const int64_t blocks = kp / kFormats[format].block;
   const auto plain = [&](const Tensor& scale, int64_t rows) {

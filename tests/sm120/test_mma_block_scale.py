@@ -9,8 +9,6 @@ registers that must not be read.
 
 from __future__ import annotations
 
-import ctypes
-
 import numpy as np
 import pytest
 import torch
@@ -31,7 +29,7 @@ from mma_common import (
 from sm120_common import SM120_BACKEND
 
 import mxtrain
-from mxtrain._library import LIBRARY
+from mxtrain._library import mma_probe
 
 host = pytest.importorskip("mxtrain._host", reason="this library was built for another Python")
 
@@ -95,13 +93,8 @@ def multiply(x: Operands, s: tuple, where: str, seed: int = 1) -> np.ndarray:
     if where == "cpu":
         d = np.stack([host.mma_block_scale(code, s, *one) for one in zip(*registers, strict=True)])
         return x.unpack(d)
-    on_gpu = [torch.from_numpy(np.ascontiguousarray(r).view(np.int32)).cuda() for r in registers]
-    d = torch.full((len(x.a), 32, 4), 12345.0, device="cuda")
-    pointers = [ctypes.c_void_p(t.data_ptr()) for t in (*on_gpu, d)]
-    stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-    chosen = (ctypes.c_int * 4)(*s)
-    assert LIBRARY.mxtrain_mma_probe(code, chosen, len(x.a), *pointers, stream) == 0
-    return x.unpack(d.cpu().numpy())
+    words = [torch.from_numpy(np.ascontiguousarray(r).view(np.int32)) for r in registers[:4]]
+    return x.unpack(mma_probe(code, s, [*words, torch.from_numpy(registers[4])]).numpy())
 
 
 def check(x: Operands, s: tuple, where: str) -> None:

@@ -63,7 +63,7 @@ def test_the_kernels_for_120a_have_the_instruction_and_no_spills(format, tmp_pat
     (ptx,) = tmp_path.glob("*.ptx")
     assert ptx.read_text().count(in_ptx) == steps * TILES
     if not cuobjdump():
-        return
+        pytest.skip("the PTX has it, without spills; cuobjdump is needed for the machine code")
     code = subprocess.run([cuobjdump(), "-sass", str(cubin)], capture_output=True, text=True).stdout
     assert code.count(in_code) == steps * TILES
     products = [line for line in code.splitlines() if re.search(r"\b[A-Z]*MMA\.", line)]

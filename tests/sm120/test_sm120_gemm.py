@@ -176,6 +176,16 @@ def test_wide_tiles(format):
 
 
 @on_sm120
+@pytest.mark.parametrize("accumulate", ["fp32", "exact"])
+@pytest.mark.parametrize("format", FORMATS)
+def test_narrow_tiles_one_after_the_other(format, accumulate):
+    """One tile of 128 x 128 more than the GPU has multiprocessors: one of them takes two."""
+    count = torch.cuda.get_device_properties(0).multi_processor_count
+    a, b = operands(128 * (count + 1) - 3, 8, 800, format)
+    assert_exact(a, b, f"{format} {accumulate}", accumulate=accumulate)
+
+
+@on_sm120
 @pytest.mark.parametrize("format", FORMATS)
 def test_every_tile_size_gives_the_same_bytes(format):
     count = torch.cuda.get_device_properties(0).multi_processor_count
