@@ -83,7 +83,8 @@ def test_the_probe_is_compared_with_the_emulation(monkeypatch):
 
 def test_a_build_without_the_gpus_own_gemm_is_a_failure(quick, monkeypatch):
     monkeypatch.setattr(selftest, "set_gemm_backend", lambda name: None)
-    monkeypatch.setattr(selftest, "_operand", lambda *a, real=selftest._operand: real(*a[:4], "cpu"))
+    real = selftest._operand
+    monkeypatch.setattr(selftest, "_operand", lambda *a: real(*a[:4], "cpu"))
     monkeypatch.setattr(selftest, "_one_product", lambda *a: {"name": "", "status": "passed"})
     monkeypatch.setattr(selftest, "_nan_stays", lambda *a: {"name": "", "status": "passed"})
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (12, 0))
