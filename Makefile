@@ -23,7 +23,7 @@ endif
 
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(wildcard cmake/*) $(shell find csrc -type f)
 
-.PHONY: install train test lint format bench clean
+.PHONY: install train test lint format bench sanitize clean
 install: $(INSTALLED)
 
 train: $(INSTALLED)
@@ -42,6 +42,14 @@ format: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(PY) -m bench run
+
+# On a GPU: the tests of the ops under both tools, one after the other. Graphs need the caching allocator that memcheck
+# must do without.
+SANITIZED ?= tests/test_quantize.py tests/test_strips.py tests/test_pairs.py tests/test_requantize_tiles.py tests/test_gemm_fold.py \
+  tests/test_split_k.py tests/test_context.py tests/int8 tests/sm120
+sanitize: $(INSTALLED)
+	for tool in memcheck racecheck; do PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
+	  --kernel-name kernel_substring=mxtrain $(PY) -m pytest -q -x -p no:cacheprovider -k "not graph" $(SANITIZED) || exit 1; done
 
 $(INSTALLED): $(SOURCES)
 ifneq ($(VENV),)
