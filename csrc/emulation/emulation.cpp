@@ -149,13 +149,17 @@ Fiber* next() {
   return f;
 }
 
-// Until someone makes it ready.
+void release(Fiber* f) {
+  f->waits = nullptr;
+  ready.push_back(f);
+}
+
+// Until someone releases it.
 void wait(const char* what, const char* file, int line) {
   self->waits = what;
   self->file = file;
   self->line = line;
   if (_setjmp(self->resume) == 0) resume(next());
-  self->waits = nullptr;
 }
 
 void enter() {
@@ -246,7 +250,7 @@ void barrier(const char* what, const char* file, int line) {
   if (++at_barrier < threads) return wait(what, file, line);
   at_barrier = 0;
   for (unsigned i = 0; i < threads; ++i)
-    if (fibers[i].get() != self) ready.push_back(fibers[i].get());
+    if (fibers[i].get() != self) release(fibers[i].get());
 }
 
 const uint64_t* exchange(const char* what, unsigned mask, uint64_t value, const char* file,
@@ -274,7 +278,7 @@ const uint64_t* exchange(const char* what, unsigned mask, uint64_t value, const 
   it->arrived = 0;
   memcpy(it->out, it->in, sizeof it->out);
   for (unsigned i = 0; i < 32; ++i)
-    if ((mask & there) >> i & 1 && i != lane) ready.push_back(fibers[first + i].get());
+    if ((mask & there) >> i & 1 && i != lane) release(fibers[first + i].get());
   return it->out;
 }
 
