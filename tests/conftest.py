@@ -35,16 +35,15 @@ def pytest_collection_modifyitems(config, items) -> None:
     Tests marked `ops("quantize", ...)` run on CUDA once the build has CUDA kernels for those ops;
     slow ones, and those that measure speed, when asked.
     """
-    dropped = []
+    dropped = emulated.not_taken(items)
     for item in items:
         mark = item.get_closest_marker("ops")
-        device = getattr(item, "callspec", None) and item.callspec.params.get("device")
-        on_cuda = device == "cuda"
+        on_cuda = getattr(item, "callspec", None) and item.callspec.params.get("device") == "cuda"
         asked = config.option.markexpr or ""
         by_hand = any(item.get_closest_marker(m) and m not in asked for m in ("slow", "perf"))
-        no_kernel = on_cuda and mark and not all(cuda_has(op) for op in mark.args)
-        if by_hand or no_kernel or (device == "emulated" and not mark):
+        if by_hand or (on_cuda and mark and not all(cuda_has(op) for op in mark.args)):
             dropped.append(item)
     if dropped:
+        gone = set(dropped)
         config.hook.pytest_deselected(items=dropped)
-        items[:] = [item for item in items if item not in dropped]
+        items[:] = [item for item in items if item not in gone]
