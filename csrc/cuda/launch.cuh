@@ -7,11 +7,13 @@
 
 #include "cuda/quantize.h"
 
-// What is CUDA's own in a launch, and in a kernel's dynamic shared memory; csrc/emulation has others.
+// What is CUDA's own in a launch, and in a kernel's dynamic shared memory; csrc/emulation has
+// others.
 #ifndef MXT_LAUNCH
 #define MXT_LAUNCH(kernel, grid, block, shared, stream) kernel<<<grid, block, shared, stream>>>
 #define MXT_DYNAMIC_SHARED(name, alignment) \
-  extern __shared__ __align__(alignment) uint8_t name[]
+  extern __shared__ __align__(alignment)    \
+  uint8_t name[]
 #endif
 
 namespace mxtrain::cuda {

@@ -132,8 +132,9 @@ void prepare(Fiber* f) {
                      shown++ ? "," : "", i, last, f.waits, f.file, f.line);
     used = std::min(used, sizeof text - 1);
   }
-  fail("threads wait for others that cannot come, in block %u, %u:%s; %u of %u have left the kernel",
-       blockIdx.x, blockIdx.y, text, gone, threads);
+  fail(
+      "threads wait for others that cannot come, in block %u, %u:%s; %u of %u have left the kernel",
+      blockIdx.x, blockIdx.y, text, gone, threads);
 }
 
 Fiber* next() {
@@ -176,7 +177,8 @@ void enter() {
 
 // ---- shared memory ----
 
-uint8_t* shared_base() {  // a kernel may exchange bits of an address: the low ones are the real ones
+uint8_t*
+shared_base() {  // a kernel may exchange bits of an address: the low ones are the real ones
   return shared_first - reinterpret_cast<uintptr_t>(shared_first) % 65536 - (1 << 30);
 }
 
@@ -190,7 +192,8 @@ struct Range {
 };
 
 __attribute__((no_sanitize("address"))) void fill(Range r) {
-  for (uint8_t* p = r.begin; p < r.end; p += 8) *reinterpret_cast<volatile uint64_t*>(p) = kGarbage8;
+  for (uint8_t* p = r.begin; p < r.end; p += 8)
+    *reinterpret_cast<volatile uint64_t*>(p) = kGarbage8;
 }
 
 // What the kernel has written, as one range.
@@ -258,7 +261,8 @@ const uint64_t* exchange(const char* what, unsigned mask, uint64_t value, const 
   auto& warp = warps[self->index / 32];
   if (!(mask >> lane & 1))
     fail("lane %u is not in the mask %08x of its %s (%s:%d)", lane, mask, what, file, line);
-  auto it = std::find_if(warp.begin(), warp.end(), [&](const Meeting& m) { return m.mask == mask; });
+  auto it =
+      std::find_if(warp.begin(), warp.end(), [&](const Meeting& m) { return m.mask == mask; });
   if (it == warp.end()) it = warp.insert(warp.end(), Meeting{mask});
   const size_t at = it - warp.begin();
   if (it->arrived == 0) {
@@ -299,7 +303,8 @@ void* at_shared(uint32_t address, uint32_t bytes) {
 
 void copy_async(uint32_t to, const void* from, uint32_t size, uint32_t bytes) {
   if (bytes > size) fail("cp.async of %u bytes is asked for %u", size, bytes);
-  if (reinterpret_cast<uintptr_t>(from) % size != 0) fail("cp.async of %u bytes is not aligned", size);
+  if (reinterpret_cast<uintptr_t>(from) % size != 0)
+    fail("cp.async of %u bytes is not aligned", size);
   const Copy c = {static_cast<uint8_t*>(at_shared(to, size)), from, size, bytes, self->group};
   if (draw()) return make(c);
   self->copies.push_back(c);

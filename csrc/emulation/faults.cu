@@ -7,9 +7,21 @@ namespace mxtrain::cuda {
 
 namespace {
 
-enum Fault { kNone, kMissingBarrier, kMissingSyncwarp, kMissingWait, kEarlyWrite, kUninitialized,
-             kExitedLane, kDivergentBarrier, kDifferentCalls, kExitedThread, kOutside, kMisaligned,
-             kNoSharedAddress };
+enum Fault {
+  kNone,
+  kMissingBarrier,
+  kMissingSyncwarp,
+  kMissingWait,
+  kEarlyWrite,
+  kUninitialized,
+  kExitedLane,
+  kDivergentBarrier,
+  kDifferentCalls,
+  kExitedThread,
+  kOutside,
+  kMisaligned,
+  kNoSharedAddress
+};
 
 // Every thread gives its number + 1 to its neighbour; twice, through the same words.
 __global__ void exchange_kernel(uint32_t* out, const uint32_t* in, Fault fault) {

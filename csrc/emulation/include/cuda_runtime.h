@@ -25,9 +25,7 @@ extern dim3 blockDim, gridDim;
 
 // ---- threads that meet ----
 
-inline void __syncthreads(MXT_HERE) {
-  mxtrain::emulation::barrier("__syncthreads", file, line);
-}
+inline void __syncthreads(MXT_HERE) { mxtrain::emulation::barrier("__syncthreads", file, line); }
 inline void __syncwarp(unsigned mask = 0xFFFFFFFFu, MXT_HERE) {
   mxtrain::emulation::exchange("__syncwarp", mask, 0, file, line);
 }
@@ -41,7 +39,8 @@ T exchange_from(const char* what, unsigned mask, T v, unsigned from, const char*
   memcpy(&bits, &v, sizeof v);
   const uint64_t* all = exchange(what, mask, bits, file, line);
   if (from >= 32) return v;
-  if (!(mask >> from & 1)) fail("%s:%d: %s reads lane %u, which mask %08x lacks", file, line, what, from, mask);
+  if (!(mask >> from & 1))
+    fail("%s:%d: %s reads lane %u, which mask %08x lacks", file, line, what, from, mask);
   memcpy(&v, &all[from], sizeof v);
   return v;
 }

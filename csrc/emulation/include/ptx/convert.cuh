@@ -19,11 +19,13 @@ inline uint32_t cvt_rn_satfinite_e2m1x8(const float (&)[8]) { return 0; }  // ne
 
 inline uint32_t cvt_rn_satfinite_e4m3x2(float a, float b) {
   using emulation::Fp8E4;
-  return emulation::narrow_satfinite<Fp8E4>(a, 0x7E) | emulation::narrow_satfinite<Fp8E4>(b, 0x7E) << 8;
+  return emulation::narrow_satfinite<Fp8E4>(a, 0x7E) | emulation::narrow_satfinite<Fp8E4>(b, 0x7E)
+                                                           << 8;
 }
 inline uint32_t cvt_rn_satfinite_e5m2x2(float a, float b) {
   using emulation::Fp8E5;
-  return emulation::narrow_satfinite<Fp8E5>(a, 0x7B) | emulation::narrow_satfinite<Fp8E5>(b, 0x7B) << 8;
+  return emulation::narrow_satfinite<Fp8E5>(a, 0x7B) | emulation::narrow_satfinite<Fp8E5>(b, 0x7B)
+                                                           << 8;
 }
 
 inline float max_nan_f32(float a, float b) {

@@ -43,7 +43,9 @@ inline void mma_m16n8k32_e5m2(float* d, const uint32_t* a, const uint32_t* b, co
 }
 inline void mma_m16n8k32_s8(int32_t* d, const uint32_t* a, const uint32_t* b, const int32_t* c,
                             MXT_HERE) {
-  const auto element = [](uint32_t byte) { return static_cast<int32_t>(static_cast<int8_t>(byte)); };
+  const auto element = [](uint32_t byte) {
+    return static_cast<int32_t>(static_cast<int8_t>(byte));
+  };
   mma_m16n8k32<int64_t>(d, a, b, c, element, file, line);
 }
 

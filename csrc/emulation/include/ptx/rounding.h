@@ -52,7 +52,8 @@ template <class F>
 double widen(uint32_t h) {
   const uint32_t code = h & 0x7FFF, e = code >> F::kManBits, m = code & ((1u << F::kManBits) - 1);
   double v = m * power(F::kEmin - F::kManBits);
-  if (e != 0) v = (m + (1u << F::kManBits)) * power(F::kEmin - F::kManBits + static_cast<int>(e) - 1);
+  if (e != 0)
+    v = (m + (1u << F::kManBits)) * power(F::kEmin - F::kManBits + static_cast<int>(e) - 1);
   if (code >= F::kInf) v = code == F::kInf ? INFINITY : NAN;
   return h & 0x8000 ? -v : v;
 }
@@ -90,7 +91,9 @@ uint32_t pick(uint32_t a, uint32_t b) {
   const bool a_nan = (a & 0x7FFF) > F::kInf, b_nan = (b & 0x7FFF) > F::kInf;
   if ((a_nan && b_nan) || (kNanWins && (a_nan || b_nan))) return F::kNan;
   if (a_nan || b_nan) return a_nan ? b : a;
-  const auto rank = [](uint32_t h) { return h & 0x8000 ? 0x7FFF - static_cast<int>(h & 0x7FFF) : static_cast<int>(h | 0x8000); };
+  const auto rank = [](uint32_t h) {
+    return h & 0x8000 ? 0x7FFF - static_cast<int>(h & 0x7FFF) : static_cast<int>(h | 0x8000);
+  };
   return (rank(a) > rank(b)) == kLarger ? a : b;
 }
 
