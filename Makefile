@@ -21,6 +21,8 @@ INSTALLED := $(VENV)/.installed
 TOOLS := $(VENV)/bin/
 endif
 
+# The CUDA kernels on the CPU, for the tests: docs/emulation.md.
+EMULATED := build/emulated/libmxtrain_emulated.so
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(wildcard cmake/*) $(shell find csrc -type f)
 
 .PHONY: install train test lint format bench sanitize clean
@@ -29,7 +31,7 @@ install: $(INSTALLED)
 train: $(INSTALLED)
 	$(PY) examples/train_vit.py --recipe bf16 mxfp4_baseline tetrajet --out runs/vit
 
-test: $(INSTALLED)
+test: $(EMULATED)
 	$(PY) -m pytest
 
 lint: $(INSTALLED)
@@ -59,6 +61,11 @@ endif
 	$(PIP_INSTALL)
 	$(PY) -c "import mxtrain"
 	@mkdir -p $(dir $@) && touch $@
+
+$(EMULATED): export MXTRAIN_EMULATED = 1
+$(EMULATED): $(INSTALLED)
+	$(PIP_INSTALL)
+	@touch $@
 
 clean:
 	rm -rf build .venv runs mxtrain/*.so *.egg-info

@@ -6,6 +6,7 @@ MXTRAIN_CUDA_ARCHS  "90a", "80;90a;100a;120a", "native" (the visible GPUs), "all
                     Unset: native where a GPU is visible, otherwise CPU only.
 MAX_JOBS            compile jobs; unset: as many as the cores and the free memory allow.
 MXTRAIN_STRICT      "1": a kernel that spills registers, where none should, fails the build.
+MXTRAIN_EMULATED    "1": build/emulated too, the CUDA kernels on the CPU (docs/emulation.md).
 MXTRAIN_CUTLASS     where the CUTLASS headers are, or "off" (third_party/README.md); for 10.x only.
 """
 
@@ -176,7 +177,10 @@ class CMakeBuild(build_ext):
             ],
             check=True,
         )
-        subprocess.run([cmake, "--build", str(build), "--parallel", str(at_once)], check=True)
+        make = [cmake, "--build", str(build), "--parallel", str(at_once)]
+        subprocess.run(make, check=True)
+        if os.environ.get("MXTRAIN_EMULATED") == "1":
+            subprocess.run([*make, "--target", "mxtrain_emulated"], check=True)
 
     @staticmethod
     def pybind11_dir() -> str:

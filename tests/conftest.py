@@ -1,17 +1,27 @@
-"""Every test that takes `device` runs on the CPU, and on CUDA where a GPU is."""
+"""Every test that takes `device` runs on the CPU, and on CUDA where a GPU is.
+
+Those of ops run on the CPU once more, by the CUDA kernels, where tests/emulated.py has them.
+"""
 
 from __future__ import annotations
 
+import emulated
 import pytest
 import torch
 from common import cuda_has
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+if emulated.library():
+    DEVICES.append("emulated")
 
 
 @pytest.fixture(params=DEVICES)
-def device(request) -> str:
-    return request.param
+def device(request):
+    if request.param != "emulated":
+        yield request.param
+        return
+    with emulated.emulated():
+        yield "cpu"
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +35,7 @@ def pytest_collection_modifyitems(config, items) -> None:
     Tests marked `ops("quantize", ...)` run on CUDA once the build has CUDA kernels for those ops;
     slow ones, and those that measure speed, when asked.
     """
-    dropped = []
+    dropped = emulated.not_taken(items)
     for item in items:
         mark = item.get_closest_marker("ops")
         on_cuda = getattr(item, "callspec", None) and item.callspec.params.get("device") == "cuda"
@@ -34,5 +44,6 @@ def pytest_collection_modifyitems(config, items) -> None:
         if by_hand or (on_cuda and mark and not all(cuda_has(op) for op in mark.args)):
             dropped.append(item)
     if dropped:
+        gone = set(dropped)
         config.hook.pytest_deselected(items=dropped)
-        items[:] = [item for item in items if item not in dropped]
+        items[:] = [item for item in items if item not in gone]
