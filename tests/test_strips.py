@@ -56,6 +56,29 @@ def test_blocks_of_every_exponent(rounding, group, rule, transpose, device):
     )
 
 
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("rule", RULES)
+def test_elements_at_their_draws_thresholds(rule, transpose, device):
+    """Below, at and above (2 draw + 1) / 2^17 of a step of 1/2, where bfloat16 has it: draws below
+    128. Rows have scales of every exponent, past both ends of what is rounded where it stands.
+    """
+    exponents = torch.arange(-124, 126)
+    shape = len(exponents), 4096
+    draws = reference.draws(RNG, *shape, stream=int(transpose))
+    at = (2 * draws + 1).double() * 2.0**-18
+    steps = torch.randint(-1, 2, shape, generator=torch.Generator().manual_seed(8))
+    x = torch.where(draws < 128, at, 0.75)
+    x = (x.bfloat16().view(torch.int16) + steps.short()).view(torch.bfloat16).double()
+    assert (draws < 128).sum() > 1000 and ((x == at) & (draws < 128)).sum() > 300
+    x *= 1 - 2 * torch.randint(0, 2, shape, generator=torch.Generator().manual_seed(9))
+    x[:, ::32] = 6.0  # the scale is 1 by every rule
+    x = (x * 2.0 ** exponents[:, None].double()).bfloat16()
+    x = x.T.contiguous() if transpose else x
+    check_quantize(
+        x, "mxfp4", device, transpose=transpose, scale_rule=rule, **options("stochastic", 0)
+    )
+
+
 @pytest.mark.parametrize("prescale", [0.75, 1.0, 1.5, 1e-30, 1e30])
 @pytest.mark.parametrize("rounding, group", TARGETS)
 def test_prescales(rounding, group, prescale, device):

@@ -2,11 +2,11 @@
 // Strips: the fast path for bfloat16 to mxfp4 with stochastic rounding, a Hadamard rotation, or
 // both. A lane owns one block, 32 consecutive elements along K of one operand row, in registers, or
 // the two of a Hadamard group of 64. So maxima, scales and butterflies need no other lane. A block
-// is rounded where it stands, without dividing it by its scale S: with a = |v| and b = a + max(a,
-// S), the bits of b - S from bit 22 up are the code (encode.cuh, moved up by S), and a Hadamard
-// norm that is a power of two moves S instead of v. Blocks whose maximum is no ordinary number for
-// that (zero, subnormal, huge, NaN, Inf) are first brought to S = 1. Two operands of one read may
-// also be nearest, by encode_pairs.cuh. Rows, K and strides are below 2^31 here, blocks below 2^32.
+// is rounded where it stands, without dividing it by its scale S, which encode.cuh takes into its
+// one product, and a Hadamard norm that is a power of two moves S instead of v. Blocks whose
+// maximum is no ordinary number for that (zero, subnormal, huge, NaN, Inf) are first brought to S =
+// 1. Two operands of one read may also be nearest, by encode_pairs.cuh. Rows, K and strides are
+// below 2^31 here, blocks below 2^32.
 #pragma once
 
 #include "cuda/group.cuh"
@@ -26,10 +26,13 @@ struct StripTraits {
   static_assert(kRowBytes == 128, "a tile's row touches every bank of shared memory once");
 };
 
-// Blocks whose maximum lies in [2^-90, 2^100): nothing on the way to their codes under- or
-// overflows, for prescales within 2^-20 and 2^20.
+// Blocks whose maximum lies in [2^-90, 2^25): nothing on the way to their codes under- or
+// overflows, for prescales within 2^-20 and 2^20, and S, at most half of the maximum, not even by
+// the rules that round up, is one of e2m1_stochastic8's.
 struct OrdinaryTraits {
-  static constexpr uint32_t kFirst = (127u - 90) << 23, kCount = 190u << 23;
+  static constexpr uint32_t kFirst = (127u - 90) << 23, kEnd = (127u + 25) << 23,
+                            kCount = kEnd - kFirst;
+  static_assert(25 - E2M1::kEmax <= kMostStochasticScale, "the largest maximum's scale");
   static constexpr float kSmallestPrescale = 0x1p-20f, kLargestPrescale = 0x1p20f;
 };
 
