@@ -229,7 +229,8 @@ def test_dual_equals_its_parts(col, shape, dtype, device):
     x = torch.randn(shape).to(dtype).to(device)
     rng = RNG.to(device)
     signs = mxtrain.draw_signs(group, device=device)[0] if col.signs == "drawn" else None
-    a, b = mxtrain.quantize_dual(x, ROW, col, rng=rng, col_signs=signs)
+    a, b, sums = mxtrain.quantize_dual(x, ROW, col, rng=rng, col_signs=signs, column_sum=True)
+    assert_same_bytes(sums, reference.column_sum(x.cpu()))
     for got, q, transpose in ((a, ROW, False), (b, col, True)):
         expected = mxtrain.quantize(
             x,

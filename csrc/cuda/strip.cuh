@@ -407,11 +407,27 @@ __device__ __forceinline__ void finish_row_pairs(const uint32_t (&w)[16], const 
   store_block(p, tables.plan, row, k, row * tables.plan.blocks + k / 32, {codes, s.code});
 }
 
+// The sum of a block of x, one element after the other: a run of rows (formats/column_sum.h).
+__device__ __forceinline__ void store_run(const QuantizeParams& p, const StripPlan& plan,
+                                          uint32_t row, uint32_t k, float sum) {
+  if (row < plan.rows && k < plan.kp) p.runs[k / 32 * plan.rows + row] = sum;
+}
+
 // The same of 32 rows of two columns, which are operand rows `row` and the next.
-template <class Tables>
+template <bool kRuns, class Tables>
 __device__ __forceinline__ void finish_column_pairs(const uint32_t (&x2)[32],
                                                     const QuantizeParams& p, const Tables& tables,
                                                     uint32_t row, uint32_t k) {
+  if (kRuns) {
+    float sum[2] = {};
+#pragma unroll
+    for (int i = 0; i < 32; ++i) {
+      sum[0] += bits_float(x2[i] << 16);
+      sum[1] += bits_float(x2[i] & 0xFFFF0000u);
+    }
+    store_run(p, tables.plan, row, k, sum[0]);
+    store_run(p, tables.plan, row + 1, k, sum[1]);
+  }
   const ScaleChooser<Mxfp4> scales(p);
   BlockScale s[2];
   uint4 codes[2];
@@ -489,11 +505,12 @@ __device__ __forceinline__ void fill_from_column(float (&v)[32], const Tables& t
 
 // Pass `pass` of the columns: lane 2 i + b takes rows 32 b and up of column 16 pass + i, or, in
 // pairs, of columns 32 pass + 2 i and the next, or, for a group of 64, lane i all of column
-// 32 pass + i. (row, k): the operand's at the tile's corner.
-template <Strip kStrip, class Tables, class AfterRead>
+// 32 pass + i. (row, k): the operand's at the tile's corner. kRuns: also their sums, to p.runs.
+template <Strip kStrip, bool kRuns, class Tables, class AfterRead>
 __device__ __forceinline__ void column_pass(const uint8_t* tile, int pass, const QuantizeParams& p,
                                             const Tables& tables, uint32_t row, uint32_t k,
                                             AfterRead after_read) {
+  static_assert(!kRuns || !rotates(kStrip), "what is rotated has no sums of x");
   const uint32_t lane = rotates64(kStrip) ? ptx::lane_id() : threadIdx.x % 32;
   uint32_t from[8];
   if constexpr (rotates64(kStrip)) {
@@ -512,12 +529,18 @@ __device__ __forceinline__ void column_pass(const uint8_t* tile, int pass, const
     for (int i = 0; i < 32; ++i)
       x2[i] = ptx::ld_shared_b32(from[i % 8] + i * StripTraits::kRowBytes);
     after_read();
-    return finish_column_pairs(x2, p, tables, row + c, k + 32 * half);
+    return finish_column_pairs<kRuns>(x2, p, tables, row + c, k + 32 * half);
   }
   const uint32_t b = lane % 2, c = pass * StripTraits::kPassRows + lane / 2;
   float v[32];
   column_addresses(tile, b, c, from);
   fill_from_column<kStrip, false>(v, tables, b, from);
+  if (kRuns) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < 32; ++i) sum += v[i];
+    store_run(p, tables.plan, row + c, k + 32 * b, sum);
+  }
   const uint32_t m = rotates(kStrip) ? 0 : amax32(v);
   after_read();
   finish_block<kStrip>(v, m, p, tables, row + c, k + 32 * b);
