@@ -14,7 +14,18 @@
 
 #include "ops/ops.h"
 
-STABLE_TORCH_LIBRARY(mxtrain, m) {
+#ifdef MXT_EMULATION  // the functions for CUDA, on the CPU, in a library of their own
+#define MXT_LIBRARY mxtrain_emulated
+#define MXT_CPU_FUNCTIONS mxtrain::cuda
+#else
+#define MXT_LIBRARY mxtrain
+#define MXT_CPU_FUNCTIONS mxtrain::cpu
+#endif
+// Once more, so that the name is put in before torch's macros paste it.
+#define MXT_DEFINE(library, m) STABLE_TORCH_LIBRARY(library, m)
+#define MXT_IMPLEMENT(library, key, m) STABLE_TORCH_LIBRARY_IMPL(library, key, m)
+
+MXT_DEFINE(MXT_LIBRARY, m) {
   m.def(
       "quantize(Tensor x, int format, int scale_rule=1, int rounding=0, bool transpose=False, "
       "Tensor? rng=None, int hadamard=0, "
@@ -89,8 +100,8 @@ STABLE_TORCH_LIBRARY(mxtrain, m) {
       "Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(mxtrain, CPU, m) {
-  using namespace mxtrain::cpu;
+MXT_IMPLEMENT(MXT_LIBRARY, CPU, m) {
+  using namespace MXT_CPU_FUNCTIONS;
   m.impl("quantize", TORCH_BOX(&quantize));
   m.impl("quantize_dual", TORCH_BOX(&quantize_dual));
   m.impl("requantize", TORCH_BOX(&requantize));

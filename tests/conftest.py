@@ -1,17 +1,27 @@
-"""Every test that takes `device` runs on the CPU, and on CUDA where a GPU is."""
+"""Every test that takes `device` runs on the CPU, and on CUDA where a GPU is.
+
+Those of ops run on the CPU once more, by the CUDA kernels, where tests/emulated.py has them.
+"""
 
 from __future__ import annotations
 
+import emulated
 import pytest
 import torch
 from common import cuda_has
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+if emulated.library():
+    DEVICES.append("emulated")
 
 
 @pytest.fixture(params=DEVICES)
-def device(request) -> str:
-    return request.param
+def device(request):
+    if request.param != "emulated":
+        yield request.param
+        return
+    with emulated.emulated():
+        yield "cpu"
 
 
 @pytest.fixture(autouse=True)
@@ -28,10 +38,12 @@ def pytest_collection_modifyitems(config, items) -> None:
     dropped = []
     for item in items:
         mark = item.get_closest_marker("ops")
-        on_cuda = getattr(item, "callspec", None) and item.callspec.params.get("device") == "cuda"
+        device = getattr(item, "callspec", None) and item.callspec.params.get("device")
+        on_cuda = device == "cuda"
         asked = config.option.markexpr or ""
         by_hand = any(item.get_closest_marker(m) and m not in asked for m in ("slow", "perf"))
-        if by_hand or (on_cuda and mark and not all(cuda_has(op) for op in mark.args)):
+        no_kernel = on_cuda and mark and not all(cuda_has(op) for op in mark.args)
+        if by_hand or no_kernel or (device == "emulated" and not mark):
             dropped.append(item)
     if dropped:
         config.hook.pytest_deselected(items=dropped)

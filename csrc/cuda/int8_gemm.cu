@@ -151,7 +151,7 @@ template <FloatType kType>
 __global__ void __launch_bounds__(Int8GemmTile::kThreads, 1)
     int8_gemm_kernel(const __grid_constant__ Int8GemmParams p, TileOrder order) {
   using T = Int8GemmTile;
-  extern __shared__ __align__(128) uint8_t memory[];
+  MXT_DYNAMIC_SHARED(memory, 128);
   const uint32_t shared = ptx::shared_address(memory);
   int tile_m, tile_n;
   order.at(blockIdx.x, tile_m, tile_n);

@@ -7,6 +7,13 @@
 
 #include "cuda/quantize.h"
 
+// What is CUDA's own in a launch, and in a kernel's dynamic shared memory; csrc/emulation has others.
+#ifndef MXT_LAUNCH
+#define MXT_LAUNCH(kernel, grid, block, shared, stream) kernel<<<grid, block, shared, stream>>>
+#define MXT_DYNAMIC_SHARED(name, alignment) \
+  extern __shared__ __align__(alignment) uint8_t name[]
+#endif
+
 namespace mxtrain::cuda {
 
 inline int ceil_div(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
@@ -24,7 +31,7 @@ template <class... P, class... A>
 static cudaError_t launch(void (*kernel)(P...), dim3 grid, unsigned block, cudaStream_t stream,
                           const A&... arguments) {
   last_launch() = {grid.x * grid.y * grid.z, block};
-  kernel<<<grid, block, 0, stream>>>(arguments...);
+  MXT_LAUNCH(kernel, grid, block, 0, stream)(arguments...);
   return cudaGetLastError();
 }
 
@@ -36,7 +43,7 @@ static cudaError_t launch_with_shared(void (*kernel)(P...), unsigned grid, unsig
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
   if (error != cudaSuccess) return error;
   last_launch() = {grid, block};
-  kernel<<<grid, block, shared, stream>>>(arguments...);
+  MXT_LAUNCH(kernel, grid, block, shared, stream)(arguments...);
   return cudaGetLastError();
 }
 

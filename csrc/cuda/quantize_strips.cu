@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(StripTraits::kThreads, strip_ctas(kRow, kCol))
     quantize_strips_kernel(const QuantizeParams row, const QuantizeParams col,
                            const StripPlan row_plan, const StripPlan col_plan,
                            const StripGrid grid) {
-  __shared__ alignas(128) uint8_t tiles[StripTraits::kWarps][StripTraits::kTileBytes];
+  __shared__ __align__(128) uint8_t tiles[StripTraits::kWarps][StripTraits::kTileBytes];
   __shared__ StripSigns row_signs, col_signs;
   fill_signs<kRow>(row_signs.word, row);
   fill_signs<kCol>(col_signs.word, col);
@@ -165,8 +165,8 @@ struct PackedStrips {
 template <Strip kCol>
 __global__ void __launch_bounds__(StripTraits::kThreads, requantize_ctas(kCol))
     requantize_strips_kernel(const QuantizeParams p, const StripGrid grid) {
-  __shared__ alignas(128) uint8_t tiles[StripTraits::kWarps][StripTraits::kTileBytes];
-  __shared__ alignas(128) uint8_t packed[StripTraits::kWarps][PackedStrips::kBytes];
+  __shared__ __align__(128) uint8_t tiles[StripTraits::kWarps][StripTraits::kTileBytes];
+  __shared__ __align__(128) uint8_t packed[StripTraits::kWarps][PackedStrips::kBytes];
   __shared__ StripTables tables;
   fill_tables<kCol>(tables, p);
   __syncthreads();

@@ -199,7 +199,7 @@ __device__ __forceinline__ void load_tile(const QuantizeParams& p, TilePlace at,
 template <class T, class F, Path kPath>
 __global__ void __launch_bounds__(TileTraits::kThreads, TileTraits::kCtas)
     quantize_columns_kernel(const QuantizeParams p, int64_t tiles_across, bool vector) {
-  __shared__ alignas(128) uint8_t tile[TileTraits::kBytes];
+  __shared__ __align__(128) uint8_t tile[TileTraits::kBytes];
   const TilePlace at = tile_place<T>(tiles_across);
   load_tile<T>(p, at, vector, tile);
   quantize_columns_of<T, F, kPath>(tile, p, at.k_base, at.r_base);
@@ -209,7 +209,7 @@ template <class T, class F, Path kRow, Path kCol>
 __global__ void __launch_bounds__(TileTraits::kThreads)
     quantize_dual_kernel(const QuantizeParams row, const QuantizeParams col, int64_t tiles_across,
                          bool vector) {
-  __shared__ alignas(128) uint8_t tile[TileTraits::kBytes];
+  __shared__ __align__(128) uint8_t tile[TileTraits::kBytes];
   const TilePlace at = tile_place<T>(tiles_across);
   load_tile<T>(col, at, vector, tile);
   quantize_rows_of<T, F, kRow>(tile, row, at.k_base, at.r_base);
@@ -221,7 +221,7 @@ __global__ void __launch_bounds__(TileTraits::kThreads)
 template <class T>
 __global__ void __launch_bounds__(TileTraits::kThreads)
     amax_columns_kernel(const QuantizeParams p, int64_t tiles_across, bool vector) {
-  __shared__ alignas(128) uint8_t tile[TileTraits::kBytes];
+  __shared__ __align__(128) uint8_t tile[TileTraits::kBytes];
   const TilePlace at = tile_place<T>(tiles_across);
   load_tile<T>(p, at, vector, tile);
   const ColumnPlace<T> place(p.hadamard);

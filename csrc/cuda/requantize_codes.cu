@@ -456,7 +456,7 @@ __device__ __forceinline__ void store_scales(const QuantizeParams& p, const Code
 
 __global__ void __launch_bounds__(CodeTile::kThreads, CodeTraits::kCtas)
     requantize_codes_kernel(const QuantizeParams p, const CodeGrid g) {
-  extern __shared__ __align__(128) uint8_t memory[];
+  MXT_DYNAMIC_SHARED(memory, 128);
   CodeShared& shared = *reinterpret_cast<CodeShared*>(memory);
   fill_code_tables(shared.tables, p);
   const uint32_t step = gridDim.x;

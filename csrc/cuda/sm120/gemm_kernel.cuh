@@ -272,7 +272,7 @@ __device__ __forceinline__ void finish(Accumulators<T>& d, const KernelArgs& arg
 template <class T>
 __global__ void __launch_bounds__(T::kThreads, 1)
     block_scaled_gemm_kernel(const __grid_constant__ KernelArgs args) {
-  extern __shared__ __align__(128) uint8_t memory[];
+  MXT_DYNAMIC_SHARED(memory, 128);
   const uint32_t shared = ptx::shared_address(memory);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const Addresses<T> at(warp, lane);
