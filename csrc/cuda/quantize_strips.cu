@@ -8,7 +8,7 @@
 // so x must be aligned to that, in both directions.
 #include "cuda/divide.cuh"
 #include "cuda/launch.cuh"
-#include "cuda/strip.cuh"
+#include "cuda/strip_tile.cuh"
 
 namespace mxtrain::cuda {
 

@@ -40,7 +40,7 @@ struct CodeGrid {
   const uint8_t* x;
   uint32_t height, blocks, tiles;
   Divisor across;
-  bool pairs;            // no prescale, and groups of draws are numbered below 2^32
+  bool pairs;            // no prescale
   bool loads8, stores8;  // rows of scales are aligned words of 8
 };
 
@@ -53,18 +53,11 @@ struct CodePlace {
   }
 };
 
-// The plan, and for groups below 2^32 what two rounds of Philox make of the rest of the counter.
-struct CodeTables {
-  StripTables strip;
-  uint4 rounds2;
-};
-
 struct alignas(128) CodeShared {
   uint8_t codes[CodeTraits::kStages][CodeTile::kBytes];
   uint8_t scales[CodeTraits::kStages][CodeTile::kScaleBytes];
   uint8_t block_scales[CodeTile::kScaleBytes];
   uint4 rows[CodeTile::kBands][CodeTraits::kSquares][4];  // of a square: see survey
-  CodeTables tables;
 };
 
 static_assert(CodeTraits::kCtas * (sizeof(CodeShared) + 1024) <= 228 * 1024,
@@ -246,37 +239,6 @@ __device__ __forceinline__ Square survey(const CodeStage& tile, uint32_t band, b
 
 // ---- one block ----
 
-// With a group g of draws and the rest of its counter and the key fixed, the state after two rounds
-// of Philox: rounds2 where M0 g and M1 (its high word ^ rounds2.x) are zero.
-__device__ __forceinline__ void fill_code_tables(CodeTables& t, const QuantizeParams& p) {
-  fill_tables<Strip::kStochastic>(t.strip, p);
-  if (threadIdx.x != 0) return;
-  const uint64_t seed = static_cast<uint64_t>(p.rng[0]);
-  const uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
-  const Philox4 first =
-      philox_round({{0, 0, static_cast<uint32_t>(p.rng[p.rng_stride]), p.stream}}, k0, k1);
-  const Philox4 second =
-      philox_round({{first.w[0], first.w[1], 0, 0}}, k0 + kPhiloxW0, k1 + kPhiloxW1);
-  t.rounds2 = make_uint4(first.w[2], second.w[0], second.w[2], second.w[3]);
-}
-
-// draw_block of a group below 2^32.
-__device__ __forceinline__ Philox4 draw_early_block(const CodeTables& t, uint32_t group) {
-  ptx::compiler_fence();
-  const uint64_t a = static_cast<uint64_t>(kPhiloxM0) * group;
-  const uint64_t b =
-      static_cast<uint64_t>(kPhiloxM1) * (static_cast<uint32_t>(a >> 32) ^ t.rounds2.x);
-  Philox4 c = {{static_cast<uint32_t>(b >> 32) ^ t.rounds2.y, static_cast<uint32_t>(b),
-                static_cast<uint32_t>(a) ^ t.rounds2.z, t.rounds2.w}};
-#pragma unroll
-  for (int i = 1; i < kPhiloxRounds / 2; ++i) {
-    const uint4 key = t.strip.keys[i];
-    c = philox_round(c, key.x, key.y);
-    c = philox_round(c, key.z, key.w);
-  }
-  return c;
-}
-
 // ~draw's first 9 bits of elements t and t + 4 of a quarter, in each half from bit 0 (even t) or 4
 // (odd t) up: ~(word[t] ^ change[s]) under a mask. See quarter_words: even t takes low halves.
 struct PairDraws {
@@ -312,7 +274,7 @@ __device__ __forceinline__ uint32_t raw_pair(uint32_t codes, int t) {
 
 // 32 codes of a column, scaled by units, to the codes of the block.
 __device__ __forceinline__ StripBlock round_codes(const uint4& column, const uint32_t (&units)[16],
-                                                  uint32_t largest, const CodeTables& tables,
+                                                  uint32_t largest, const PhiloxSchedule& keys,
                                                   uint32_t group) {
   const uint32_t codes[4] = {column.x, column.y, column.z, column.w};
   uint32_t v[16];
@@ -329,7 +291,7 @@ __device__ __forceinline__ StripBlock round_codes(const uint4& column, const uin
   const bool empty = bits == 0;  // then all magnitudes come out as 0
   const uint32_t signs = empty ? 0u : 0x88888888u;
   const uint32_t to_grid = (18 - exponent) * 0x04000400u;  // 2^-14 / S
-  const PairDraws draws(draw_early_block(tables, group));
+  const PairDraws draws(philox_group(keys, group));
   uint32_t w[4];
 #pragma unroll
   for (int s = 0; s < kQuarters; ++s) {
@@ -352,7 +314,7 @@ __device__ __forceinline__ StripBlock round_codes(const uint4& column, const uin
 // The same from any scales, by float32.
 __device__ __forceinline__ StripBlock round_values(const uint4& column, const uint4 (&scales)[4],
                                                    const QuantizeParams& p,
-                                                   const StripTables& tables, uint64_t group) {
+                                                   const StripOperand& operand, uint32_t group) {
   const uint32_t codes[4] = {column.x, column.y, column.z, column.w};
   float v[32];
 #pragma unroll
@@ -363,15 +325,15 @@ __device__ __forceinline__ StripBlock round_values(const uint4& column, const ui
       v[8 * i + j] = decode<E2M1>(codes[i] >> (4 * j) & 15u) *
                      e8m0_value((j < 4 ? packed.x : packed.y) >> (8 * (j % 4)) & 0xFFu);
   }
-  return quantize_block<Strip::kStochastic>(v, amax32(v), p, tables, group);
+  return quantize_block<Strip::kStochastic>(v, amax32(v), p, operand, group);
 }
 
 // ---- kernel ----
 
 // A warp's band, in place: rows of codes to blocks of columns. at: of the tile.
 __device__ __forceinline__ void round_band(const QuantizeParams& p, const CodeGrid& g,
-                                           const CodePlace& at, CodeShared& shared,
-                                           const CodeStage& tile) {
+                                           const CodePlace& at, const StripOperand& operand,
+                                           CodeShared& shared, const CodeStage& tile) {
   const uint32_t band = __shfl_sync(kAllLanes, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
   const uint32_t k = at.row + 32 * band, kp = static_cast<uint32_t>(p.kp);
   if (k >= kp) return;
@@ -381,8 +343,7 @@ __device__ __forceinline__ void round_band(const QuantizeParams& p, const CodeGr
   const uint32_t columns = ptx::shared_address(tile.codes) + CodeTile::column(band, lane, 0);
   const uint32_t scales =
       ptx::shared_address(shared.block_scales) + CodeTile::block_scale(band, lane, 0);
-  const uint64_t group =
-      static_cast<uint64_t>(at.column + lane * CodeTile::kColumns) * (kp / 32) + k / 32;
+  const uint32_t group = (at.column + lane * CodeTile::kColumns) * (kp / 32) + k / 32;
   const auto each_column = [&](auto round) {
 #pragma unroll 1
     for (uint32_t n = 0; n < CodeTile::kColumns; ++n) {
@@ -400,13 +361,11 @@ __device__ __forceinline__ void round_band(const QuantizeParams& p, const CodeGr
       units[4 * i] = u.x, units[4 * i + 1] = u.y, units[4 * i + 2] = u.z, units[4 * i + 3] = u.w;
     }
     each_column([&](const uint4& column, uint32_t n) {
-      return round_codes(column, units, square.largest, shared.tables,
-                         static_cast<uint32_t>(group) + n * (kp / 32));
+      return round_codes(column, units, square.largest, operand.keys, group + n * (kp / 32));
     });
   } else {
     each_column([&](const uint4& column, uint32_t n) {
-      return round_values(column, rows[lane / 4], p, shared.tables.strip,
-                          group + static_cast<uint64_t>(n) * (kp / 32));
+      return round_values(column, rows[lane / 4], p, operand, group + n * (kp / 32));
     });
   }
 }
@@ -455,10 +414,11 @@ __device__ __forceinline__ void store_scales(const QuantizeParams& p, const Code
 }
 
 __global__ void __launch_bounds__(CodeTile::kThreads, CodeTraits::kCtas)
-    requantize_codes_kernel(const QuantizeParams p, const CodeGrid g) {
+    requantize_codes_kernel(const QuantizeParams p, const StripPlan plan, const CodeGrid g) {
   MXT_DYNAMIC_SHARED(memory, 128);
   CodeShared& shared = *reinterpret_cast<CodeShared*>(memory);
-  fill_code_tables(shared.tables, p);
+  const PhiloxSchedule keys = uniform_schedule(p);
+  const StripOperand operand = {plan, keys, nullptr};
   const uint32_t step = gridDim.x;
   uint32_t index = blockIdx.x;
 #pragma unroll 1
@@ -472,7 +432,7 @@ __global__ void __launch_bounds__(CodeTile::kThreads, CodeTraits::kCtas)
     const CodePlace at(g, index);
     ptx::cp_async_wait_group<CodeTraits::kStages - 1>();
     __syncthreads();
-    round_band(p, g, at, shared, tile);
+    round_band(p, g, at, operand, shared, tile);
     __syncthreads();
     store_codes(p, at, tile);
     store_scales(p, g, at, shared.block_scales);
@@ -492,7 +452,6 @@ cudaError_t launch_requantize_codes(const QuantizeParams& p, cudaStream_t stream
   const auto narrow = [](int64_t n) { return static_cast<uint32_t>(n); };
   const int64_t across = (p.rows + CodeTile::kSize - 1) / CodeTile::kSize,
                 down = (p.kp + CodeTile::kSize - 1) / CodeTile::kSize;
-  const bool early = p.rows * (p.kp / 32) <= int64_t{1} << 32;
   const auto words8 = [](const uint8_t* scales, int64_t in_row) {
     return in_row % 8 == 0 && reinterpret_cast<uintptr_t>(scales) % 8 == 0;
   };
@@ -501,7 +460,7 @@ cudaError_t launch_requantize_codes(const QuantizeParams& p, cudaStream_t stream
                       narrow(p.in_blocks),
                       narrow(across * down),
                       Divisor::of(across),
-                      early && p.prescale == 1.0f,
+                      p.prescale == 1.0f,
                       words8(p.in_scale, p.in_blocks),
                       !p.swizzled && words8(p.scale, p.kp / 32)};
   int sms = 0;
@@ -509,7 +468,8 @@ cudaError_t launch_requantize_codes(const QuantizeParams& p, cudaStream_t stream
   if (error != cudaSuccess) return error;
   const uint32_t most = sms * CodeTraits::kCtas;
   return launch_with_shared(requantize_codes_kernel, g.tiles < most ? g.tiles : most,
-                            CodeTile::kThreads, sizeof(CodeShared), stream, p, g);
+                            CodeTile::kThreads, sizeof(CodeShared), stream, p,
+                            make_plan<Strip::kStochastic>(p), g);
 }
 
 }  // namespace mxtrain::cuda
