@@ -13,8 +13,9 @@
 // element by element (strip.cuh).
 //
 // A CTA's tile is 256 rows x 256 columns of x: rows come in, and rows of the result leave, as lines
-// of 128 bytes. CTAs are persistent, with two tiles in shared memory (code_tile.h says how they lie
-// there): the next is copied while one is rounded in place.
+// of 128 bytes. A CTA is persistent and has one tile in shared memory (code_tile.h says how it lies
+// there), where it is rounded in place; meanwhile the next is fetched into the L2. While one CTA
+// copies, the other three of its multiprocessor round.
 #include "cuda/code_tile.h"
 #include "cuda/divide.cuh"
 #include "cuda/launch.cuh"
@@ -28,8 +29,7 @@ namespace {
 // ---- traits ----
 
 struct CodeTraits {
-  static constexpr int kCtas = 3;  // of an SM, as many as registers and shared memory allow
-  static constexpr uint32_t kStages = 2;
+  static constexpr int kCtas = 4;          // of an SM, as many as registers allow
   static constexpr uint32_t kSquares = 8;  // 32 x 32, of a warp, each of 4 lanes
   // Scales that neither under- nor overflow on the way, and how far they may lie apart.
   static constexpr uint32_t kFirst = 16, kLast = 250, kBinades = 9;
@@ -54,8 +54,8 @@ struct CodePlace {
 };
 
 struct alignas(128) CodeShared {
-  uint8_t codes[CodeTraits::kStages][CodeTile::kBytes];
-  uint8_t scales[CodeTraits::kStages][CodeTile::kScaleBytes];
+  uint8_t codes[CodeTile::kBytes];
+  uint8_t scales[CodeTile::kScaleBytes];
   uint8_t block_scales[CodeTile::kScaleBytes];
   uint4 rows[CodeTile::kBands][CodeTraits::kSquares][4];  // of a square: see survey
 };
@@ -63,19 +63,15 @@ struct alignas(128) CodeShared {
 static_assert(CodeTraits::kCtas * (sizeof(CodeShared) + 1024) <= 228 * 1024,
               "what a multiprocessor of 9.0 has, of which a CTA costs 1 KiB more");
 
-// One of the two tiles.
-struct CodeStage {
-  uint8_t *codes, *scales;
-  __device__ __forceinline__ CodeStage(CodeShared& shared, uint32_t stage)
-      : codes(shared.codes[stage]), scales(shared.scales[stage]) {}
-};
+// threadIdx.x, found where it stands, so that nothing of it waits in registers.
+__device__ __forceinline__ uint32_t thread_id(uint32_t warp) { return warp * 32 + ptx::lane_id(); }
 
 // ---- in ----
 
 // Start copying the codes of a tile, with zeros outside of x.
-__device__ __forceinline__ void copy_codes(const CodeGrid& g, const CodePlace& at,
-                                           const CodeStage& tile) {
-  const uint32_t chunk = threadIdx.x % CodeTile::kChunks, first = threadIdx.x / CodeTile::kChunks;
+__device__ __forceinline__ void copy_codes(const CodeGrid& g, const CodePlace& at, uint32_t thread,
+                                           CodeShared& tile) {
+  const uint32_t chunk = thread % CodeTile::kChunks, first = thread / CodeTile::kChunks;
   const uint32_t block = at.column / 32 + chunk, row = at.row + first;
   const uint8_t* from = g.x + (static_cast<uint64_t>(row) * g.blocks + block) * 16;
   const uint64_t pitch = static_cast<uint64_t>(g.blocks) * (16 * CodeTile::kStep);
@@ -95,12 +91,13 @@ __device__ __forceinline__ void copy_codes(const CodeGrid& g, const CodePlace& a
 
 // The same of their scales: a thread takes the 8 of a row.
 __device__ __forceinline__ void copy_scales(const QuantizeParams& p, const CodeGrid& g,
-                                            const CodePlace& at, const CodeStage& tile) {
-  const uint32_t row = at.row + threadIdx.x, block = at.column / 32;
+                                            const CodePlace& at, uint32_t thread,
+                                            CodeShared& tile) {
+  const uint32_t row = at.row + thread, block = at.column / 32;
   const uint32_t blocks = row < g.height ? g.blocks - block : 0;
   const uint8_t* from = p.in_scale;
   if (blocks != 0) from += static_cast<uint64_t>(row) * g.blocks + block;
-  const uint32_t to = ptx::shared_address(tile.scales) + threadIdx.x * 8;
+  const uint32_t to = ptx::shared_address(tile.scales) + thread * 8;
   if (g.loads8) return ptx::cp_async_8(to, from, blocks != 0 ? 8 : 0);
   uint32_t word[2] = {0, 0};
 #pragma unroll
@@ -110,10 +107,26 @@ __device__ __forceinline__ void copy_scales(const QuantizeParams& p, const CodeG
 }
 
 __device__ __forceinline__ void copy_tile(const QuantizeParams& p, const CodeGrid& g,
-                                          uint32_t index, const CodeStage& tile) {
+                                          uint32_t index, uint32_t thread, CodeShared& tile) {
   const CodePlace at(g, index);
-  copy_codes(g, at, tile);
-  copy_scales(p, g, at, tile);
+  copy_codes(g, at, thread, tile);
+  copy_scales(p, g, at, thread, tile);
+}
+
+// Ask the L2 for a tile, by its sectors of 32 bytes: 4 of a row, and one of its scales.
+__device__ __forceinline__ void fetch_tile(const QuantizeParams& p, const CodeGrid& g,
+                                           uint32_t index, uint32_t thread) {
+  const CodePlace at(g, index);
+  const uint32_t block = at.column / 32 + thread % 4 * 2;
+#pragma unroll
+  for (uint32_t i = 0; i < 4; ++i) {
+    const uint32_t row = at.row + thread / 4 + i * (CodeTile::kThreads / 4);
+    if (row < g.height && block < g.blocks)
+      ptx::prefetch_global_l2(g.x + (static_cast<uint64_t>(row) * g.blocks + block) * 16);
+  }
+  const uint32_t row = at.row + thread;
+  if (row < g.height)
+    ptx::prefetch_global_l2(p.in_scale + static_cast<uint64_t>(row) * g.blocks + at.column / 32);
 }
 
 // ---- transposed ----
@@ -139,8 +152,8 @@ __device__ __forceinline__ void transpose_nibbles(const uint32_t (&w)[8], uint32
 
 // A lane's 32 x 8 codes, from a band's rows to its columns. When a lane writes a column, which it
 // alone reads, all have left the rows.
-__device__ __forceinline__ void transpose_codes(const CodeStage& tile, uint32_t band) {
-  const uint32_t lane = threadIdx.x % 32;
+__device__ __forceinline__ void transpose_codes(CodeShared& tile, uint32_t band) {
+  const uint32_t lane = ptx::lane_id();
   const uint32_t from = ptx::shared_address(tile.codes) + CodeTile::chunk(32 * band, 0) + lane * 4;
   uint32_t columns[4][8];
 #pragma unroll
@@ -163,16 +176,16 @@ __device__ __forceinline__ void transpose_codes(const CodeStage& tile, uint32_t 
 struct RowScales {
   uint32_t code[8];
 
-  __device__ __forceinline__ RowScales(const CodeStage& tile, uint32_t band) {
-    const uint32_t lane = threadIdx.x % 32;
+  __device__ __forceinline__ RowScales(CodeShared& tile, uint32_t band) {
+    const uint32_t lane = ptx::lane_id();
     const uint8_t* from = tile.scales + (32 * band + lane % 4 * 8) * 8 + lane / 4;
 #pragma unroll
     for (int t = 0; t < 8; ++t) code[t] = from[8 * t];
   }
 
   // Whether some of the rows whose scale is 0 hold other codes than zeros.
-  __device__ __forceinline__ bool hides_codes(const CodeStage& tile, uint32_t band) const {
-    const uint32_t lane = threadIdx.x % 32, first = 32 * band + lane % 4 * 8;
+  __device__ __forceinline__ bool hides_codes(CodeShared& tile, uint32_t band) const {
+    const uint32_t lane = ptx::lane_id(), first = 32 * band + lane % 4 * 8;
     uint32_t found = 0;
 #pragma unroll
     for (int t = 0; t < 8; ++t) {
@@ -211,10 +224,10 @@ struct Square {
 
 // Leaves the units in rows[square], or the scales where the squares are not fast. The tile must
 // still hold the rows.
-__device__ __forceinline__ Square survey(const CodeStage& tile, uint32_t band, bool pairs,
+__device__ __forceinline__ Square survey(CodeShared& tile, uint32_t band, bool pairs,
                                          uint4 (&rows)[CodeTraits::kSquares][4]) {
   const RowScales scales(tile, band);
-  const uint32_t lane = threadIdx.x % 32;
+  const uint32_t lane = ptx::lane_id();
   uint32_t largest = 0, smallest = 255, least = 255;  // smallest: but for zeros, less 1
 #pragma unroll
   for (int t = 0; t < 8; ++t) {
@@ -333,16 +346,16 @@ __device__ __forceinline__ StripBlock round_values(const uint4& column, const ui
 // A warp's band, in place: rows of codes to blocks of columns. at: of the tile.
 __device__ __forceinline__ void round_band(const QuantizeParams& p, const CodeGrid& g,
                                            const CodePlace& at, const StripOperand& operand,
-                                           CodeShared& shared, const CodeStage& tile) {
-  const uint32_t band = __shfl_sync(kAllLanes, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+                                           uint32_t band, CodeShared& tile) {
+  const uint32_t lane = ptx::lane_id();
   const uint32_t k = at.row + 32 * band, kp = static_cast<uint32_t>(p.kp);
   if (k >= kp) return;
-  uint4(&rows)[CodeTraits::kSquares][4] = shared.rows[band];
+  uint4(&rows)[CodeTraits::kSquares][4] = tile.rows[band];
   const Square square = survey(tile, band, g.pairs, rows);
   transpose_codes(tile, band);
   const uint32_t columns = ptx::shared_address(tile.codes) + CodeTile::column(band, lane, 0);
   const uint32_t scales =
-      ptx::shared_address(shared.block_scales) + CodeTile::block_scale(band, lane, 0);
+      ptx::shared_address(tile.block_scales) + CodeTile::block_scale(band, lane, 0);
   const uint32_t group = (at.column + lane * CodeTile::kColumns) * (kp / 32) + k / 32;
   const auto each_column = [&](auto round) {
 #pragma unroll 1
@@ -372,13 +385,12 @@ __device__ __forceinline__ void round_band(const QuantizeParams& p, const CodeGr
 
 // 8 lanes write the 8 blocks of an operand row.
 __device__ __forceinline__ void store_codes(const QuantizeParams& p, const CodePlace& at,
-                                            const CodeStage& tile) {
-  const uint32_t band = threadIdx.x % CodeTile::kBands, first = threadIdx.x / CodeTile::kBands;
+                                            uint32_t thread, CodeShared& tile) {
+  const uint32_t band = thread % CodeTile::kBands, first = thread / CodeTile::kBands;
   const uint32_t k = at.row + 32 * band, row = at.column + first;
   const uint32_t rows = static_cast<uint32_t>(p.rows), blocks = static_cast<uint32_t>(p.kp) / 32;
   const uint32_t left = k / 32 < blocks && row < rows ? rows - row : 0;
-  const uint32_t from =
-      ptx::opaque(ptx::shared_address(tile.codes) + CodeTile::stored(threadIdx.x));
+  const uint32_t from = ptx::opaque(ptx::shared_address(tile.codes) + CodeTile::stored(thread));
   uint8_t* to = p.data + (static_cast<uint64_t>(row) * blocks + k / 32) * 16;
   const uint64_t pitch = static_cast<uint64_t>(blocks) * (16 * CodeTile::kStep);
   const auto store = [&](uint32_t i) {
@@ -396,11 +408,12 @@ __device__ __forceinline__ void store_codes(const QuantizeParams& p, const CodeP
 
 // A thread writes the 8 scales of an operand row.
 __device__ __forceinline__ void store_scales(const QuantizeParams& p, const CodeGrid& g,
-                                             const CodePlace& at, const uint8_t* block_scales) {
-  const uint32_t row = at.column + CodeTile::scaled_column(threadIdx.x);
+                                             const CodePlace& at, uint32_t thread,
+                                             const uint8_t* block_scales) {
+  const uint32_t row = at.column + CodeTile::scaled_column(thread);
   const uint32_t kp = static_cast<uint32_t>(p.kp);
   if (row >= static_cast<uint32_t>(p.rows)) return;
-  const uint8_t* from = block_scales + threadIdx.x * CodeTile::kBands;
+  const uint8_t* from = block_scales + thread * CodeTile::kBands;
   uint8_t* to = p.scale + (static_cast<uint64_t>(row) * (kp / 32) + at.row / 32);
   if (g.stores8) {
     *reinterpret_cast<uint2*>(to) = *reinterpret_cast<const uint2*>(from);
@@ -419,27 +432,21 @@ __global__ void __launch_bounds__(CodeTile::kThreads, CodeTraits::kCtas)
   CodeShared& shared = *reinterpret_cast<CodeShared*>(memory);
   const PhiloxSchedule keys = uniform_schedule(p);
   const StripOperand operand = {plan, keys, nullptr};
-  const uint32_t step = gridDim.x;
-  uint32_t index = blockIdx.x;
+  const uint32_t step = gridDim.x, warp = uniform(threadIdx.x / 32);
+  if (blockIdx.x < g.tiles) copy_tile(p, g, blockIdx.x, thread_id(warp), shared);
 #pragma unroll 1
-  for (uint32_t s = 0; s < CodeTraits::kStages; ++s) {
-    if (index + s * step < g.tiles) copy_tile(p, g, index + s * step, CodeStage(shared, s));
-    ptx::cp_async_commit_group();
-  }
-#pragma unroll 1
-  for (uint32_t s = 0; index < g.tiles; index += step, s = (s + 1) % CodeTraits::kStages) {
-    const CodeStage tile(shared, s);
+  for (uint32_t index = blockIdx.x; index < g.tiles;) {
     const CodePlace at(g, index);
-    ptx::cp_async_wait_group<CodeTraits::kStages - 1>();
+    index += step;
+    ptx::cp_async_wait_all();
     __syncthreads();
-    round_band(p, g, at, operand, shared, tile);
+    if (index < g.tiles) fetch_tile(p, g, index, thread_id(warp));
+    round_band(p, g, at, operand, warp, shared);
     __syncthreads();
-    store_codes(p, at, tile);
-    store_scales(p, g, at, shared.block_scales);
+    store_codes(p, at, thread_id(warp), shared);
+    store_scales(p, g, at, thread_id(warp), shared.block_scales);
     __syncthreads();
-    const uint32_t next = index + CodeTraits::kStages * step;
-    if (next < g.tiles) copy_tile(p, g, next, tile);
-    ptx::cp_async_commit_group();  // an empty one too: the wait counts them
+    if (index < g.tiles) copy_tile(p, g, index, thread_id(warp), shared);
   }
 }
 
