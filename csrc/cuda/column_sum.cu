@@ -116,7 +116,8 @@ __global__ void __launch_bounds__(ColumnRunsTraits::kThreads)
   float total = 0.0f;
   for (int64_t first = 0; first < p.count; first += kRuns) {
     const int64_t left = p.count - first;
-    const int n = static_cast<int>(ceil_div(left < kRuns ? left : kRuns, kSumRuns));
+    const int runs = left < kRuns ? static_cast<int>(left) : kRuns;
+    const int n = (runs + kSumRuns - 1) / kSumRuns;
     add_runs(p, column, first, n, strips);
     __syncthreads();
     if (threadIdx.x < 32)
