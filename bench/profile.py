@@ -26,7 +26,7 @@ KINDS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("requantize", ("requantize",)),
     ("quantize", ("quantize_", "amax_", "finish_tensor_scale")),
     ("dequantize, epilogue", ("dequantize_kernel", "mxtrain::cuda::epilogue")),
-    ("column_sum", ("column_strips", "column_total")),
+    ("column_sum", ("column_strips", "column_total", "column_runs")),
     ("mxtrain, other", ("mxtrain::",)),
     ("attention", ("flash", "fmha", "attention", "sdpa")),
     ("cuBLAS", ("nvjet", "gemm", "cutlass", "cublas", "gemv", "splitKreduce")),

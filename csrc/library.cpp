@@ -36,8 +36,8 @@ MXT_DEFINE(MXT_LIBRARY, m) {
       "int row_hadamard, Tensor? row_signs, "
       "float row_prescale, Tensor? row_toward, int col_format, int col_scale_rule, int "
       "col_rounding, int col_hadamard, "
-      "Tensor? col_signs, float col_prescale, Tensor? col_toward, bool swizzle=False) "
-      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "Tensor? col_signs, float col_prescale, Tensor? col_toward, bool swizzle=False, bool "
+      "column_sum=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "requantize(Tensor data, Tensor scale, Tensor? tensor_scale, int format, int cols, int "
       "out_format, int scale_rule=1, "

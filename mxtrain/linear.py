@@ -76,26 +76,38 @@ def _quantize_both(
 
     None gives None; two operands are made from one read of x. Then what fell back, or None.
     """
-    n, k = x.shape
+    n = len(x)
     if row is not None and col is not None and row.square != col.square:
         a, _, counts = _quantize_both(x, row, None, rng, row_signs, None, threshold)
         return a, _quantize_both(x, None, col, rng, None, col_signs)[1], counts
     if any(q is not None and q.square for q in (row, col)):
         return quantize_squares(x, row, col, rng, threshold)
-    if col is not None and _filled(n, col) != n:
-        x = F.pad(x, (0, 0, 0, _filled(n, col) - n))
-    if row is None:
-        b = None if col is None else _quantize(x, col, rng, col_signs, transpose=True)
-        return None, b, None
     if col is None:
-        return _quantize(x, row, rng, row_signs), None, None
+        return None if row is None else _quantize(x, row, rng, row_signs), None, None
+    if row is None:
+        x = _with_rows(x, _filled(n, col))
+        return None, _quantize(x, col, rng, col_signs, transpose=True), None
+    return *_quantize_dual(x, row, col, rng, row_signs, col_signs, False)[:2], None
+
+
+def _with_rows(x: Tensor, n: int) -> Tensor:
+    return x if len(x) == n else F.pad(x, (0, 0, 0, n - len(x)))
+
+
+def _quantize_dual(
+    x: Tensor, row: Quantizer, col: Quantizer, rng: Tensor | None, row_signs: Tensor | None,
+    col_signs: Tensor | None, column_sum: bool,
+) -> tuple[Operand, Operand, Tensor | None]:  # fmt: skip
+    """As _quantize_both, for two that are not in squares; then the column sum of x, or None."""
+    n, k = x.shape
     stochastic = "stochastic" in (row.rounding, col.rounding)
-    a, b = quantize_dual(
-        x, row, col, rng=rng if stochastic else None, row_signs=row_signs, col_signs=col_signs
-    )
+    a, b, *sums = quantize_dual(
+        _with_rows(x, _filled(n, col)), row, col, rng=rng if stochastic else None,
+        row_signs=row_signs, col_signs=col_signs, column_sum=column_sum,
+    )  # fmt: skip
     if a.shape[0] != n:
         a = Operand(a.data[:n], a.scale[:n], a.format, (n, k), a.tensor_scale)
-    return a, b, None
+    return a, b, sums[0] if sums else None
 
 
 def _requantize(op: Packed, q: Quantizer, rng: Tensor | None, signs: Tensor | None) -> Packed:
@@ -286,9 +298,13 @@ class _Linear(torch.autograd.Function):
         wgrad_signs = _signs(recipe, "wgrad", drawn, dy.device) if need_w else None
         row = recipe.dgrad_dy if need_x and recipe.dgrad_dy.format else None
         col = recipe.wgrad_dy if need_w and recipe.wgrad_dy.format else None
-        dy_row, dy_col, _ = _quantize_both(dy, row, col, dy_rng, dgrad_signs, wgrad_signs)
-
         dx = dw = db = None
+        if need_b and row and col and not (row.square or col.square):
+            both = _quantize_dual(dy, row, col, dy_rng, dgrad_signs, wgrad_signs, True)
+            dy_row, dy_col, db = both
+        else:
+            dy_row, dy_col, _ = _quantize_both(dy, row, col, dy_rng, dgrad_signs, wgrad_signs)
+
         if need_x:
             q = recipe.dgrad_w
             if q.format is None:
@@ -320,7 +336,8 @@ class _Linear(torch.autograd.Function):
                 recipe.alpha("wgrad"), dtype, ctx.weight_dtype, recipe.accumulate,
             )  # fmt: skip
         if need_b:
-            db = torch.ops.mxtrain.column_sum(dy).to(ctx.bias_dtype)
+            db = torch.ops.mxtrain.column_sum(dy) if db is None else db
+            db = db.to(ctx.bias_dtype)
         return dx, dw, db, None, None, None, None, None, None, None
 
 

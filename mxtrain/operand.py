@@ -198,7 +198,8 @@ def quantize_dual(
     row_toward: Tensor | None = None,
     col_toward: Tensor | None = None,
     swizzle: bool = False,
-) -> tuple[Operand, Operand]:
+    column_sum: bool = False,
+) -> tuple[Operand, Operand] | tuple[Operand, Operand, Tensor]:
     """The operand of x by `row` and of x.T by `col`, from one read of x.
 
     The same bytes as `quantize(x, ...)` and `quantize(x, ..., transpose=True)` with the same rng.
@@ -208,12 +209,14 @@ def quantize_dual(
         row, col: `mxtrain.Quantizer`s; their format must not be None. (Their `signs` field is not
             read: pass the vectors.)
         rng, row_signs, col_signs, row_toward, col_toward, swizzle: as in `quantize`.
+        column_sum: return `column_sum(x)` too, where the kernel can from the same read.
 
     Returns:
-        Operands of shape (R, K) and (K, R).
+        Operands of shape (R, K) and (K, R); with `column_sum` then float32 `[K]`.
     """
     check_tensor("quantize_dual", "x", x)
     check_bool("quantize_dual", "swizzle", swizzle)
+    check_bool("quantize_dual", "column_sum", column_sum)
     _check_tensors(
         "quantize_dual", rng=rng, row_signs=row_signs, col_signs=col_signs, row_toward=row_toward,
         col_toward=col_toward,
@@ -229,12 +232,11 @@ def quantize_dual(
         rule, mode = _codes("quantize_dual", quantizer.scale_rule, quantizer.rounding)
         formats.append(fmt)
         arguments += [fmt.code, rule, mode, quantizer.hadamard, signs, quantizer.prescale, toward]
-    parts = _ops.quantize_dual(x, rng, *arguments, swizzle)
+    *parts, sums = _ops.quantize_dual(x, rng, *arguments, swizzle, column_sum)
     rows, cols = x.shape
-    return (
-        wrap(parts[:3], formats[0], (rows, cols), swizzle),
-        wrap(parts[3:], formats[1], (cols, rows), swizzle),
-    )
+    a = wrap(parts[:3], formats[0], (rows, cols), swizzle)
+    b = wrap(parts[3:], formats[1], (cols, rows), swizzle)
+    return (a, b, sums) if column_sum else (a, b)
 
 
 def requantize(

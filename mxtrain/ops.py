@@ -16,8 +16,10 @@ quantize(x, format, scale_rule=1, rounding=0, transpose=False, rng=None, hadamar
     [hadamard], hadamard that does not divide Kp, a prescale that is not finite and positive, toward
     without rounding "toward" or of another shape. Source: OCP MX v1.0 section 6; arXiv 2502.20853
     section 3.
-quantize_dual(x, rng, row_*, col_*, swizzle=False) -> (data, scale, tensor_scale) of x, then of x.T
-    The same bytes as two calls of quantize, from one read of x. Errors as quantize.
+quantize_dual(x, rng, row_*, col_*, swizzle=False, column_sum=False)
+    -> (data, scale, tensor_scale) of x, then of x.T, then sum
+    The same bytes as two calls of quantize, from one read of x. sum is column_sum(x), float32
+    `[K]`, or `[0]` where column_sum is false. Errors as quantize.
 requantize(data, scale, tensor_scale, format, cols, out_format, scale_rule=1, rounding=0, rng=None,
            hadamard=0, signs=None, prescale=1.0, swizzle=False) -> (data, scale, tensor_scale)
     The operand of the transpose of an operand `[R, cols]`: the same bytes as
@@ -211,6 +213,7 @@ def _(
     col_prescale,
     col_toward,
     swizzle=False,
+    column_sum=False,
 ):
     op = "quantize_dual"
     check.check_matrix(op, "x", x)
@@ -228,7 +231,8 @@ def _(
         col_toward=col_toward,
     )
     row = _empty_operand(x, x.shape[0], x.shape[1], row_format, swizzle)
-    return row + _empty_operand(x, x.shape[1], x.shape[0], col_format, swizzle)
+    col = _empty_operand(x, x.shape[1], x.shape[0], col_format, swizzle)
+    return *row, *col, x.new_empty((x.shape[1] if column_sum else 0,), dtype=torch.float32)
 
 
 @torch.library.register_fake("mxtrain::requantize")

@@ -110,6 +110,7 @@ CALLS = [
             "row_toward": OPTIONAL,
             "col_toward": OPTIONAL,
             "swizzle": NO_BOOL,
+            "column_sum": NO_BOOL,
         },
     ),
     (

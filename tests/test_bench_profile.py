@@ -24,6 +24,7 @@ from bench.profile import Kernel, busy, kind_of, table
         ("void mxtrain::cuda::quantize_dual_kernel<...>", "quantize_dual"),
         ("void mxtrain::cuda::quantize_strips_kernel<...>", "quantize"),
         ("void mxtrain::cuda::column_strips_kernel<...>", "column_sum"),
+        ("mxtrain::cuda::column_runs_kernel(mxtrain::cuda::ColumnRunsParams)", "column_sum"),
         ("void mxtrain::cuda::adamw_kernel<...>", "mxtrain, other"),
         ("void mxtrain::cuda::int8_quantize_kernel<...>", "quantize"),
         ("nvjet_hsh_256x128_64x4_1x2_h_bz_coopA_NTT", "cuBLAS"),

@@ -83,6 +83,24 @@ def test_ties_and_their_neighbours(format, device):
         check_quantize(rows, format, device, scale_rule=rule)
 
 
+@pytest.mark.parametrize("format", FORMATS)
+def test_elements_at_their_draws_thresholds(format, device):
+    """Every step of the grid at (2 draw + 1) / 2^17 and at the float32 values beside it."""
+    fmt = mxtrain.FORMATS[format]
+    codes = torch.arange(2 ** (fmt.bits - 1), dtype=torch.uint8)
+    grid = reference.decode(codes, reference.format_named(format).element)
+    grid = grid[grid.isfinite() & (grid <= fmt.max)].unique()
+    low = grid[:-1].repeat(64)[:, None].double()
+    step = (grid[1:] - grid[:-1]).repeat(64)[:, None].double()
+    draws = reference.draws(RNG, len(low), 32, stream=0)
+    at = (low + step * (2 * draws + 1) / 2**17).float()
+    assert (at.double() == low + step * (2 * draws + 1) / 2**17).float().mean() > 0.9
+    for x in (at, at.nextafter(torch.zeros(())), at.nextafter(torch.full((), 1e9))):
+        x = x.copysign(torch.randn(x.shape))
+        x[:, :: fmt.block] = fmt.max  # fixes the scale
+        check_quantize(x, format, device, rounding="stochastic", rng=RNG)
+
+
 @pytest.mark.parametrize("transpose", [False, True])
 @pytest.mark.parametrize(
     "shape", [(1, 1), (3, 5), (31, 33), (16, 48), (17, 300), (257, 130), (1, 2049)]
@@ -211,7 +229,8 @@ def test_dual_equals_its_parts(col, shape, dtype, device):
     x = torch.randn(shape).to(dtype).to(device)
     rng = RNG.to(device)
     signs = mxtrain.draw_signs(group, device=device)[0] if col.signs == "drawn" else None
-    a, b = mxtrain.quantize_dual(x, ROW, col, rng=rng, col_signs=signs)
+    a, b, sums = mxtrain.quantize_dual(x, ROW, col, rng=rng, col_signs=signs, column_sum=True)
+    assert_same_bytes(sums, reference.column_sum(x.cpu()))
     for got, q, transpose in ((a, ROW, False), (b, col, True)):
         expected = mxtrain.quantize(
             x,

@@ -41,6 +41,11 @@ def op_samples(device: str) -> list[tuple[str, tuple, dict]]:
                 (x, rng, code, 1, 1, 0, None, 1.0, None, 0, 0, 0, 32, signs, 0.75, None),
                 {},
             ),
+            (
+                "quantize_dual",
+                (x.bfloat16(), rng, *(0, 1, 1, 0, None, 1.0, None) * 2),
+                {"column_sum": True},
+            ),
             ("requantize", (a.data, a.scale, ts, code, 70, 0, 1, 1, rng), {}),
             ("dequantize", (a.data, a.scale, ts, code, 70, torch.bfloat16), {}),
             (

@@ -56,6 +56,29 @@ def test_blocks_of_every_exponent(rounding, group, rule, transpose, device):
     )
 
 
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("rule", RULES)
+def test_elements_at_their_draws_thresholds(rule, transpose, device):
+    """Below, at and above (2 draw + 1) / 2^17 of a step of 1/2, where bfloat16 has it: draws below
+    128. Rows have scales of every exponent, past both ends of what is rounded where it stands.
+    """
+    exponents = torch.arange(-124, 126)
+    shape = len(exponents), 4096
+    draws = reference.draws(RNG, *shape, stream=int(transpose))
+    at = (2 * draws + 1).double() * 2.0**-18
+    steps = torch.randint(-1, 2, shape, generator=torch.Generator().manual_seed(8))
+    x = torch.where(draws < 128, at, 0.75)
+    x = (x.bfloat16().view(torch.int16) + steps.short()).view(torch.bfloat16).double()
+    assert (draws < 128).sum() > 1000 and ((x == at) & (draws < 128)).sum() > 300
+    x *= 1 - 2 * torch.randint(0, 2, shape, generator=torch.Generator().manual_seed(9))
+    x[:, ::32] = 6.0  # the scale is 1 by every rule
+    x = (x * 2.0 ** exponents[:, None].double()).bfloat16()
+    x = x.T.contiguous() if transpose else x
+    check_quantize(
+        x, "mxfp4", device, transpose=transpose, scale_rule=rule, **options("stochastic", 0)
+    )
+
+
 @pytest.mark.parametrize("prescale", [0.75, 1.0, 1.5, 1e-30, 1e30])
 @pytest.mark.parametrize("rounding, group", TARGETS)
 def test_prescales(rounding, group, prescale, device):
@@ -120,6 +143,44 @@ def test_dual(row, col, shape, device):
         )  # fmt: skip
         assert_same_bytes(operand.scale, want[1])
         assert_same_bytes(operand.data, want[0])
+
+
+@pytest.mark.parametrize("rounding, group", [("stochastic", 0), ("nearest", 0), ("stochastic", 32)])
+@pytest.mark.parametrize(
+    "shape", [(1, 64), (31, 40), (64, 63), (65, 72), (300, 264), (520, 136), (2112, 8)]
+)
+def test_column_sum_of_dual(shape, rounding, group, device):
+    """In the order of column_sum, whole runs of 32 rows and ragged ones, of a view too; and with it
+    the same operands. Rotated columns, and 63, take the kernel of column_sum.
+    """
+    shape = (-(-shape[0] // 64) * 64, shape[1]) if group else shape
+    wide = torch.randn(shape[0], 3 * shape[1], generator=torch.Generator().manual_seed(7))
+    wide = (wide * torch.exp2(8 * torch.randn(wide.shape))).bfloat16()
+    q, col = (Quantizer("mxfp4", rounding=rounding, hadamard=g) for g in (0, group))
+    rng = RNG.to(device) if rounding == "stochastic" else None
+    for x in (wide[:, : shape[1]].contiguous(), wide[:, 8 : 8 + shape[1]]):
+        on_device = x.to(device)
+        *got, sums = mxtrain.quantize_dual(on_device, q, col, rng=rng, column_sum=True)
+        assert_same_bytes(sums, reference.column_sum(x))
+        for operand, want in zip(
+            got, mxtrain.quantize_dual(on_device, q, col, rng=rng), strict=True
+        ):
+            assert_same_bytes(operand.data, want.data.cpu())
+            assert_same_bytes(operand.scale, want.scale.cpu())
+
+
+def test_column_sum_of_dual_of_many_rows(device):
+    """More strips than wait in shared memory at once; columns that are zero, NaN or infinite."""
+    x = torch.randn(64 * 256 + 300, 40, generator=torch.Generator().manual_seed(11)).bfloat16()
+    x[:, 3], x[:, 7] = -0.0, 0.0
+    x[5000, 11], x[40, 13], x[16600, 13] = float("inf"), float("inf"), float("-inf")
+    q = Quantizer("mxfp4", rounding="stochastic")
+    sums = mxtrain.quantize_dual(
+        x.to(device), q, q, rng=RNG.to(device), column_sum=True
+    )[2].cpu()  # fmt: skip
+    want = reference.column_sum(x)
+    assert want.isnan().sum() == 1 and torch.equal(sums.isnan(), want.isnan())
+    assert_same_bytes(sums.nan_to_num(0.0), want.nan_to_num(0.0))
 
 
 @pytest.mark.parametrize("swizzle", [False, True])

@@ -3,7 +3,8 @@
 // float32, in float32 and in one order, which the CPU kernel shares: 32 rows after one another,
 // then the 8 sums of 256 rows, then those of all rows. A warp takes 32 rows of 256 columns, 8 a
 // lane; the 8 warps of a CTA meet in shared memory. One pass over x; a second kernel adds what the
-// CTAs left, [ceil(rows / 256), cols].
+// CTAs left, [ceil(rows / 256), cols]. Where another kernel has added the runs of 32 rows, one
+// takes it from there, a CTA 32 columns and its warps strips.
 #include "cuda/group.cuh"
 #include "cuda/launch.cuh"
 #include "formats/column_sum.h"
@@ -18,6 +19,11 @@ struct ColumnSumTraits {
   static constexpr int kFlight = 8;  // rows that a lane has asked for
   static_assert(kThreads == kColumns, "after the barrier a thread takes a column");
   static_assert(kSumRows % kFlight == 0, "whole steps");
+};
+
+struct ColumnRunsTraits {
+  static constexpr int kWarps = 16, kThreads = 32 * kWarps;
+  static constexpr int kStrips = 64;  // that wait in shared memory to be added
 };
 
 // ---- kernels ----
@@ -83,7 +89,53 @@ __global__ void __launch_bounds__(ColumnSumTraits::kThreads)
   p.out[column] = total;
 }
 
-// ---- launcher ----
+// The sums of strips s, s + kWarps, ..., below n; first: the run where strip 0 begins.
+__device__ __forceinline__ void add_runs(const ColumnRunsParams& p, int64_t column, int64_t first,
+                                         int n, float (*strips)[32]) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll 2
+  for (int s = threadIdx.x / 32; s < n; s += ColumnRunsTraits::kWarps) {
+    const int64_t run = first + static_cast<int64_t>(s) * kSumRuns;
+    float v[kSumRuns], sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kSumRuns; ++i)
+      v[i] = column < p.cols && run + i < p.count ? __ldg(p.runs + (run + i) * p.cols + column)
+                                                  : 0.0f;  // which changes no sum
+#pragma unroll
+    for (int i = 0; i < kSumRuns; ++i) sum += v[i];
+    strips[s][lane] = sum;
+  }
+}
+
+__global__ void __launch_bounds__(ColumnRunsTraits::kThreads)
+    column_runs_kernel(const ColumnRunsParams p) {
+  constexpr int kRuns = ColumnRunsTraits::kStrips * kSumRuns;
+  __shared__ float strips[ColumnRunsTraits::kStrips][32];
+  const int lane = threadIdx.x % 32;
+  const int64_t column = static_cast<int64_t>(blockIdx.x) * 32 + lane;
+  float total = 0.0f;
+  for (int64_t first = 0; first < p.count; first += kRuns) {
+    const int64_t left = p.count - first;
+    const int runs = left < kRuns ? static_cast<int>(left) : kRuns;
+    const int n = (runs + kSumRuns - 1) / kSumRuns;
+    add_runs(p, column, first, n, strips);
+    __syncthreads();
+    if (threadIdx.x < 32)
+#pragma unroll 8
+      for (int s = 0; s < n; ++s) total += strips[s][lane];
+    __syncthreads();
+  }
+  if (threadIdx.x < 32 && column < p.cols) p.out[column] = total;
+}
+
+// ---- launchers ----
+
+cudaError_t launch_column_runs(const ColumnRunsParams& p, cudaStream_t stream) {
+  if (p.cols == 0) return cudaSuccess;
+  const int64_t ctas = ceil_div(p.cols, int64_t{32});
+  return launch(column_runs_kernel, static_cast<unsigned>(ctas), ColumnRunsTraits::kThreads, stream,
+                p);
+}
 
 template <class Source>
 static cudaError_t launch_strips(const ColumnSumParams& p, dim3 grid, cudaStream_t stream) {

@@ -1,10 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 // The element encoders of csrc/formats/elements.h in the fewest GPU instructions; the same codes,
-// which the tests compare over every bfloat16 value. A magnitude a is moved to b = a + max(a,
-// 2^emin): subnormals become fixed point in one binade and every other binade moves up by one, so
-// that b's bits above the cut at bit 23 - kManBits are the code, and one integer add of the draw
-// rounds. b is rounded up (fadd.ru): the draw's thresholds lie on b's grid, so a > threshold
-// survives, exactly.
+// which the tests compare over every bfloat16 value.
+//
+// Stochastic rounding works in float32's own subnormals. A magnitude a is multiplied by 2^(-126 -
+// emin), a power of two, so the product u is subnormal just where a is subnormal in the element
+// format. There the bits of u count steps of 2^-149 and above they are u's exponent and mantissa:
+// in either case the bits above the cut at bit 23 - kManBits are the magnitude code of the grid
+// point below a, and those under it are the fraction to the next one, in units of 2^-kCut. One
+// integer add of the draw rounds. The product is exact where u is normal, and rounded up
+// (mul.rp) where it is not. Up is right: the draw's thresholds, odd multiples of 2^-17, are whole
+// units of 2^-kCut, so a fraction above one stays above it, and one that is not stays where it is
+// or goes up to it at most. GPUs multiply subnormals at full rate; the code must not be compiled
+// to flush them.
 #pragma once
 
 #include "formats/block.h"
@@ -17,15 +24,12 @@ namespace mxtrain::cuda {
 template <class E>
 struct EncodeTraits {
   static constexpr int kCut = 23 - E::kManBits;
-  static constexpr uint32_t kFirst = static_cast<uint32_t>(E::kEmin + 127)
-                                     << E::kManBits;  // b's field of code 0
-  static constexpr uint32_t kDrawStep =
-      1u << (7 - E::kManBits);  // one unit of the 16-bit draw, below the cut
-  // up <=> fraction field > (2 draw + 1) * kDrawStep / 2, as a carry: field + kCarry - draw *
+  static constexpr int kToGrid = -126 - E::kEmin;  // the power of two that a is multiplied by
+  static constexpr uint32_t kDrawStep = 1u << (kCut - 16);  // one unit of the draw, below the cut
+  // up <=> fraction > (2 draw + 1) * kDrawStep / 2, as a carry: fraction + kCarry - draw *
   // kDrawStep reaches the cut.
   static constexpr uint32_t kCarry = (1u << kCut) - 1 - kDrawStep / 2;
-  static_assert(E::kManBits <= 6,
-                "the draw's thresholds must be whole units of b's last mantissa bit");
+  static_assert(E::kManBits <= 6, "the draw's thresholds must be whole units of 2^-kCut");
 };
 
 // sum - draw j * kDrawStep, the draw taken from its half of the quarter's word by the
@@ -37,15 +41,12 @@ __device__ __forceinline__ uint32_t subtract_draw(uint32_t sum, const Philox4& d
   return ptx::dp2a_lo_u32_s32(draws.w[j / 2], (256u - kStep) << (8 * (j % 2)), sum);
 }
 
-// v limited to the element's maximum already where clamp is false. Code in the low bits, sign at
-// bit kBits - 1.
+// v limited to the element's maximum already. Code in the low bits, sign at bit kBits - 1.
 template <class E>
 __device__ __forceinline__ uint32_t encode_stochastic_fast(float v, const Philox4& draws, int j) {
   using T = EncodeTraits<E>;
-  const float a = fabsf(v);
-  const float b = __fadd_ru(a, fmaxf(a, power_of_two(E::kEmin)));
-  const uint32_t sum = subtract_draw<E>(float_bits(b), draws, j) + T::kCarry;
-  return with_sign<E>((sum >> T::kCut) - T::kFirst, v);
+  const uint32_t u = float_bits(__fmul_ru(fabsf(v), power_of_two(T::kToGrid)));
+  return with_sign<E>((subtract_draw<E>(u, draws, j) + T::kCarry) >> T::kCut, v);
 }
 
 // A magnitude code in bits 28..30 and its sign in bit 31, for funnel shifts; the rest is garbage.
@@ -53,20 +54,22 @@ __device__ __forceinline__ uint32_t e2m1_top_nibble(uint32_t magnitude, float v)
   return ptx::lop3_select(float_bits(v), magnitude, kSignBit);
 }
 
-// 8 codes of v / S, S a power of two given by its float32 bits: v is not divided, the code is read
-// from the bits of b - S. kUp moves it to bit 28.
+// 8 codes of v / S, |v| <= 6 S, for S = 2^-126 to kMostStochasticScale, given by its float32 bits:
+// the factor 2^-126 / S, from 2^-149 to 1, is a float32, so v is not divided. kUp moves the code to
+// bit 28.
+constexpr int kMostStochasticScale = 23;  // as an exponent
 __device__ __forceinline__ uint32_t e2m1_stochastic8(const float* v, uint32_t scale_bits,
                                                      const Philox4& draws) {
   using T = EncodeTraits<E2M1>;
   constexpr uint32_t kUp = 64u;
-  const float s = bits_float(scale_bits);
-  const uint32_t carry = kUp * (T::kCarry - scale_bits);
+  const float to_grid = bits_float((254u << 23) - scale_bits) * power_of_two(T::kToGrid);
+  // Plus 0: a constant that ptxas sees makes an LEA, of the ALU pipe, of the multiplication.
+  const uint32_t carry = kUp * T::kCarry + (float_bits(to_grid) >> 31);
   uint32_t word = 0;
 #pragma unroll
   for (int i = 7; i >= 0; --i) {
-    const float a = fabsf(v[i]);
-    const uint32_t b = float_bits(__fadd_ru(a, fmaxf(a, s)));
-    const uint32_t sum = ptx::mad_lo_u32(subtract_draw<E2M1>(b, draws, i), kUp, carry);
+    const uint32_t u = float_bits(__fmul_ru(fabsf(v[i]), to_grid));
+    const uint32_t sum = ptx::mad_lo_u32(subtract_draw<E2M1>(u, draws, i), kUp, carry);
     word = __funnelshift_l(e2m1_top_nibble(sum, v[i]), word, 4);
   }
   return word;

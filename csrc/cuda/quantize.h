@@ -45,6 +45,7 @@ struct QuantizeParams {
   float* tensor_scale;  // nvfp4: [1], written here
   bool swizzled;
   int64_t scale_tiles;  // tiles along K, where swizzled
+  float* runs;          // [kp / 32, rows], or null: sums of 32 elements of x, where can_sum_runs
 };
 
 // Operand rows are contiguous in x (stride_k == 1), or x is strided in both directions.
@@ -62,6 +63,8 @@ cudaError_t launch_quantize_dual(const QuantizeParams& row, const QuantizeParams
 bool can_strip_rows(const QuantizeParams& p);
 bool can_strip_columns(const QuantizeParams& p);
 bool can_strip_dual(const QuantizeParams& row, const QuantizeParams& col);
+// Whether they leave col.runs.
+bool can_sum_runs(const QuantizeParams& row, const QuantizeParams& col);
 cudaError_t launch_row_strips(const QuantizeParams& p, cudaStream_t stream);
 cudaError_t launch_column_strips(const QuantizeParams& p, cudaStream_t stream);
 cudaError_t launch_dual_strips(const QuantizeParams& row, const QuantizeParams& col,
@@ -119,6 +122,14 @@ struct ColumnSumParams {
   float* out;     // [cols]
 };
 cudaError_t launch_column_sum(const ColumnSumParams& p, cudaStream_t stream);
+
+// The rest of it, of runs of 32 rows.
+struct ColumnRunsParams {
+  const float* runs;  // [count, cols], count > 0
+  int64_t count, cols;
+  float* out;  // [cols]
+};
+cudaError_t launch_column_runs(const ColumnRunsParams& p, cudaStream_t stream);
 
 struct SwizzleParams {
   const uint8_t* in;

@@ -8,7 +8,7 @@
 // so x must be aligned to that, in both directions.
 #include "cuda/divide.cuh"
 #include "cuda/launch.cuh"
-#include "cuda/strip.cuh"
+#include "cuda/strip_tile.cuh"
 
 namespace mxtrain::cuda {
 
@@ -72,8 +72,8 @@ __device__ __forceinline__ uint32_t uniform_warp() { return uniform(threadIdx.x 
 constexpr int strip_ctas(Strip row, Strip) { return row == Strip::kRotated64Nearest ? 5 : 6; }
 constexpr int requantize_ctas(Strip col) { return rotates64(col) ? 4 : 5; }
 
-// Either may be kNone.
-template <Strip kRow, Strip kCol, bool kFlat>
+// Either may be kNone. kRuns: col.runs is written.
+template <Strip kRow, Strip kCol, bool kFlat, bool kRuns>
 __global__ void __launch_bounds__(StripTraits::kThreads, strip_ctas(kRow, kCol))
     quantize_strips_kernel(const QuantizeParams row, const QuantizeParams col,
                            const StripPlan row_plan, const StripPlan col_plan,
@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(StripTraits::kThreads, strip_ctas(kRow, kCol))
     if constexpr (kCol != Strip::kNone)
 #pragma unroll 1
       for (int pass = 0; pass < column_passes(kCol); ++pass)
-        column_pass<kCol>(mine, pass, col, col_operand, at.column, at.row, [&] {
+        column_pass<kCol, kRuns>(mine, pass, col, col_operand, at.column, at.row, [&] {
           if (pass == column_passes(kCol) - 1) copy_next();
         });
   }
@@ -183,7 +183,7 @@ __global__ void __launch_bounds__(StripTraits::kThreads, requantize_ctas(kCol))
     const StripPlace<false> at(grid, tile);
 #pragma unroll 1
     for (int pass = 0; pass < column_passes(kCol); ++pass)
-      column_pass<kCol>(tiles[warp], pass, p, tables, at.column, at.row, [] {});
+      column_pass<kCol, false>(tiles[warp], pass, p, tables, at.column, at.row, [] {});
     __syncwarp();
   }
 }
@@ -248,14 +248,14 @@ static cudaError_t resident_ctas(const StripGrid& g, int per_sm, unsigned* ctas)
   return error;
 }
 
-template <Strip kRow, Strip kCol, bool kFlat = false>
+template <Strip kRow, Strip kCol, bool kFlat = false, bool kRuns = false>
 static cudaError_t launch_strips(const QuantizeParams& row, const QuantizeParams& col,
                                  const StripGrid& grid, cudaStream_t stream) {
   unsigned ctas = 0;
   const cudaError_t error = resident_ctas(grid, strip_ctas(kRow, kCol), &ctas);
   if (error != cudaSuccess) return error;
-  return launch(quantize_strips_kernel<kRow, kCol, kFlat>, ctas, StripTraits::kThreads, stream, row,
-                col, make_plan<kRow>(row), make_plan<kCol>(col), grid);
+  return launch(quantize_strips_kernel<kRow, kCol, kFlat, kRuns>, ctas, StripTraits::kThreads,
+                stream, row, col, make_plan<kRow>(row), make_plan<kCol>(col), grid);
 }
 
 template <bool kFlat>
@@ -345,6 +345,10 @@ bool can_strip_dual(const QuantizeParams& row, const QuantizeParams& col) {
           row.rng == col.rng && row.rng_stride == col.rng_stride);
 }
 
+bool can_sum_runs(const QuantizeParams& row, const QuantizeParams& col) {
+  return can_pair_dual(row, col) || (can_strip_dual(row, col) && !row.hadamard && !col.hadamard);
+}
+
 template <Strip kRow>
 static cudaError_t launch_dual_strip(const QuantizeParams& row, const QuantizeParams& col,
                                      const StripGrid& grid, cudaStream_t stream) {
@@ -363,8 +367,13 @@ static cudaError_t launch_dual_strip(const QuantizeParams& row, const QuantizePa
 cudaError_t launch_dual_strips(const QuantizeParams& row, const QuantizeParams& col,
                                cudaStream_t stream) {
   const StripGrid grid = make_grid(row.x, row.rows, row.cols, row.stride_row, col.kp, row.kp);
-  if (can_pair_dual(row, col))
-    return launch_strips<Strip::kPairs, Strip::kPairs>(row, col, grid, stream);
+  const bool pairs = can_pair_dual(row, col);
+  if (col.runs && pairs)
+    return launch_strips<Strip::kPairs, Strip::kPairs, false, true>(row, col, grid, stream);
+  if (col.runs)
+    return launch_strips<Strip::kStochastic, Strip::kStochastic, false, true>(row, col, grid,
+                                                                              stream);
+  if (pairs) return launch_strips<Strip::kPairs, Strip::kPairs>(row, col, grid, stream);
   switch (strip_of(row)) {
     case Strip::kStochastic:
       return launch_dual_strip<Strip::kStochastic>(row, col, grid, stream);

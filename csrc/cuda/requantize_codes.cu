@@ -13,8 +13,9 @@
 // element by element (strip.cuh).
 //
 // A CTA's tile is 256 rows x 256 columns of x: rows come in, and rows of the result leave, as lines
-// of 128 bytes. CTAs are persistent, with two tiles in shared memory (code_tile.h says how they lie
-// there): the next is copied while one is rounded in place.
+// of 128 bytes. A CTA is persistent and has one tile in shared memory (code_tile.h says how it lies
+// there), where it is rounded in place; meanwhile the next is fetched into the L2. While one CTA
+// copies, the other three of its multiprocessor round.
 #include "cuda/code_tile.h"
 #include "cuda/divide.cuh"
 #include "cuda/launch.cuh"
@@ -28,8 +29,7 @@ namespace {
 // ---- traits ----
 
 struct CodeTraits {
-  static constexpr int kCtas = 3;  // of an SM, as many as registers and shared memory allow
-  static constexpr uint32_t kStages = 2;
+  static constexpr int kCtas = 4;          // of an SM, as many as registers allow
   static constexpr uint32_t kSquares = 8;  // 32 x 32, of a warp, each of 4 lanes
   // Scales that neither under- nor overflow on the way, and how far they may lie apart.
   static constexpr uint32_t kFirst = 16, kLast = 250, kBinades = 9;
@@ -40,7 +40,7 @@ struct CodeGrid {
   const uint8_t* x;
   uint32_t height, blocks, tiles;
   Divisor across;
-  bool pairs;            // no prescale, and groups of draws are numbered below 2^32
+  bool pairs;            // no prescale
   bool loads8, stores8;  // rows of scales are aligned words of 8
 };
 
@@ -53,36 +53,25 @@ struct CodePlace {
   }
 };
 
-// The plan, and for groups below 2^32 what two rounds of Philox make of the rest of the counter.
-struct CodeTables {
-  StripTables strip;
-  uint4 rounds2;
-};
-
 struct alignas(128) CodeShared {
-  uint8_t codes[CodeTraits::kStages][CodeTile::kBytes];
-  uint8_t scales[CodeTraits::kStages][CodeTile::kScaleBytes];
+  uint8_t codes[CodeTile::kBytes];
+  uint8_t scales[CodeTile::kScaleBytes];
   uint8_t block_scales[CodeTile::kScaleBytes];
   uint4 rows[CodeTile::kBands][CodeTraits::kSquares][4];  // of a square: see survey
-  CodeTables tables;
 };
 
 static_assert(CodeTraits::kCtas * (sizeof(CodeShared) + 1024) <= 228 * 1024,
               "what a multiprocessor of 9.0 has, of which a CTA costs 1 KiB more");
 
-// One of the two tiles.
-struct CodeStage {
-  uint8_t *codes, *scales;
-  __device__ __forceinline__ CodeStage(CodeShared& shared, uint32_t stage)
-      : codes(shared.codes[stage]), scales(shared.scales[stage]) {}
-};
+// threadIdx.x, found where it stands, so that nothing of it waits in registers.
+__device__ __forceinline__ uint32_t thread_id(uint32_t warp) { return warp * 32 + ptx::lane_id(); }
 
 // ---- in ----
 
 // Start copying the codes of a tile, with zeros outside of x.
-__device__ __forceinline__ void copy_codes(const CodeGrid& g, const CodePlace& at,
-                                           const CodeStage& tile) {
-  const uint32_t chunk = threadIdx.x % CodeTile::kChunks, first = threadIdx.x / CodeTile::kChunks;
+__device__ __forceinline__ void copy_codes(const CodeGrid& g, const CodePlace& at, uint32_t thread,
+                                           CodeShared& tile) {
+  const uint32_t chunk = thread % CodeTile::kChunks, first = thread / CodeTile::kChunks;
   const uint32_t block = at.column / 32 + chunk, row = at.row + first;
   const uint8_t* from = g.x + (static_cast<uint64_t>(row) * g.blocks + block) * 16;
   const uint64_t pitch = static_cast<uint64_t>(g.blocks) * (16 * CodeTile::kStep);
@@ -102,12 +91,13 @@ __device__ __forceinline__ void copy_codes(const CodeGrid& g, const CodePlace& a
 
 // The same of their scales: a thread takes the 8 of a row.
 __device__ __forceinline__ void copy_scales(const QuantizeParams& p, const CodeGrid& g,
-                                            const CodePlace& at, const CodeStage& tile) {
-  const uint32_t row = at.row + threadIdx.x, block = at.column / 32;
+                                            const CodePlace& at, uint32_t thread,
+                                            CodeShared& tile) {
+  const uint32_t row = at.row + thread, block = at.column / 32;
   const uint32_t blocks = row < g.height ? g.blocks - block : 0;
   const uint8_t* from = p.in_scale;
   if (blocks != 0) from += static_cast<uint64_t>(row) * g.blocks + block;
-  const uint32_t to = ptx::shared_address(tile.scales) + threadIdx.x * 8;
+  const uint32_t to = ptx::shared_address(tile.scales) + thread * 8;
   if (g.loads8) return ptx::cp_async_8(to, from, blocks != 0 ? 8 : 0);
   uint32_t word[2] = {0, 0};
 #pragma unroll
@@ -117,10 +107,26 @@ __device__ __forceinline__ void copy_scales(const QuantizeParams& p, const CodeG
 }
 
 __device__ __forceinline__ void copy_tile(const QuantizeParams& p, const CodeGrid& g,
-                                          uint32_t index, const CodeStage& tile) {
+                                          uint32_t index, uint32_t thread, CodeShared& tile) {
   const CodePlace at(g, index);
-  copy_codes(g, at, tile);
-  copy_scales(p, g, at, tile);
+  copy_codes(g, at, thread, tile);
+  copy_scales(p, g, at, thread, tile);
+}
+
+// Ask the L2 for a tile, by its sectors of 32 bytes: 4 of a row, and one of its scales.
+__device__ __forceinline__ void fetch_tile(const QuantizeParams& p, const CodeGrid& g,
+                                           uint32_t index, uint32_t thread) {
+  const CodePlace at(g, index);
+  const uint32_t block = at.column / 32 + thread % 4 * 2;
+#pragma unroll
+  for (uint32_t i = 0; i < 4; ++i) {
+    const uint32_t row = at.row + thread / 4 + i * (CodeTile::kThreads / 4);
+    if (row < g.height && block < g.blocks)
+      ptx::prefetch_global_l2(g.x + (static_cast<uint64_t>(row) * g.blocks + block) * 16);
+  }
+  const uint32_t row = at.row + thread;
+  if (row < g.height)
+    ptx::prefetch_global_l2(p.in_scale + static_cast<uint64_t>(row) * g.blocks + at.column / 32);
 }
 
 // ---- transposed ----
@@ -146,8 +152,8 @@ __device__ __forceinline__ void transpose_nibbles(const uint32_t (&w)[8], uint32
 
 // A lane's 32 x 8 codes, from a band's rows to its columns. When a lane writes a column, which it
 // alone reads, all have left the rows.
-__device__ __forceinline__ void transpose_codes(const CodeStage& tile, uint32_t band) {
-  const uint32_t lane = threadIdx.x % 32;
+__device__ __forceinline__ void transpose_codes(CodeShared& tile, uint32_t band) {
+  const uint32_t lane = ptx::lane_id();
   const uint32_t from = ptx::shared_address(tile.codes) + CodeTile::chunk(32 * band, 0) + lane * 4;
   uint32_t columns[4][8];
 #pragma unroll
@@ -170,16 +176,16 @@ __device__ __forceinline__ void transpose_codes(const CodeStage& tile, uint32_t 
 struct RowScales {
   uint32_t code[8];
 
-  __device__ __forceinline__ RowScales(const CodeStage& tile, uint32_t band) {
-    const uint32_t lane = threadIdx.x % 32;
+  __device__ __forceinline__ RowScales(CodeShared& tile, uint32_t band) {
+    const uint32_t lane = ptx::lane_id();
     const uint8_t* from = tile.scales + (32 * band + lane % 4 * 8) * 8 + lane / 4;
 #pragma unroll
     for (int t = 0; t < 8; ++t) code[t] = from[8 * t];
   }
 
   // Whether some of the rows whose scale is 0 hold other codes than zeros.
-  __device__ __forceinline__ bool hides_codes(const CodeStage& tile, uint32_t band) const {
-    const uint32_t lane = threadIdx.x % 32, first = 32 * band + lane % 4 * 8;
+  __device__ __forceinline__ bool hides_codes(CodeShared& tile, uint32_t band) const {
+    const uint32_t lane = ptx::lane_id(), first = 32 * band + lane % 4 * 8;
     uint32_t found = 0;
 #pragma unroll
     for (int t = 0; t < 8; ++t) {
@@ -218,10 +224,10 @@ struct Square {
 
 // Leaves the units in rows[square], or the scales where the squares are not fast. The tile must
 // still hold the rows.
-__device__ __forceinline__ Square survey(const CodeStage& tile, uint32_t band, bool pairs,
+__device__ __forceinline__ Square survey(CodeShared& tile, uint32_t band, bool pairs,
                                          uint4 (&rows)[CodeTraits::kSquares][4]) {
   const RowScales scales(tile, band);
-  const uint32_t lane = threadIdx.x % 32;
+  const uint32_t lane = ptx::lane_id();
   uint32_t largest = 0, smallest = 255, least = 255;  // smallest: but for zeros, less 1
 #pragma unroll
   for (int t = 0; t < 8; ++t) {
@@ -245,37 +251,6 @@ __device__ __forceinline__ Square survey(const CodeStage& tile, uint32_t band, b
 }
 
 // ---- one block ----
-
-// With a group g of draws and the rest of its counter and the key fixed, the state after two rounds
-// of Philox: rounds2 where M0 g and M1 (its high word ^ rounds2.x) are zero.
-__device__ __forceinline__ void fill_code_tables(CodeTables& t, const QuantizeParams& p) {
-  fill_tables<Strip::kStochastic>(t.strip, p);
-  if (threadIdx.x != 0) return;
-  const uint64_t seed = static_cast<uint64_t>(p.rng[0]);
-  const uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
-  const Philox4 first =
-      philox_round({{0, 0, static_cast<uint32_t>(p.rng[p.rng_stride]), p.stream}}, k0, k1);
-  const Philox4 second =
-      philox_round({{first.w[0], first.w[1], 0, 0}}, k0 + kPhiloxW0, k1 + kPhiloxW1);
-  t.rounds2 = make_uint4(first.w[2], second.w[0], second.w[2], second.w[3]);
-}
-
-// draw_block of a group below 2^32.
-__device__ __forceinline__ Philox4 draw_early_block(const CodeTables& t, uint32_t group) {
-  ptx::compiler_fence();
-  const uint64_t a = static_cast<uint64_t>(kPhiloxM0) * group;
-  const uint64_t b =
-      static_cast<uint64_t>(kPhiloxM1) * (static_cast<uint32_t>(a >> 32) ^ t.rounds2.x);
-  Philox4 c = {{static_cast<uint32_t>(b >> 32) ^ t.rounds2.y, static_cast<uint32_t>(b),
-                static_cast<uint32_t>(a) ^ t.rounds2.z, t.rounds2.w}};
-#pragma unroll
-  for (int i = 1; i < kPhiloxRounds / 2; ++i) {
-    const uint4 key = t.strip.keys[i];
-    c = philox_round(c, key.x, key.y);
-    c = philox_round(c, key.z, key.w);
-  }
-  return c;
-}
 
 // ~draw's first 9 bits of elements t and t + 4 of a quarter, in each half from bit 0 (even t) or 4
 // (odd t) up: ~(word[t] ^ change[s]) under a mask. See quarter_words: even t takes low halves.
@@ -312,7 +287,7 @@ __device__ __forceinline__ uint32_t raw_pair(uint32_t codes, int t) {
 
 // 32 codes of a column, scaled by units, to the codes of the block.
 __device__ __forceinline__ StripBlock round_codes(const uint4& column, const uint32_t (&units)[16],
-                                                  uint32_t largest, const CodeTables& tables,
+                                                  uint32_t largest, const PhiloxSchedule& keys,
                                                   uint32_t group) {
   const uint32_t codes[4] = {column.x, column.y, column.z, column.w};
   uint32_t v[16];
@@ -329,7 +304,7 @@ __device__ __forceinline__ StripBlock round_codes(const uint4& column, const uin
   const bool empty = bits == 0;  // then all magnitudes come out as 0
   const uint32_t signs = empty ? 0u : 0x88888888u;
   const uint32_t to_grid = (18 - exponent) * 0x04000400u;  // 2^-14 / S
-  const PairDraws draws(draw_early_block(tables, group));
+  const PairDraws draws(philox_group(keys, group));
   uint32_t w[4];
 #pragma unroll
   for (int s = 0; s < kQuarters; ++s) {
@@ -352,7 +327,7 @@ __device__ __forceinline__ StripBlock round_codes(const uint4& column, const uin
 // The same from any scales, by float32.
 __device__ __forceinline__ StripBlock round_values(const uint4& column, const uint4 (&scales)[4],
                                                    const QuantizeParams& p,
-                                                   const StripTables& tables, uint64_t group) {
+                                                   const StripOperand& operand, uint32_t group) {
   const uint32_t codes[4] = {column.x, column.y, column.z, column.w};
   float v[32];
 #pragma unroll
@@ -363,26 +338,25 @@ __device__ __forceinline__ StripBlock round_values(const uint4& column, const ui
       v[8 * i + j] = decode<E2M1>(codes[i] >> (4 * j) & 15u) *
                      e8m0_value((j < 4 ? packed.x : packed.y) >> (8 * (j % 4)) & 0xFFu);
   }
-  return quantize_block<Strip::kStochastic>(v, amax32(v), p, tables, group);
+  return quantize_block<Strip::kStochastic>(v, amax32(v), p, operand, group);
 }
 
 // ---- kernel ----
 
 // A warp's band, in place: rows of codes to blocks of columns. at: of the tile.
 __device__ __forceinline__ void round_band(const QuantizeParams& p, const CodeGrid& g,
-                                           const CodePlace& at, CodeShared& shared,
-                                           const CodeStage& tile) {
-  const uint32_t band = __shfl_sync(kAllLanes, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+                                           const CodePlace& at, const StripOperand& operand,
+                                           uint32_t band, CodeShared& tile) {
+  const uint32_t lane = ptx::lane_id();
   const uint32_t k = at.row + 32 * band, kp = static_cast<uint32_t>(p.kp);
   if (k >= kp) return;
-  uint4(&rows)[CodeTraits::kSquares][4] = shared.rows[band];
+  uint4(&rows)[CodeTraits::kSquares][4] = tile.rows[band];
   const Square square = survey(tile, band, g.pairs, rows);
   transpose_codes(tile, band);
   const uint32_t columns = ptx::shared_address(tile.codes) + CodeTile::column(band, lane, 0);
   const uint32_t scales =
-      ptx::shared_address(shared.block_scales) + CodeTile::block_scale(band, lane, 0);
-  const uint64_t group =
-      static_cast<uint64_t>(at.column + lane * CodeTile::kColumns) * (kp / 32) + k / 32;
+      ptx::shared_address(tile.block_scales) + CodeTile::block_scale(band, lane, 0);
+  const uint32_t group = (at.column + lane * CodeTile::kColumns) * (kp / 32) + k / 32;
   const auto each_column = [&](auto round) {
 #pragma unroll 1
     for (uint32_t n = 0; n < CodeTile::kColumns; ++n) {
@@ -400,26 +374,23 @@ __device__ __forceinline__ void round_band(const QuantizeParams& p, const CodeGr
       units[4 * i] = u.x, units[4 * i + 1] = u.y, units[4 * i + 2] = u.z, units[4 * i + 3] = u.w;
     }
     each_column([&](const uint4& column, uint32_t n) {
-      return round_codes(column, units, square.largest, shared.tables,
-                         static_cast<uint32_t>(group) + n * (kp / 32));
+      return round_codes(column, units, square.largest, operand.keys, group + n * (kp / 32));
     });
   } else {
     each_column([&](const uint4& column, uint32_t n) {
-      return round_values(column, rows[lane / 4], p, shared.tables.strip,
-                          group + static_cast<uint64_t>(n) * (kp / 32));
+      return round_values(column, rows[lane / 4], p, operand, group + n * (kp / 32));
     });
   }
 }
 
 // 8 lanes write the 8 blocks of an operand row.
 __device__ __forceinline__ void store_codes(const QuantizeParams& p, const CodePlace& at,
-                                            const CodeStage& tile) {
-  const uint32_t band = threadIdx.x % CodeTile::kBands, first = threadIdx.x / CodeTile::kBands;
+                                            uint32_t thread, CodeShared& tile) {
+  const uint32_t band = thread % CodeTile::kBands, first = thread / CodeTile::kBands;
   const uint32_t k = at.row + 32 * band, row = at.column + first;
   const uint32_t rows = static_cast<uint32_t>(p.rows), blocks = static_cast<uint32_t>(p.kp) / 32;
   const uint32_t left = k / 32 < blocks && row < rows ? rows - row : 0;
-  const uint32_t from =
-      ptx::opaque(ptx::shared_address(tile.codes) + CodeTile::stored(threadIdx.x));
+  const uint32_t from = ptx::opaque(ptx::shared_address(tile.codes) + CodeTile::stored(thread));
   uint8_t* to = p.data + (static_cast<uint64_t>(row) * blocks + k / 32) * 16;
   const uint64_t pitch = static_cast<uint64_t>(blocks) * (16 * CodeTile::kStep);
   const auto store = [&](uint32_t i) {
@@ -437,11 +408,12 @@ __device__ __forceinline__ void store_codes(const QuantizeParams& p, const CodeP
 
 // A thread writes the 8 scales of an operand row.
 __device__ __forceinline__ void store_scales(const QuantizeParams& p, const CodeGrid& g,
-                                             const CodePlace& at, const uint8_t* block_scales) {
-  const uint32_t row = at.column + CodeTile::scaled_column(threadIdx.x);
+                                             const CodePlace& at, uint32_t thread,
+                                             const uint8_t* block_scales) {
+  const uint32_t row = at.column + CodeTile::scaled_column(thread);
   const uint32_t kp = static_cast<uint32_t>(p.kp);
   if (row >= static_cast<uint32_t>(p.rows)) return;
-  const uint8_t* from = block_scales + threadIdx.x * CodeTile::kBands;
+  const uint8_t* from = block_scales + thread * CodeTile::kBands;
   uint8_t* to = p.scale + (static_cast<uint64_t>(row) * (kp / 32) + at.row / 32);
   if (g.stores8) {
     *reinterpret_cast<uint2*>(to) = *reinterpret_cast<const uint2*>(from);
@@ -455,31 +427,26 @@ __device__ __forceinline__ void store_scales(const QuantizeParams& p, const Code
 }
 
 __global__ void __launch_bounds__(CodeTile::kThreads, CodeTraits::kCtas)
-    requantize_codes_kernel(const QuantizeParams p, const CodeGrid g) {
+    requantize_codes_kernel(const QuantizeParams p, const StripPlan plan, const CodeGrid g) {
   MXT_DYNAMIC_SHARED(memory, 128);
   CodeShared& shared = *reinterpret_cast<CodeShared*>(memory);
-  fill_code_tables(shared.tables, p);
-  const uint32_t step = gridDim.x;
-  uint32_t index = blockIdx.x;
+  const PhiloxSchedule keys = uniform_schedule(p);
+  const StripOperand operand = {plan, keys, nullptr};
+  const uint32_t step = gridDim.x, warp = uniform(threadIdx.x / 32);
+  if (blockIdx.x < g.tiles) copy_tile(p, g, blockIdx.x, thread_id(warp), shared);
 #pragma unroll 1
-  for (uint32_t s = 0; s < CodeTraits::kStages; ++s) {
-    if (index + s * step < g.tiles) copy_tile(p, g, index + s * step, CodeStage(shared, s));
-    ptx::cp_async_commit_group();
-  }
-#pragma unroll 1
-  for (uint32_t s = 0; index < g.tiles; index += step, s = (s + 1) % CodeTraits::kStages) {
-    const CodeStage tile(shared, s);
+  for (uint32_t index = blockIdx.x; index < g.tiles;) {
     const CodePlace at(g, index);
-    ptx::cp_async_wait_group<CodeTraits::kStages - 1>();
+    index += step;
+    ptx::cp_async_wait_all();
     __syncthreads();
-    round_band(p, g, at, shared, tile);
+    if (index < g.tiles) fetch_tile(p, g, index, thread_id(warp));
+    round_band(p, g, at, operand, warp, shared);
     __syncthreads();
-    store_codes(p, at, tile);
-    store_scales(p, g, at, shared.block_scales);
+    store_codes(p, at, thread_id(warp), shared);
+    store_scales(p, g, at, thread_id(warp), shared.block_scales);
     __syncthreads();
-    const uint32_t next = index + CodeTraits::kStages * step;
-    if (next < g.tiles) copy_tile(p, g, next, tile);
-    ptx::cp_async_commit_group();  // an empty one too: the wait counts them
+    if (index < g.tiles) copy_tile(p, g, index, thread_id(warp), shared);
   }
 }
 
@@ -492,7 +459,6 @@ cudaError_t launch_requantize_codes(const QuantizeParams& p, cudaStream_t stream
   const auto narrow = [](int64_t n) { return static_cast<uint32_t>(n); };
   const int64_t across = (p.rows + CodeTile::kSize - 1) / CodeTile::kSize,
                 down = (p.kp + CodeTile::kSize - 1) / CodeTile::kSize;
-  const bool early = p.rows * (p.kp / 32) <= int64_t{1} << 32;
   const auto words8 = [](const uint8_t* scales, int64_t in_row) {
     return in_row % 8 == 0 && reinterpret_cast<uintptr_t>(scales) % 8 == 0;
   };
@@ -501,7 +467,7 @@ cudaError_t launch_requantize_codes(const QuantizeParams& p, cudaStream_t stream
                       narrow(p.in_blocks),
                       narrow(across * down),
                       Divisor::of(across),
-                      early && p.prescale == 1.0f,
+                      p.prescale == 1.0f,
                       words8(p.in_scale, p.in_blocks),
                       !p.swizzled && words8(p.scale, p.kp / 32)};
   int sms = 0;
@@ -509,7 +475,8 @@ cudaError_t launch_requantize_codes(const QuantizeParams& p, cudaStream_t stream
   if (error != cudaSuccess) return error;
   const uint32_t most = sms * CodeTraits::kCtas;
   return launch_with_shared(requantize_codes_kernel, g.tiles < most ? g.tiles : most,
-                            CodeTile::kThreads, sizeof(CodeShared), stream, p, g);
+                            CodeTile::kThreads, sizeof(CodeShared), stream, p,
+                            make_plan<Strip::kStochastic>(p), g);
 }
 
 }  // namespace mxtrain::cuda

@@ -2,11 +2,11 @@
 // Strips: the fast path for bfloat16 to mxfp4 with stochastic rounding, a Hadamard rotation, or
 // both. A lane owns one block, 32 consecutive elements along K of one operand row, in registers, or
 // the two of a Hadamard group of 64. So maxima, scales and butterflies need no other lane. A block
-// is rounded where it stands, without dividing it by its scale S: with a = |v| and b = a + max(a,
-// S), the bits of b - S from bit 22 up are the code (encode.cuh, moved up by S), and a Hadamard
-// norm that is a power of two moves S instead of v. Blocks whose maximum is no ordinary number for
-// that (zero, subnormal, huge, NaN, Inf) are first brought to S = 1. Two operands of one read may
-// also be nearest, by encode_pairs.cuh. Rows, K and strides are below 2^31 here, blocks below 2^32.
+// is rounded where it stands, without dividing it by its scale S, which encode.cuh takes into its
+// one product, and a Hadamard norm that is a power of two moves S instead of v. Blocks whose
+// maximum is no ordinary number for that (zero, subnormal, huge, NaN, Inf) are first brought to S =
+// 1. Two operands of one read may also be nearest, by encode_pairs.cuh. Rows, K and strides are
+// below 2^31 here, blocks below 2^32.
 #pragma once
 
 #include "cuda/group.cuh"
@@ -26,10 +26,13 @@ struct StripTraits {
   static_assert(kRowBytes == 128, "a tile's row touches every bank of shared memory once");
 };
 
-// Blocks whose maximum lies in [2^-90, 2^100): nothing on the way to their codes under- or
-// overflows, for prescales within 2^-20 and 2^20.
+// Blocks whose maximum lies in [2^-90, 2^25): nothing on the way to their codes under- or
+// overflows, for prescales within 2^-20 and 2^20, and S, at most half of the maximum, not even by
+// the rules that round up, is one of e2m1_stochastic8's.
 struct OrdinaryTraits {
-  static constexpr uint32_t kFirst = (127u - 90) << 23, kCount = 190u << 23;
+  static constexpr uint32_t kFirst = (127u - 90) << 23, kEnd = (127u + 25) << 23,
+                            kCount = kEnd - kFirst;
+  static_assert(25 - E2M1::kEmax <= kMostStochasticScale, "the largest maximum's scale");
   static constexpr float kSmallestPrescale = 0x1p-20f, kLargestPrescale = 0x1p20f;
 };
 
@@ -149,13 +152,6 @@ __device__ __forceinline__ void fill_tables(StripTables& t, const QuantizeParams
         make_uint2(static_cast<uint32_t>(seed) + i * kPhiloxW0,
                    static_cast<uint32_t>(seed >> 32) + i * kPhiloxW1);
   }
-}
-
-// Chunk j of 16 bytes of tile row r lies at j ^ r % 8 ^ r / 32 * 4. So every bank is touched once
-// by lanes that read both blocks of 4 rows, by lanes that read words of 32 columns, or 16 columns,
-// of rows r and r + 32, and by the copies.
-__device__ __forceinline__ uint32_t strip_offset(uint32_t r, uint32_t chunk) {
-  return r * StripTraits::kRowBytes + ((chunk ^ (r & 7) ^ (r / 32 * 4)) * 16);
 }
 
 // ---- one block of 32 elements ----
@@ -355,169 +351,6 @@ __device__ __forceinline__ void finish64(float (&v)[2][32], const QuantizeParams
   const uint32_t at = row * blocks + k / 32 + odd;
   store_block(p, tables.plan, row, k + 32 * odd, at, first);
   store_block(p, tables.plan, row + 1, k + 32 * odd, at + blocks, second);
-}
-
-// ---- blocks from a tile in shared memory ----
-
-__device__ __forceinline__ float widen_with_sign(uint32_t half, uint32_t sign) {
-  return bits_float(ptx::mad_lo_u32(half, 1u << 16, sign));  // adding bit 31 flips it
-}
-
-// v[i] = element(i, sign bit); the signs are those of half b of the Hadamard group's 64.
-template <Strip kStrip, class Tables, class Element>
-__device__ __forceinline__ void fill_block(float (&v)[32], const Tables& tables, int b,
-                                           Element element) {
-#pragma unroll
-  for (int i = 0; i < 32; i += 4) {
-    uint4 s = {};
-    if (rotates(kStrip)) s = tables.signs[8 * b + i / 4];
-    v[i] = element(i, s.x), v[i + 1] = element(i + 1, s.y);
-    v[i + 2] = element(i + 2, s.z), v[i + 3] = element(i + 3, s.w);
-  }
-}
-
-// A block of a row, whose first chunk lies at `from`.
-__device__ __forceinline__ void read_row_block(uint32_t from, uint32_t (&w)[16]) {
-#pragma unroll
-  for (int j = 0; j < 4; ++j) {
-    const uint4 raw = ptx::ld_shared_v4(from ^ (j * 16));
-    w[4 * j] = raw.x, w[4 * j + 1] = raw.y, w[4 * j + 2] = raw.z, w[4 * j + 3] = raw.w;
-  }
-}
-
-template <Strip kStrip, class Tables>
-__device__ __forceinline__ void fill_from_row(float (&v)[32], const Tables& tables, int b,
-                                              const uint32_t (&w)[16]) {
-  fill_block<kStrip>(v, tables, b, [&](int i, uint32_t sign) {
-    return i % 2 ? bits_float((w[i / 2] & 0xFFFF0000u) ^ sign) : widen_with_sign(w[i / 2], sign);
-  });
-}
-
-// Blocks of bfloat16 pairs as they lie in x, nearest.
-template <class Tables>
-__device__ __forceinline__ void finish_row_pairs(const uint32_t (&w)[16], const QuantizeParams& p,
-                                                 const Tables& tables, uint32_t row, uint32_t k) {
-  const ScaleChooser<Mxfp4> scales(p);
-  BlockScale s;
-  const uint4 codes = tables.plan.fits ? quantize_row_block<true>(w, scales, s)
-                                       : quantize_row_block<false>(w, scales, s);
-  store_block(p, tables.plan, row, k, row * tables.plan.blocks + k / 32, {codes, s.code});
-}
-
-// The same of 32 rows of two columns, which are operand rows `row` and the next.
-template <class Tables>
-__device__ __forceinline__ void finish_column_pairs(const uint32_t (&x2)[32],
-                                                    const QuantizeParams& p, const Tables& tables,
-                                                    uint32_t row, uint32_t k) {
-  const ScaleChooser<Mxfp4> scales(p);
-  BlockScale s[2];
-  uint4 codes[2];
-  if (tables.plan.fits)
-    quantize_two_blocks<true>(x2, scales, s, codes);
-  else
-    quantize_two_blocks<false>(x2, scales, s, codes);
-  const uint32_t blocks = tables.plan.blocks, group = row * blocks + k / 32;
-  store_block(p, tables.plan, row, k, group, {codes[0], s[0].code});
-  store_block(p, tables.plan, row + 1, k, group + blocks, {codes[1], s[1].code});
-}
-
-// Pass `pass` of the rows: lane 2 i + b takes block b of row 16 pass + i, or, for a group of 64,
-// lane i both blocks of row 32 pass + i. (row, k): the operand's at the tile's corner. after_read:
-// called when the blocks are in registers, or half of them in codes.
-template <Strip kStrip, class Tables, class AfterRead>
-__device__ __forceinline__ void row_pass(const uint8_t* tile, int pass, const QuantizeParams& p,
-                                         const Tables& tables, uint32_t row, uint32_t k,
-                                         AfterRead after_read) {
-  const uint32_t lane = rotates64(kStrip) ? ptx::lane_id() : threadIdx.x % 32;
-  uint32_t w[16];
-  if constexpr (rotates64(kStrip)) {
-    const uint32_t r = pass * 32 + lane;
-    const uint32_t from = ptx::shared_address(tile + strip_offset(r, 0));
-    float v[2][32];
-#pragma unroll
-    for (int b = 0; b < 2; ++b) {
-      read_row_block(from ^ (b * 64), w);
-      fill_from_row<kStrip>(v[b], tables, b, w);
-    }
-    return finish64<kStrip>(v, p, tables, row + pass * 32, k, after_read);
-  }
-  const uint32_t b = lane % 2, r = pass * StripTraits::kPassRows + lane / 2;
-  const uint32_t first = ptx::shared_address(tile + strip_offset(lane / 2, 4 * b));
-  // as strip_offset(r, 4 * b) has it, whose r % 8 no pass changes
-  read_row_block((first + pass * (StripTraits::kPassRows * StripTraits::kRowBytes)) ^
-                     (pass * StripTraits::kPassRows / 32 * 64),
-                 w);
-  if constexpr (kStrip == Strip::kPairs) {
-    after_read();
-    return finish_row_pairs(w, p, tables, row + r, k + 32 * b);
-  }
-  float v[32];
-  uint32_t m = 0;
-  if constexpr (!rotates(kStrip)) {
-    uint32_t m2 = ptx::max_nan_abs_bf16x2(w[0], w[1]);
-#pragma unroll
-    for (int i = 2; i < 16; ++i) m2 = ptx::max_nan_abs_bf16x2(m2, w[i]);
-    m = max(m2 << 16 & ~kSignBit, m2 & 0x7FFF0000u);
-  }
-  fill_from_row<kStrip>(v, tables, b, w);
-  after_read();
-  finish_block<kStrip>(v, m, p, tables, row + r, k + 32 * b);
-}
-
-// Where column c has its elements of rows 32 b + j, j = 0 to 7; every 8 rows are a kilobyte
-// further.
-__device__ __forceinline__ void column_addresses(const uint8_t* tile, uint32_t b, uint32_t c,
-                                                 uint32_t (&from)[8]) {
-  from[0] = ptx::shared_address(tile + strip_offset(32 * b, c / 8) + c % 8 * 2);
-#pragma unroll
-  for (int j = 1; j < 8; ++j) from[j] = from[0] ^ (j * 16);
-}
-
-// A block of a column. kNext: 32 rows below those of the addresses, whose chunks are moved by 4.
-template <Strip kStrip, bool kNext, class Tables>
-__device__ __forceinline__ void fill_from_column(float (&v)[32], const Tables& tables, int b,
-                                                 const uint32_t (&from)[8]) {
-  fill_block<kStrip>(v, tables, b, [&](int i, uint32_t sign) {
-    const uint32_t at = from[(kNext ? i ^ 4 : i) % 8];
-    const int row = i + (kNext ? 32 : 0);
-    return widen_with_sign(ptx::ld_shared_u16(at + row * StripTraits::kRowBytes), sign);
-  });
-}
-
-// Pass `pass` of the columns: lane 2 i + b takes rows 32 b and up of column 16 pass + i, or, in
-// pairs, of columns 32 pass + 2 i and the next, or, for a group of 64, lane i all of column
-// 32 pass + i. (row, k): the operand's at the tile's corner.
-template <Strip kStrip, class Tables, class AfterRead>
-__device__ __forceinline__ void column_pass(const uint8_t* tile, int pass, const QuantizeParams& p,
-                                            const Tables& tables, uint32_t row, uint32_t k,
-                                            AfterRead after_read) {
-  const uint32_t lane = rotates64(kStrip) ? ptx::lane_id() : threadIdx.x % 32;
-  uint32_t from[8];
-  if constexpr (rotates64(kStrip)) {
-    const uint32_t c = pass * 32 + lane;
-    float v[2][32];
-    column_addresses(tile, 0, c, from);
-    fill_from_column<kStrip, false>(v[0], tables, 0, from);
-    fill_from_column<kStrip, true>(v[1], tables, 1, from);
-    return finish64<kStrip>(v, p, tables, row + pass * 32, k, after_read);
-  }
-  if constexpr (kStrip == Strip::kPairs) {
-    const uint32_t half = lane % 2, c = pass * 32 + lane / 2 * 2;
-    column_addresses(tile, half, c, from);
-    uint32_t x2[32];
-#pragma unroll
-    for (int i = 0; i < 32; ++i)
-      x2[i] = ptx::ld_shared_b32(from[i % 8] + i * StripTraits::kRowBytes);
-    after_read();
-    return finish_column_pairs(x2, p, tables, row + c, k + 32 * half);
-  }
-  const uint32_t b = lane % 2, c = pass * StripTraits::kPassRows + lane / 2;
-  float v[32];
-  column_addresses(tile, b, c, from);
-  fill_from_column<kStrip, false>(v, tables, b, from);
-  const uint32_t m = rotates(kStrip) ? 0 : amax32(v);
-  after_read();
-  finish_block<kStrip>(v, m, p, tables, row + c, k + 32 * b);
 }
 
 }  // namespace mxtrain::cuda

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/accelerator.h>
 
 #include "cuda/quantize.h"
+#include "formats/column_sum.h"
 #include "formats/layout.h"
 #include "ops/cuda_common.h"
 #include "ops/ops.h"
@@ -96,12 +97,12 @@ Operand3 quantize(Tensor x, int64_t format, int64_t scale_rule, int64_t rounding
   return out;
 }
 
-Operand6 quantize_dual(Tensor x, OptionalTensor rng, int64_t row_format, int64_t row_scale_rule,
+Operand7 quantize_dual(Tensor x, OptionalTensor rng, int64_t row_format, int64_t row_scale_rule,
                        int64_t row_rounding, int64_t row_hadamard, OptionalTensor row_signs,
                        double row_prescale, OptionalTensor row_toward, int64_t col_format,
                        int64_t col_scale_rule, int64_t col_rounding, int64_t col_hadamard,
                        OptionalTensor col_signs, double col_prescale, OptionalTensor col_toward,
-                       bool swizzle) {
+                       bool swizzle, bool sum_columns) {
   const char* op = "quantize_dual";
   check_matrix(op, "x", x);
   const Target row = {row_format, row_scale_rule, row_rounding, row_hadamard,
@@ -116,13 +117,22 @@ Operand6 quantize_dual(Tensor x, OptionalTensor rng, int64_t row_format, int64_t
   add_target(pr, row, rng, false);
   add_target(pc, col, rng, true);
   Operand3 a = allocate(x, pr, swizzle), b = allocate(x, pc, swizzle);
-  if (can_fuse_dual(pr, pc)) {
+  const bool fused = can_fuse_dual(pr, pc), runs = sum_columns && fused && can_sum_runs(pr, pc);
+  const int64_t count = runs ? tiles(pr.rows, kSumRows) : 0;
+  const Tensor work = torch::stable::new_empty(x, {count, pr.cols}, ScalarType::Float);
+  if (runs) pc.runs = work.mutable_data_ptr<float>();
+  if (fused) {
     check_launch(op, launch_quantize_dual(pr, pc, stream));
   } else {
     launch(op, pr, stream);
     launch(op, pc, stream);
   }
-  return std::tuple_cat(a, b);
+  if (sum_columns && !runs) return std::tuple_cat(a, b, std::make_tuple(column_sum(x)));
+  Tensor sum = torch::stable::new_empty(x, {runs ? pr.cols : 0}, ScalarType::Float);
+  if (runs)
+    check_launch(
+        op, launch_column_runs({pc.runs, count, pr.cols, sum.mutable_data_ptr<float>()}, stream));
+  return std::tuple_cat(a, b, std::make_tuple(sum));
 }
 
 Operand3 requantize(Tensor data, Tensor scale, OptionalTensor tensor_scale, int64_t format,

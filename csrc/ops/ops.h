@@ -13,7 +13,7 @@ using Operand3 = std::tuple<Tensor, Tensor, Tensor>;  // data, scale, tensor_sca
 using Operand2 = std::tuple<Tensor, Tensor>;
 using Operand4 = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 using Operand5 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
-using Operand6 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Operand7 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 using Operand8 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // Checks that every backend of an op shares.
@@ -38,12 +38,12 @@ GemmBackend requested_gemm_backend();
   Operand3 quantize(Tensor x, int64_t format, int64_t scale_rule, int64_t rounding,                \
                     bool transpose, OptionalTensor rng, int64_t hadamard, OptionalTensor signs,    \
                     double prescale, OptionalTensor toward, bool swizzle);                         \
-  Operand6 quantize_dual(Tensor x, OptionalTensor rng, int64_t row_format, int64_t row_scale_rule, \
+  Operand7 quantize_dual(Tensor x, OptionalTensor rng, int64_t row_format, int64_t row_scale_rule, \
                          int64_t row_rounding, int64_t row_hadamard, OptionalTensor row_signs,     \
                          double row_prescale, OptionalTensor row_toward, int64_t col_format,       \
                          int64_t col_scale_rule, int64_t col_rounding, int64_t col_hadamard,       \
                          OptionalTensor col_signs, double col_prescale, OptionalTensor col_toward, \
-                         bool swizzle);                                                            \
+                         bool swizzle, bool sum_columns);                                          \
   Operand3 requantize(Tensor data, Tensor scale, OptionalTensor tensor_scale, int64_t format,      \
                       int64_t cols, int64_t out_format, int64_t scale_rule, int64_t rounding,      \
                       OptionalTensor rng, int64_t hadamard, OptionalTensor signs, double prescale, \

@@ -108,12 +108,12 @@ Operand3 quantize(Tensor x, int64_t format, int64_t scale_rule, int64_t rounding
 
 // Both operands from one pass over memory: squares of 256 x 256 elements stay in cache while rows,
 // then columns, are quantized.
-Operand6 quantize_dual(Tensor x, OptionalTensor rng, int64_t row_format, int64_t row_scale_rule,
+Operand7 quantize_dual(Tensor x, OptionalTensor rng, int64_t row_format, int64_t row_scale_rule,
                        int64_t row_rounding, int64_t row_hadamard, OptionalTensor row_signs,
                        double row_prescale, OptionalTensor row_toward, int64_t col_format,
                        int64_t col_scale_rule, int64_t col_rounding, int64_t col_hadamard,
                        OptionalTensor col_signs, double col_prescale, OptionalTensor col_toward,
-                       bool swizzle) {
+                       bool swizzle, bool sum_columns) {
   const char* op = "quantize_dual";
   check_matrix(op, "x", x);
   const Target row = {row_format, row_scale_rule, row_rounding, row_hadamard,
@@ -141,7 +141,9 @@ Operand6 quantize_dual(Tensor x, OptionalTensor rng, int64_t row_format, int64_t
     std::get<1>(a) = swizzle_scale(std::get<1>(a));
     std::get<1>(b) = swizzle_scale(std::get<1>(b));
   }
-  return std::tuple_cat(a, b);
+  const Tensor sum =
+      sum_columns ? column_sum(x) : torch::stable::new_empty(x, {0}, ScalarType::Float);
+  return std::tuple_cat(a, b, std::make_tuple(sum));
 }
 
 Operand3 requantize(Tensor data, Tensor scale, OptionalTensor tensor_scale, int64_t format,

@@ -35,6 +35,11 @@ __device__ __forceinline__ void prefetch_global_l1(const void* p) {
   asm volatile("prefetch.global.L1 [%0];" ::"l"(p));
 }
 
+// prefetch.global.L2: the sector of p, which is in memory.
+__device__ __forceinline__ void prefetch_global_l2(const void* p) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+}
+
 // cp.async.cg.shared.global: 16 bytes into shared memory, of which the first `bytes` come from p
 // and the rest are zero.
 __device__ __forceinline__ void cp_async_16(uint32_t shared, const void* p, int bytes) {

@@ -148,12 +148,11 @@ inline float __int_as_float(int v) {
 }
 inline float __fmaf_rn(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 inline float __fdiv_rn(float a, float b) { return a / b; }
-// a + b rounded up: the sum to nearest in double and what that leaves out say which way it went.
-inline float __fadd_ru(float a, float b) {
-  const double x = a, y = b, sum = x + y, part = sum - x;
-  const double rest = (x - (sum - part)) + (y - part);
-  const float f = static_cast<float>(sum);
-  return f < sum || (f == sum && rest > 0) ? nextafterf(f, INFINITY) : f;
+// a * b rounded up; the product is exact in double.
+inline float __fmul_ru(float a, float b) {
+  const double product = static_cast<double>(a) * b;
+  const float f = static_cast<float>(product);
+  return f < product ? nextafterf(f, INFINITY) : f;
 }
 
 namespace mxtrain::cuda {

@@ -32,6 +32,7 @@ inline uint4 ld_global_nc_v4(const void* p) { return load_aligned<uint4>(p); }
 inline uint32_t ld_global_nc_b32(const void* p) { return load_aligned<uint32_t>(p); }
 inline uint32_t ld_global_nc_u8(const uint8_t* p) { return *p; }
 inline void prefetch_global_l1(const void*) {}
+inline void prefetch_global_l2(const void*) {}
 
 inline void cp_async_16(uint32_t shared, const void* p, int bytes) {
   emulation::copy_async(shared, p, 16, bytes);
