@@ -66,7 +66,7 @@ def test_a_noisy_average_changes_one_code_in_twenty(device):
 
 
 def test_first_update_copies_and_later_ones_are_exact(device):
-    """What the weight was when the layer was built leaves no trace."""
+    """T20: what the weight was when the layer was built leaves no trace."""
     layer = ema_layer(device, beta=0.998, warmup=3)
     nn.init.normal_(layer.weight, std=3.0)
     optimizer = SGD(layer.parameters(), lr=0.1)
@@ -245,6 +245,7 @@ def test_copies_keep_averaging(duplicate):
 
 
 def test_state_survives_a_checkpoint_bitwise(tmp_path, device):
+    """T20: the state, the evaluation and what the next step makes of it."""
     layer = ema_layer(device)
     optimizer = SGD(layer.parameters(), lr=0.5)
     for i in range(4):
@@ -327,7 +328,7 @@ def test_changing_the_recipe_adds_and_removes_the_state():
 
 
 def test_q_ema_stops_an_oscillation():
-    """A weight that steps back and forth over a threshold: nearest flips its code every time."""
+    """T19: a weight that steps back and forth over a threshold: nearest flips it each time."""
     threshold, offset, size, steps = 0.25, 0.002, 0.01, 400
     layer = ema_layer(beta=0.998, warmup=1, features=32)
     optimizer = SGD([layer.weight], lr=1.0)
@@ -354,7 +355,7 @@ def test_q_ema_stops_an_oscillation():
 
 
 def test_q_ema_has_no_hysteresis():
-    """An average exactly at the threshold follows every step of the weight."""
+    """T19: an average exactly at the threshold follows every step of the weight."""
     threshold, size = 0.25, 0.01
     w = torch.full((1, 32), 6.0)
     ema = w.clone()
