@@ -114,22 +114,28 @@ class EmaLinear(nn.Linear):
         keys = [prefix + "weight_ema", prefix + "ema_updates"]
         mine = "weight_ema" in self._buffers
         saved = mine and all(key in state_dict for key in keys)
+        problems = self._bad_saved(*(state_dict[key] for key in keys)) if saved else []
+        if problems:  # load_state_dict raises, and lists them with what else is wrong
+            error_msgs += problems
+            return  # with the weight, average and count that belong together
         hidden = keys[1:] if saved else keys
         super()._load_from_state_dict(
             {key: value for key, value in state_dict.items() if key not in hidden},
             prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs,
         )  # fmt: skip
         if saved:
-            problem = _bad_count(state_dict[keys[1]])
-            if problem is None:
-                self._count_ema(int(state_dict[keys[1]]))
-            else:  # load_state_dict raises, and lists it with what else is wrong
-                error_msgs.append(problem)
+            self._count_ema(int(state_dict[keys[1]]))
+            self.weight_ema = self.weight_ema.to(torch.float32)  # where it was assigned
         elif mine:
             if keys[0] in missing_keys:
                 missing_keys.remove(keys[0])
             if prefix + "weight" in state_dict:
                 self._restart_ema()
+
+    def _bad_saved(self, average: object, updates: object) -> list[str]:
+        """What is wrong with weight_ema and ema_updates of a state_dict."""
+        problems = [_bad_average(average, self.weight_ema.shape), _bad_count(updates)]
+        return [problem for problem in problems if problem is not None]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -193,6 +199,17 @@ def update_weight_ema(layers: Iterable[EmaLinear]) -> None:
         layer.count_ema_update()
     for amount, (emas, weights) in grouped.items():
         torch._foreach_lerp_(emas, weights, amount)
+
+
+def _bad_average(average: object, shape: torch.Size) -> str | None:
+    """What is wrong with weight_ema of a state_dict, or None."""
+    condition, got, context = f"be floats of shape {list(shape)}", show(average), kind(average)
+    if isinstance(average, Tensor) and average.is_floating_point() and average.shape == shape:
+        if average.is_meta or bool(_whole(average).isfinite().all()):
+            return None
+        condition, got, context = "be finite", "NaN or infinity", show(average)
+    advice = "Load what state_dict returned, or remove the key and ema_updates to start anew."
+    return refusal("load_state_dict", "weight_ema", condition, got, context, advice)
 
 
 def _bad_count(updates: object) -> str | None:

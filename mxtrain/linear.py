@@ -24,6 +24,7 @@ With X [N, K] the tokens, W [C, K] the weight, dY [N, C] and Q the six quantizer
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -444,6 +445,9 @@ def linear(
 
 # ---- the module ----
 
+# How the attributes begin in which a layer counts; each is replaced, never changed in place.
+_COUNTS = ("_ema_", "ema_active", "_fallback_")
+
 
 def _check_layer(
     in_features: object, out_features: object, bias: object, device: Any, dtype: object
@@ -546,6 +550,20 @@ class MXLinear(FallbackLinear):
         if counts is not None:
             self._count_fallback(counts)
         return y
+
+    def remember(self) -> Callable[[], None]:
+        """A function that puts back what training moves beside parameters and buffers: counts."""
+        counts = self._counts()
+
+        def put_back() -> None:
+            for name in self._counts():
+                delattr(self, name)
+            vars(self).update(counts)
+
+        return put_back
+
+    def _counts(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name.startswith(_COUNTS)}
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, recipe={self._recipe.name!r}"

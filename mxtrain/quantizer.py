@@ -67,7 +67,7 @@ class Quantizer:
         advice = "Use 1 for none; it is a float32."
         check_that(ok, what, "prescale", "be positive and finite", self.prescale, advice)
         ok = self.signs == "none" or self.hadamard > 0
-        advice = "Set hadamard to the size of the groups that the signs belong to."
+        advice = "Set hadamard to the size of the groups that they flip, or signs='none' with it."
         condition = "be 'none' without a Hadamard"
         check_that(ok, what, "signs", condition, self.signs, advice, f"hadamard {self.hadamard}")
         if self.format is None:

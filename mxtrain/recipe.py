@@ -232,6 +232,7 @@ class Recipe:
             mxfp4_backward = get_recipe("mxfp4_backward")
             wide = mxfp4_backward.with_quantizers("g = 128", ("dgrad", "wgrad"), hadamard=128)
             both = wide.with_quantizers("g = 128, FP8 forward", "fprop", format="mxfp8_e4m3")
+            none = wide.with_quantizers("no rotation", ("dgrad", "wgrad"), hadamard=0, signs="none")
 
         Raises ValueError for another GEMM, or where the recipe would not be valid; TypeError for a
         field that a Quantizer does not have.

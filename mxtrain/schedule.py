@@ -42,6 +42,10 @@ class TargetPrecision:
             if schedule.step():  # the layers have changed
                 graph = capture(model)  # only where you capture CUDA graphs by hand
 
+    The recipes of its layers are the schedule's until the end: to change one of them, set it before
+    you make the schedule. `step` refuses a layer that has got another meanwhile, which the next
+    steps of a resumed run would not have.
+
     At the switch each layer takes the target as `layer.recipe = target` does: its packed weight is
     dropped, and with "bf16" it is bitwise an `nn.Linear`; the average of a Q-EMA recipe ends.
     `torch.compile` compiles the layers once more by itself, also in its CUDA-graph modes. A graph
@@ -54,7 +58,8 @@ class TargetPrecision:
     Args:
         model: has at least one MXLinear; wrapped or compiled is fine.
         total_steps: optimizer steps of the whole run, at least 1.
-        fraction: of them that run as converted, 0 to 1; 1 never switches.
+        fraction: of them that run as converted, 0 to 1; 1 never switches. The log has a warning
+            where a smaller one leaves no step for the target (with 0.9, in a run of at most 5).
         target: a recipe, or its name.
 
     Raises:
@@ -85,6 +90,10 @@ class TargetPrecision:
         self._check_target()
         self._sources = {name: layer.recipe for name, layer in self._layers.items()}
         self._total, self._fraction, self._step = int(total_steps), float(fraction), 0
+        if fraction < 1 and self.switch_step == self._total:
+            message = "TargetPrecision: no step of %d runs %s: round(%g * %d) is %d"
+            rounded = fraction, total_steps, self.switch_step
+            log.warning(message, total_steps, self._target.name, *rounded)
         self._apply(0)
 
     def _check_target(self) -> None:
@@ -122,8 +131,9 @@ class TargetPrecision:
     def step(self) -> bool:
         """One optimizer step is done. Returns whether the layers have changed for the next one.
 
-        Raises RuntimeError past total_steps, and inside a CUDA graph capture, where it would happen
-        once for all replays. Nothing has changed then.
+        Raises RuntimeError past total_steps, where a layer has another recipe than the schedule
+        gave it, and inside a CUDA graph capture, where it would happen once for all replays.
+        Nothing has changed then.
         """
         what = "TargetPrecision.step"
         if self._step >= self._total:
@@ -136,15 +146,26 @@ class TargetPrecision:
             context = "a replay does not repeat what Python does"
             message = refusal(what, "step", condition, "a stream that captures", context, advice)
             raise RuntimeError(message)
+        for name, layer in self._layers.items():
+            recipe = self._recipe(name, self._step)
+            if layer.recipe != recipe:
+                condition = f"have the recipe of the schedule, {recipe.name!r}"
+                got, context = repr(layer.recipe.name), f"step {self._step} of {self._total}"
+                advice = "Set recipes before you make the schedule."
+                message = refusal(what, f"layer {name!r}", condition, got, context, advice)
+                raise RuntimeError(message)
         self._step += 1
         return self._apply(self._step)
+
+    def _recipe(self, name: str, step: int) -> Recipe:
+        return self._target if self.is_target(step) else self._sources[name]
 
     def _apply(self, step: int) -> bool:
         """Give the layers what this step runs. Returns whether one of them has changed."""
         target = self.is_target(step)
         captured, changed = False, 0
         for name, layer in self._layers.items():
-            recipe = self._target if target else self._sources[name]
+            recipe = self._recipe(name, step)
             if layer.recipe != recipe:
                 captured |= layer.was_captured
                 layer.recipe = recipe
@@ -187,7 +208,7 @@ class TargetPrecision:
             message = refusal(what, "state", condition, show(state), kind(state), advice)
             raise TypeError(message)
         for key, value in mine.items():
-            if state[key] != value:
+            if not _same(value, state[key]):
                 condition = f"have the {key} of this schedule, {_short(value, state[key])}"
                 got = _short(state[key], value)
                 raise ValueError(refusal(what, "state", condition, got, key, advice))
@@ -211,11 +232,19 @@ def _layers(model: nn.Module) -> dict[str, MXLinear]:
     return layers
 
 
+def _same(a: object, b: object) -> bool:
+    """Whether two settings are equal: dicts, strings, numbers and None; nothing else is."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_same(value, b[key]) for key, value in a.items())
+    plain = (x is None or isinstance(x, (str, bool)) or is_number(x) for x in (a, b))
+    return all(plain) and bool(a == b)
+
+
 def _short(value: object, other: object) -> str:
     """What differs of two settings, in one short line."""
     if isinstance(value, dict):
         other = other if isinstance(other, dict) else {}
-        different = {k: v for k, v in value.items() if k not in other or other[k] != v}
+        different = {k: v for k, v in value.items() if k not in other or not _same(v, other[k])}
         key, found = next(iter(different.items()), ("fewer entries", None))
         return f"{key} {_short(found, other.get(key))}" if found is not None else str(key)
     return show(value)

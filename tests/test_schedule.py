@@ -152,6 +152,43 @@ def test_another_target():
     assert recipe_names(model) == {"mxfp8"}
 
 
+def test_a_recipe_that_is_not_the_schedules_is_refused():
+    """It would have been put back without a word."""
+    model, _, schedule = build("fp4_mixed", "cpu")
+    layer = model.blocks[0].mlp[0]
+    schedule.step()
+    own, layer.recipe = layer.recipe, "tetrajet"
+    match = (
+        r"layer 'blocks\.0\.mlp\.0' must have the recipe of the schedule, 'fp4_mixed_ffn', got 't"
+    )
+    with refuses(RuntimeError, match):
+        schedule.step()
+    assert schedule.current_step == 1 and layer.recipe.name == "tetrajet"
+    layer.recipe = own
+    for _ in range(6):
+        schedule.step()
+    layer.recipe = own
+    with refuses(RuntimeError, r"the recipe of the schedule, 'bf16', got .* \(step 7 of 10\)"):
+        schedule.step()
+    schedule.load_state_dict(schedule.state_dict())  # gives every layer what its step runs
+    schedule.step()
+    assert recipe_names(model) == {"bf16"}
+
+
+@pytest.mark.parametrize(
+    ("steps", "fraction", "said"), [(5, 0.9, True), (1, 0.5, True), (6, 0.9, False), (5, 1, False)]
+)
+def test_a_run_without_a_target_step_is_said(caplog, steps, fraction, said):
+    model = Model()
+    convert(model, "mxfp8")
+    with caplog.at_level(logging.WARNING, "mxtrain"):
+        TargetPrecision(model, steps, fraction)
+    expected = (
+        f"TargetPrecision: no step of {steps} runs bf16: round({fraction:g} * {steps}) is {steps}"
+    )
+    assert [r.getMessage() for r in caplog.records] == ([expected] if said else [])
+
+
 # ---- compilation and graphs ----
 
 
@@ -314,6 +351,14 @@ def test_arguments():
         ({"total_steps": 11}, "total_steps of this schedule, 10, got 11"),
         ({"fraction": 0.9}, "fraction of this schedule, 0.6, got 0.9"),
         ({"target": get_recipe("mxfp8").to_dict()}, "target of this schedule, name 'bf16'"),
+        ({"total_steps": torch.ones(3)}, "total_steps of this schedule, 10, got a tensor"),
+        ({"target": torch.ones(3)}, "target of this schedule, name 'bf16', got a tensor"),
+        (
+            {"target": {"name": torch.ones(3)}},
+            "target of this schedule, name 'bf16', got name a te",
+        ),
+        ({"recipes": [1]}, r"recipes of this schedule, blocks.0.attn.qkv .*, got \[1\]"),
+        ({"step": torch.ones(3)}, r"have a step in \[0, 10\], got a tensor"),
         ({"recipes": {}}, "recipes of this schedule, blocks.0.attn.qkv"),
         ({"step": 11}, r"have a step in \[0, 10\], got 11"),
         ({"step": "a"}, r"have a step in \[0, 10\], got 'a'"),

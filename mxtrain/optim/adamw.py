@@ -17,14 +17,18 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
-from ..checks import check_bool, is_number, kind, refusal, show
+from ..checks import is_number, refusal
 from ..ema import EmaLinear, averaging_layers, update_weight_ema
 from ..operand import draw_rng
+from .arguments import capturing, check_options, check_saved, check_states, saved_states
 from .oscillation import Changes, local
 
 _ops = torch.ops.mxtrain
 
 Key = tuple[Any, ...]
+
+_FLOAT = (torch.float32,)
+_MOMENTS = {"exp_avg": _FLOAT, "exp_avg_sq": _FLOAT}
 
 
 @dataclass
@@ -34,10 +38,6 @@ class Batch:
     group: dict[str, Any]
     params: list[Tensor] = field(default_factory=list)
     layers: list[EmaLinear] = field(default_factory=list)  # whose averages are updated here
-
-
-def capturing(t: Tensor) -> bool:
-    return t.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def dense(t: Tensor) -> Tensor:
@@ -63,6 +63,7 @@ class AdamW(Optimizer):
 
     The arguments and the state are those of `torch.optim.AdamW`, whose checkpoints load: `step`
     (float32, on the device), `exp_avg` and `exp_avg_sq` (float32 also for bfloat16 parameters).
+    There is no amsgrad and no maximize: a group or a checkpoint that turns them on is refused.
     For float32 parameters the results are bitwise those of `torch.optim.AdamW` on CUDA (its
     foreach implementation, the default there), and the CPU computes the same bits.
 
@@ -78,8 +79,9 @@ class AdamW(Optimizer):
             from torch's generator (False: to nearest, which loses small updates).
 
     Raises:
-        ValueError, TypeError: for arguments out of range or of another kind; in `step`, for
-            parameters or gradients that cannot be updated. Nothing is updated then.
+        ValueError, TypeError: for arguments out of range or of another kind; in `step`, also for
+            parameters, gradients or states that cannot be updated, and in `load_state_dict` for
+            what is no state of these parameters. Nothing is changed then.
 
     Source: arXiv 1711.05101, algorithm 2.
     """
@@ -89,27 +91,26 @@ class AdamW(Optimizer):
     def __init__(
         self, params: Any, lr: float | Tensor = 1e-3, betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8, weight_decay: float = 1e-2, *, stochastic_rounding: bool = True,
-        **more: Any,
+        _more: dict[str, Any] | None = None,
     ) -> None:  # fmt: skip
         self.tracker: Changes | None = None
-        what = type(self).__name__
-        check_bool(what, "stochastic_rounding", stochastic_rounding)
-        if isinstance(lr, Tensor):
-            if lr.numel() != 1:
-                condition, advice = "be a float or a tensor of one element", "Pass a float."
-                shape = f"shape {list(lr.shape)}"
-                raise ValueError(refusal(what, "lr", condition, show(lr), shape, advice))
-        else:
-            _check_range(what, "lr", lr)
-        if not isinstance(betas, (tuple, list)) or len(betas) != 2:
-            condition, advice = "be two floats", "Try (0.9, 0.999)."
-            raise ValueError(refusal(what, "betas", condition, show(betas), kind(betas), advice))
-        _check_options(what, betas, eps, weight_decay)
         defaults = {
-            "lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay,
-            "stochastic_rounding": stochastic_rounding, **more,
+            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay,
+            "stochastic_rounding": stochastic_rounding, **(_more or {}),  # a subclass's options
         }  # fmt: skip
-        super().__init__(params, defaults)
+        self._check_group(type(self).__name__, defaults)
+        super().__init__(params, {**defaults, "betas": tuple(betas)})
+
+    def _check_group(self, what: str, group: dict[str, Any], read: bool = True) -> None:
+        """Whether the options of a group are in range; a subclass has more of them."""
+        check_options(what, group, read)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As every optimizer's; options out of range are refused."""
+        if isinstance(param_group, dict):  # else torch refuses it
+            what = f"{type(self).__name__}.add_param_group"
+            self._check_group(what, {**self.defaults, **param_group})
+        super().add_param_group(param_group)
 
     # ---- state ----
 
@@ -123,17 +124,53 @@ class AdamW(Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As every optimizer's; of torch.optim.AdamW too. torch casts states to the parameters'
-        dtype; here they keep their own, and are copies of what is loaded."""
-        super().load_state_dict(state_dict)
-        saved = [key for group in state_dict["param_groups"] for key in group["params"]]
-        held = [(group, p) for group in self.param_groups for p in group["params"]]
-        for key, (group, p) in zip(saved, held, strict=True):
-            for name, value in state_dict["state"].get(key, {}).items():
-                if isinstance(value, Tensor):
-                    dtype = self._state_dtype(group, name)
-                    self.state[p][name] = value.to(local(p).device, dtype or value.dtype, copy=True)
+        dtype; here they keep their own, and are copies of what is loaded. All is checked first."""
+        what, checked = f"{type(self).__name__}.load_state_dict", []
 
-    def _state_dtype(self, group: dict[str, Any], name: str) -> torch.dtype | None:
+        def check(_: Optimizer, loaded: dict[str, Any]) -> None:
+            for saved, p, state in saved_states(what, loaded, self.param_groups):
+                self._check_saved(what, p, state)
+                checked.append(({**self.defaults, **saved}, p, state))
+            for saved in loaded["param_groups"]:
+                self._check_group(what, {**self.defaults, **saved})
+
+        def take(_: Optimizer) -> None:
+            for group, p, state in checked:
+                for name in state:
+                    self.state[p][name] = self._loaded(group, p, name, state)
+
+        if not isinstance(state_dict, dict):
+            saved_states(what, state_dict, self.param_groups)  # which refuses it
+        hooks = [  # after the hooks that may change what is taken, before those that see it
+            self.register_load_state_dict_pre_hook(check),
+            self.register_load_state_dict_post_hook(take, prepend=True),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _check_saved(self, what: str, p: Tensor, state: dict[str, Any]) -> None:
+        check_saved(what, p, state, {"exp_avg": None, "exp_avg_sq": None})
+
+    def _loaded(self, group: dict[str, Any], p: Tensor, name: str, saved: dict[str, Any]) -> Any:
+        """A copy of a saved state for p: in its own dtype, on p's device, laid out as p."""
+        value = saved[name]
+        if name == "step" and is_number(value):  # of torch before 1.12
+            value = torch.tensor(float(value))
+        if not isinstance(value, Tensor):
+            return value
+        dtype = self._state_dtype(group, name, saved)
+        value = value.to(local(p).device, dtype or value.dtype, copy=True)
+        like = local(p.detach())
+        if local(value) is value and value.shape == like.shape and value.stride() != like.stride():
+            value = torch.empty_like(like, dtype=value.dtype).copy_(value)
+        return value
+
+    def _state_dtype(
+        self, group: dict[str, Any], name: str, saved: dict[str, Any]
+    ) -> torch.dtype | None:  # fmt: skip
         return torch.float32 if name in ("step", "exp_avg", "exp_avg_sq") else None
 
     def _start_state(self, group: dict[str, Any], p: Tensor) -> None:
@@ -168,22 +205,28 @@ class AdamW(Optimizer):
         batches: dict[Key, Batch] = {}
         what = f"{type(self).__name__}.step"
         for index, group in enumerate(self.param_groups):
-            _check_options(what, group["betas"], group["eps"], group["weight_decay"])
+            self._check_group(what, group, read=False)
             for p in group["params"]:
                 if p.grad is None:
                     continue
                 self._check_param(group, p)
-                layer = next((m for m in averaging.get(p, ()) if _fusable(m)), None)
+                layer = self._averaged_in_pass(p, averaging)
                 if layer is not None and layer._ema_updates == 0 and capturing(p):
                     self._refuse_capture("the average of the weights", "start")
-                key = (index, p.device, p.dtype, layer is not None, *self._kind(p))
+                key = (index, p.device, p.dtype, layer is not None, *self._kind(group, p))
                 batch = batches.setdefault(key, Batch(group))
                 batch.params.append(p)
                 if layer is not None:
                     batch.layers.append(layer)
         return batches
 
-    def _kind(self, p: Tensor) -> Key:
+    def _averaged_in_pass(
+        self, p: Tensor, averaging: dict[Tensor, list[EmaLinear]]
+    ) -> EmaLinear | None:  # fmt: skip
+        """The layer whose average of p the op updates; others are updated after the step."""
+        return next((m for m in averaging.get(p, ()) if _fusable(m)), None)
+
+    def _kind(self, group: dict[str, Any], p: Tensor) -> Key:
         """What else parameters of one op have in common."""
         return ("plain",) if self.tracker is None or p not in self.tracker else (
             "tracked", *self.tracker.codes(p)
@@ -209,11 +252,15 @@ class AdamW(Optimizer):
             condition, advice = "be contiguous to be tracked", "Make the weight contiguous."
             got = f"strides {mine.stride()}"
             raise ValueError(refusal(what, "parameters", condition, got, shape, advice))
+        self._check_states(what, p, self.state.get(p, {}))
         if capturing(mine):
             if "step" not in self.state.get(p, {}):
                 self._refuse_capture("the state", "exist")
             if isinstance(group["lr"], Tensor) and not group["lr"].is_cuda:
                 self._refuse_capture("a tensor lr", "be on the device")
+
+    def _check_states(self, what: str, p: Tensor, state: dict[str, Any]) -> None:
+        check_states(what, p, state, _MOMENTS)
 
     def _refuse_capture(self, argument: str, condition: str) -> None:
         what, advice = f"{type(self).__name__}.step", "Make a step outside the capture first."
@@ -272,17 +319,3 @@ def _fusable(layer: EmaLinear) -> bool:
         and ema.dtype == torch.float32
         and ema.stride() == weight.stride()
     )
-
-
-def _check_options(what: str, betas: Any, eps: object, weight_decay: object) -> None:
-    for i, beta in enumerate(betas):
-        _check_range(what, f"betas[{i}]", beta, below=1.0)
-    _check_range(what, "eps", eps)
-    _check_range(what, "weight_decay", weight_decay)
-
-
-def _check_range(what: str, argument: str, value: object, below: float = float("inf")) -> None:
-    if not is_number(value) or not 0.0 <= value < below:
-        condition = f"lie in [0, {below:g})"
-        advice = "Pass a number in this range."
-        raise ValueError(refusal(what, argument, condition, show(value), kind(value), advice))

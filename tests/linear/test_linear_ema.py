@@ -66,7 +66,7 @@ def test_a_noisy_average_changes_one_code_in_twenty(device):
 
 
 def test_first_update_copies_and_later_ones_are_exact(device):
-    """What the weight was when the layer was built leaves no trace."""
+    """T20: what the weight was when the layer was built leaves no trace."""
     layer = ema_layer(device, beta=0.998, warmup=3)
     nn.init.normal_(layer.weight, std=3.0)
     optimizer = SGD(layer.parameters(), lr=0.1)
@@ -245,6 +245,7 @@ def test_copies_keep_averaging(duplicate):
 
 
 def test_state_survives_a_checkpoint_bitwise(tmp_path, device):
+    """T20: the state, the evaluation and what the next step makes of it."""
     layer = ema_layer(device)
     optimizer = SGD(layer.parameters(), lr=0.5)
     for i in range(4):
@@ -279,12 +280,44 @@ def test_loading_a_plain_checkpoint_restarts_the_average():
     assert net[0]._ema_updates == 5
 
 
-@pytest.mark.parametrize("count", ["x", 3, torch.ones(3, dtype=torch.int64), torch.tensor(-5)])
-def test_a_count_that_is_none_is_refused(count):
+@pytest.mark.parametrize(
+    ("key", "value", "match"),
+    [
+        ("ema_updates", "x", "ema_updates must be one integer of at least 0, got 'x'"),
+        ("ema_updates", 3, "ema_updates must be one integer of at least 0, got 3"),
+        ("ema_updates", torch.ones(3, dtype=torch.int64), "ema_updates must be one integer"),
+        ("ema_updates", torch.tensor(-5), "ema_updates must be one integer .*, got -5"),
+        ("weight_ema", torch.full((64, 64), torch.nan), "weight_ema must be finite, got NaN or"),
+        ("weight_ema", torch.full((64, 64), -torch.inf), "weight_ema must be finite, got NaN or"),
+        ("weight_ema", torch.ones(3, 3), r"weight_ema must be floats of shape \[64, 64\]"),
+        ("weight_ema", torch.ones(64, 64, dtype=torch.int64), "weight_ema must be floats of"),
+        ("weight_ema", None, "weight_ema must be floats of shape .*, got None"),
+    ],
+)
+def test_a_state_that_is_none_is_refused_before_it_is_taken(key, value, match):
+    """Weight, average and count stay, and belong together; other layers load."""
+    net = nn.Sequential(ema_layer(), ema_layer())
+    optimizer = SGD(net.parameters(), lr=0.1)
+    step(net, optimizer)
+    state = copy.deepcopy(net.state_dict())
+    for i in range(2):
+        step(net, optimizer, i + 1)
+    before = copy.deepcopy(net[0].state_dict())
+    with pytest.raises(RuntimeError, match=f"mxtrain::load_state_dict: {match}"):
+        net.load_state_dict({**state, f"0.{key}": value})
+    after = net[0].state_dict()
+    assert all(torch.equal(after[name], t) for name, t in before.items())
+    assert (net[0]._ema_updates, net[1]._ema_updates) == (3, 1)
+    assert net[0].ema_active
+
+
+def test_an_average_of_another_float_type_becomes_float32():
     layer = ema_layer()
-    with pytest.raises(RuntimeError, match=r"mxtrain::load_state_dict: ema_updates must be one"):
-        layer.load_state_dict({**layer.state_dict(), "ema_updates": count})
-    assert layer._ema_updates == 0
+    state = layer.state_dict()
+    state["weight_ema"] = state["weight_ema"].to(torch.bfloat16)
+    layer.load_state_dict(state, assign=True)
+    assert layer.weight_ema.dtype == torch.float32
+    assert torch.equal(layer.weight_ema, state["weight_ema"].float())
 
 
 def test_reset_parameters_restarts_the_average():
@@ -327,7 +360,7 @@ def test_changing_the_recipe_adds_and_removes_the_state():
 
 
 def test_q_ema_stops_an_oscillation():
-    """A weight that steps back and forth over a threshold: nearest flips its code every time."""
+    """T19: a weight that steps back and forth over a threshold: nearest flips it each time."""
     threshold, offset, size, steps = 0.25, 0.002, 0.01, 400
     layer = ema_layer(beta=0.998, warmup=1, features=32)
     optimizer = SGD([layer.weight], lr=1.0)
@@ -354,7 +387,7 @@ def test_q_ema_stops_an_oscillation():
 
 
 def test_q_ema_has_no_hysteresis():
-    """An average exactly at the threshold follows every step of the weight."""
+    """T19: an average exactly at the threshold follows every step of the weight."""
     threshold, size = 0.25, 0.01
     w = torch.full((1, 32), 6.0)
     ema = w.clone()

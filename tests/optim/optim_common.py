@@ -10,6 +10,7 @@ from torch import nn
 
 import mxtrain
 from mxtrain import reference
+from mxtrain.optim import QRamping
 
 LR, BETAS, EPS, DECAY = 1e-2, (0.9, 0.999), 1e-8, 0.1
 OPTIONS = {"lr": LR, "betas": BETAS, "eps": EPS, "weight_decay": DECAY}
@@ -101,3 +102,28 @@ def changes(before, after, rule="ceil", rounding="nearest", averages=(None, None
 
     a, b = q(before, averages[0]), q(after, averages[1])
     return (after.float() - before.float()).abs(), (b - a).abs()
+
+
+def layer_and_optimizer(device="cpu", features=32, max_period=100, **options):
+    layer = mxtrain.MXLinear(features, 4, bias=False, device=device)
+    return layer, QRamping(layer.parameters(), layer, max_period=max_period, **OPTIONS | options)
+
+
+def set_periods(optimizer, weight, period) -> None:
+    optimizer._start_state(optimizer.param_groups[0], weight)
+    state = optimizer.state[weight]
+    state["period"].copy_(period.broadcast_to(weight.shape))
+
+
+def oscillating(device="cpu", dtype=torch.float32, scaler=None):
+    """A model in training whose calibration finds something; its closure draws random numbers."""
+    net = model(device=device, dtype=dtype)
+    optimizer = QRamping(net.parameters(), net, max_period=64, k1=4.0, **OPTIONS | {"lr": 2e-3})
+    train(net, optimizer, 5)
+
+    def forward_backward():
+        x = torch.randn(32, 64, device=device).to(dtype)
+        loss = net(x).float().square().mean() * 1e-3
+        (loss if scaler is None else scaler.scale(loss)).backward()
+
+    return net, optimizer, forward_backward

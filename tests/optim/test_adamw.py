@@ -313,7 +313,7 @@ def test_changes_are_summed_over_the_steps_of_a_block(device):
 
 
 def test_a_linear_drift_has_a_ratio_near_one():
-    """Grid steps are crossed once each, so Q moves as far as w."""
+    """T21: grid steps are crossed once each, so Q moves as far as w."""
     layer = mxtrain.MXLinear(32, 1, bias=False)
     optimizer = AdamW([layer.weight], lr=0.01, betas=(0.0, 0.0), eps=1e-12, weight_decay=0.0)
     with torch.no_grad():
@@ -331,7 +331,7 @@ def test_a_linear_drift_has_a_ratio_near_one():
 BAD = [
     ({"lr": -1.0}, ValueError, r"AdamW: lr must lie in \[0, inf\), got -1"),
     ({"lr": float("nan")}, ValueError, "lr must lie in"),
-    ({"lr": torch.ones(2)}, ValueError, "lr must be a float or a tensor of one element"),
+    ({"lr": torch.ones(2)}, ValueError, "lr must be a float or a tensor of one real number"),
     ({"betas": (1.0, 0.9)}, ValueError, r"betas\[0\] must lie in \[0, 1\)"),
     ({"betas": 0.9}, ValueError, "betas must be two floats"),
     ({"eps": -1e-9}, ValueError, "eps must lie in"),

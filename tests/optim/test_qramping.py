@@ -1,4 +1,4 @@
-"""Q-Ramping: the paper's step, detection of what oscillates, calibration without a trace."""
+"""Q-Ramping: the paper's step, its state, and layers whose recipes change."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from optim_common import (
     Float64,
     assert_same_state,
     gaussian,
+    layer_and_optimizer,
     model,
+    oscillating,
+    set_periods,
     snapshot,
     train,
 )
@@ -25,17 +28,6 @@ from mxtrain import reference
 from mxtrain.optim import AdamW, QRamping
 
 pytestmark = pytest.mark.ops(*OPS)
-
-
-def layer_and_optimizer(device="cpu", features=32, max_period=100, **options):
-    layer = mxtrain.MXLinear(features, 4, bias=False, device=device)
-    return layer, QRamping(layer.parameters(), layer, max_period=max_period, **OPTIONS | options)
-
-
-def set_periods(optimizer, weight, period) -> None:
-    optimizer._start_state(optimizer.param_groups[0], weight)
-    state = optimizer.state[weight]
-    state["period"].copy_(period.broadcast_to(weight.shape))
 
 
 # ---- the step ----
@@ -96,7 +88,7 @@ def test_it_is_the_paper_in_float64_over_1000_steps(device):
 
 
 def test_periods_of_one_are_adamw_bitwise(device):
-    """And what no MXLinear quantizes is AdamW whatever the periods of the others."""
+    """T22; and what no MXLinear quantizes is AdamW whatever the periods of the others."""
     nets = [model(device=device) for _ in range(2)]
     options = {**OPTIONS, "max_period": 200}
     ramping = QRamping(nets[0].parameters(), nets[0], **options)
@@ -115,6 +107,7 @@ def test_periods_of_one_are_adamw_bitwise(device):
 
 
 def test_a_period_of_four_moves_the_weight_in_every_fourth_step(device):
+    """T22: the constant gradient, without decay."""
     layer, optimizer = layer_and_optimizer(device, weight_decay=0.0)
     set_periods(optimizer, layer.weight, torch.tensor(4))
     start = layer.weight.detach().clone()
@@ -135,6 +128,7 @@ def test_a_period_of_four_moves_the_weight_in_every_fourth_step(device):
 
 
 def test_decay_acts_in_every_step_and_an_infinite_gradient_only_counts(device):
+    """T22: decay, and the infinite gradient."""
     layer, optimizer = layer_and_optimizer(device)
     set_periods(optimizer, layer.weight, torch.tensor(4))
     for g in (1.0, torch.inf, 2.0):
@@ -170,136 +164,115 @@ def test_a_count_may_pass_a_shortened_period(device):
     assert counts == [*range(128, 170), 0]
 
 
-# ---- detection ----
+# ---- layers that change ----
 
 
-def test_an_oscillator_is_found_and_a_drift_is_not(device):
-    """A step of 1e-3 that flips a code of 0.5 has R = 500: n = 5 floor(500 / 16) + 1 = 156."""
-    layer, optimizer = layer_and_optimizer(device, max_period=1000, betas=(0.0, 0.0), eps=1e-12,
-                                           weight_decay=0.0, lr=1e-3)  # fmt: skip
-    with torch.no_grad():
-        layer.weight.fill_(0.1)
-        layer.weight[:, 0] = 6.0  # S = 1
-        layer.weight[0, 1] = 0.2495
-        layer.weight[1, 1] = 0.22  # drifts to 0.251 and flips once
-    start = layer.weight.detach().clone()
-    sign = [-1.0]
-
-    def forward_backward():
-        layer.weight.grad = torch.zeros_like(layer.weight)
-        layer.weight.grad[0, 1] = sign[0]
-        layer.weight.grad[1, 1] = -1.0
-        sign[0] = -sign[0]
-
-    share = optimizer.calibrate(forward_backward)
-    period = optimizer.state[layer.weight]["period"]
-    assert period.dtype == torch.int16 and period[0, 1] == 156 and period[1, 1] == 6
-    assert (period > 1).sum() == 2 and share == {"": 2 / 128}
-    assert torch.equal(layer.weight, start)
-    optimizer.param_groups[0]["max_period"] = 100
-    sign[0] = -1.0
-    optimizer.calibrate(forward_backward)
-    period = optimizer.state[layer.weight]["period"]
-    assert period[0, 1] == 100 and period.dtype == torch.uint8
-    forward_backward()
-    optimizer.step()
-    assert (optimizer.state[layer.weight]["count"][0, 1] == 1).all()
-
-
-@pytest.mark.parametrize(
-    ("ratio", "period"),
-    [(0.0, 1), (15.9, 1), (16.0, 6), (31.9, 6), (32.0, 11), (100.0, 31), (1e9, 40),
-     (float("nan"), 1), (float("inf"), 40)],
-)  # fmt: skip
-def test_periods_of_ratios(ratio, period):
-    layer, optimizer = layer_and_optimizer(max_period=40)
-    changes = optimizer.track_changes(layer)
-    changes.ratio = lambda weight: torch.full_like(weight, ratio)
-    optimizer._set_periods(changes)
-    assert (optimizer.state[layer.weight]["period"] == period).all()
-
-
-def oscillating(device="cpu", dtype=torch.float32, scaler=None):
-    """A model in training whose calibration finds something; its closure draws random numbers."""
-    net = model(device=device, dtype=dtype)
-    optimizer = QRamping(net.parameters(), net, max_period=64, k1=4.0, **OPTIONS | {"lr": 2e-3})
-    train(net, optimizer, 5)
-
-    def forward_backward():
-        x = torch.randn(32, 64, device=device).to(dtype)
-        loss = net(x).float().square().mean() * 1e-3
-        (loss if scaler is None else scaler.scale(loss)).backward()
-
-    return net, optimizer, forward_backward
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_calibration_leaves_everything_but_the_periods(device, dtype):
-    # torch's scaler does not unscale bfloat16 gradients on CUDA.
-    options = {"init_scale": 2.0**10, "growth_interval": 3, "enabled": dtype == torch.float32}
-    scaler = torch.amp.GradScaler(device, **options)
-    net, optimizer, forward_backward = oscillating(device, dtype, scaler)
-    forward_backward()
-    scaler.unscale_(optimizer)
-    scaler.step(optimizer)
-    scaler.update()
-    optimizer.calibrate(forward_backward, scaler=scaler, transitions=4)
-    train(net, optimizer, 3)  # counts and sums that are not zero
-    grads = {p: p.grad for p in net.parameters()}
-    values = [g.clone() for g in grads.values()]
-    objects = [t for s in optimizer.state.values() for t in s.values()]
-    tensors = [*net.parameters(), *net.buffers()]
-    before = snapshot(net, optimizer, scaler)
-    for state in before[1]["state"].values():
-        state.pop("period", None)
-    generator = torch.get_rng_state()
-    share = optimizer.calibrate(forward_backward, scaler=scaler, transitions=6)
-    assert set(share) == {"0", "3"} and max(share.values()) > 0
-    after = snapshot(net, optimizer, scaler)
-    periods = [state.pop("period") for state in after[1]["state"].values() if "period" in state]
-    assert any((p > 1).any() for p in periods) and len(periods) == 2
-    assert_same_state(after, before)
-    assert torch.equal(torch.get_rng_state(), generator)
-    assert all(p.grad is grads[p] for p in net.parameters())
-    assert all(torch.equal(p.grad, v) for p, v in zip(net.parameters(), values, strict=True))
-    again = [t for s in optimizer.state.values() for t in s.values()]
-    assert all(a is b for a, b in zip(again, objects, strict=True))
-    both = zip([*net.parameters(), *net.buffers()], tensors, strict=True)
-    assert all(a is b for a, b in both)
-
-
-def test_calibration_before_the_first_step(device):
-    """What it leaves is the state that the first step would start with, and periods."""
-    nets = [model(device=device) for _ in range(2)]
-    optimizers = [QRamping(n.parameters(), n, max_period=64, k1=1e9, **OPTIONS) for n in nets]
-
-    def forward_backward():
-        nets[0](torch.randn(32, 64, device=device)).square().mean().backward()
-
-    optimizers[0].calibrate(forward_backward, transitions=2)
-    for net, optimizer in zip(nets, optimizers, strict=True):
-        train(net, optimizer, 3)
-    assert_same_state(snapshot(nets[0]), snapshot(nets[1]))
-
-
-def test_what_fails_in_calibration_leaves_everything(device):
-    scaler = torch.amp.GradScaler(device)
-    net, optimizer, forward_backward = oscillating(device, scaler=scaler)
-    before = snapshot(net, optimizer, scaler)
-    calls = []
-
-    def fails():
-        calls.append(1)
-        forward_backward()
-        if len(calls) == 3:
-            with refuses(RuntimeError, "calibration must be called outside, got a call within"):
-                optimizer.calibrate(forward_backward)
-            raise KeyError("data")
-
-    with pytest.raises(KeyError, match="data"):
-        optimizer.calibrate(fails, scaler=scaler)
-    assert_same_state(snapshot(net, optimizer, scaler), before)
+def test_a_weight_that_is_quantized_no_more_has_a_period_of_one(device):
+    """What it has summed acts in the next step; then it is AdamW, bitwise."""
+    net = model(device=device)
+    optimizer = QRamping(net.parameters(), net, max_period=50, **OPTIONS)
     train(net, optimizer, 1)
+    for layer in (net[0], net[3]):
+        set_periods(optimizer, layer.weight, torch.tensor(50))
+    train(net, optimizer, 3, first=1)
+    weight, kept = net[0].weight, optimizer.state[net[3].weight]
+    state = optimizer.state[weight]
+    assert (state["count"] == 3).all() and state["grad_sum"].any()
+    net[0].recipe = "bf16"
+    gradient = gaussian(96, 64, seed=7)
+    optimizer.zero_grad()
+    weight.grad = gradient.to(device)
+    old = [state[name].cpu().clone() for name in ("exp_avg", "exp_avg_sq", "grad_sum")]
+    expected = reference.ramped_adamw(
+        weight.detach().cpu(), gradient, *old, torch.full((96, 64), 3), torch.ones(96, 64),
+        reference.factors(5, *NUMBERS),
+    )  # fmt: skip
+    optimizer.step()
+    assert_same_bytes(weight.detach(), expected[0])
+    assert not state["count"].any() and not state["grad_sum"].any()
+    assert (kept["count"] == 3).all()  # no gradient, so no step
+
+    twin = copy.deepcopy(net)
+    plain = AdamW(twin.parameters(), **OPTIONS)
+    plain.load_state_dict(optimizer.state_dict())
+    twin[3].recipe = net[3].recipe = "bf16"
+    net[3].weight.requires_grad_(False)
+    twin[3].weight.requires_grad_(False)
+    for n, o in ((net, optimizer), (twin, plain)):
+        train(n, o, 5, first=4)
+    assert_same_state(net.state_dict(), twin.state_dict())
+    assert not state["count"].any()  # the pass of AdamW, which leaves it
+
+    net[0].recipe = "tetrajet"  # and back
+    train(net, optimizer, 1, first=9)
+    assert not state["count"].any() and (state["period"] == 1).all()
+
+
+def test_after_the_switch_of_a_schedule_nothing_is_ramped(device):
+    net = model(device=device)
+    optimizer = QRamping(net.parameters(), net, max_period=50, **OPTIONS | {"weight_decay": 0.0})
+    schedule = mxtrain.TargetPrecision(net, 10, 0.2)
+    train(net, optimizer, 1)
+    for layer in (net[0], net[3]):
+        set_periods(optimizer, layer.weight, torch.tensor(50))
+    schedule.step()
+    train(net, optimizer, 1, first=1)
+    schedule.step()
+    saved = snapshot(net, optimizer)
+    for i in range(3):
+        before = net[0].weight.detach().clone()
+        train(net, optimizer, 1, first=2 + i)
+        assert (net[0].weight != before).float().mean() > 0.9
+    calls = []
+    assert optimizer.calibrate(lambda: calls.append(1)) == {} and not calls
+    again = model(device=device)
+    mxtrain.convert(again, "bf16", include=["0", "3"])
+    for layer in (again[0], again[3]):
+        layer.recipe = "tetrajet"
+    resumed = QRamping(again.parameters(), again, max_period=50, **OPTIONS)
+    for layer in (again[0], again[3]):
+        layer.recipe = "bf16"
+    again.load_state_dict(saved[0])
+    resumed.load_state_dict(saved[1])
+    train(again, resumed, 3, first=2)
+    assert_same_state(snapshot(again, resumed), snapshot(net, optimizer))
+
+
+def test_a_layer_converted_later_is_ramped_too():
+    net = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    mxtrain.convert(net, "tetrajet", include="0")
+    optimizer = QRamping(net.parameters(), net, max_period=50, k1=1.0, **OPTIONS)
+    mxtrain.convert(net, "tetrajet", include="1")
+    share = optimizer.calibrate(lambda: net(torch.randn(32, 64)).square().mean().backward(),
+                                transitions=3)  # fmt: skip
+    assert set(share) == {"0", "1"}
+    assert {"period", "count", "grad_sum"} <= set(optimizer.state[net[1].weight])
+
+
+def test_a_layer_that_gets_an_average_later_is_refused():
+    net, optimizer, forward_backward = oscillating()
+    net[3].recipe = "tetrajet_ema"
+    before = snapshot(net, optimizer)
+    net.zero_grad()
+    forward_backward()
+    match = r"QRamping\.step: weights must not be averaged too, got the weight of '3'"
+    for call in (optimizer.step, lambda: optimizer.calibrate(forward_backward)):
+        with refuses(ValueError, match):
+            call()
+    before[0].update({k: v for k, v in net.state_dict().items() if "running" in k or "num" in k})
+    assert_same_state(snapshot(net, optimizer), before)
+    net[3].recipe = "tetrajet"
+    train(net, optimizer, 1)
+
+
+def test_a_weight_that_ends_its_ramp_with_an_average_is_averaged():
+    """Another layer shares it, which the model has not: its average moves with every step."""
+    net, optimizer, _ = oscillating()
+    other = mxtrain.MXLinear(64, 96, recipe="tetrajet_ema")
+    net[0].recipe = "bf16"
+    other.weight = net[0].weight
+    train(net, optimizer, 3)
+    assert other._ema_updates == 3 and not torch.equal(other.weight_ema, other.weight)
 
 
 def test_a_state_dict_goes_on_bitwise(device, tmp_path):
