@@ -19,6 +19,8 @@ GPT = (
     "--text packages --megabytes 200 --windows 1024 --context 512 --batch 128 --steps 1224 "
     "--eval-every 102 --dim 512 --depth 8 --heads 8 --lr 1e-3 --compile"
 )
+# The Llama-like model has 25.9 million.
+LLAMA = f"{GPT} --arch llama"
 DIGITS = "--augment deit --steps 600 --eval-every 60"
 MNIST = (
     "--data mnist5k --augment deit --batch 128 --steps 1000 --eval-every 100 --dim 128 --depth 6 "
@@ -201,6 +203,21 @@ def _vit(task: str, options: str) -> list[str]:
 
 VIT = [*_vit("mnist5k", MNIST), *_vit("digits", DIGITS)]
 
+# ---- a GLU model in INT8, as it is and with outliers in what its `down` layers multiply ----
+
+
+def _llama(task: str, outliers: str) -> list[str]:
+    options = f"{LLAMA} --outliers {outliers}"
+    names = ("bf16", "int8_block", "int8_fallback")
+    return [add(Row(f"{task}/{name}", name, options=options)) for name in names]
+
+
+LLAMAS = [
+    *_llama("llama", "none"),
+    *_llama("llama_channel", "channel"),
+    *_llama("llama_isolated", "isolated"),
+]
+
 # ---- plans ----
 
 _FIRST = [*MAIN[:5], *EMA[1:4], *HALVES[:5], *WHOLE[:5], MAIN[5], EMA[0], EMA[5], *WHOLE[5:],
@@ -208,5 +225,6 @@ _FIRST = [*MAIN[:5], *EMA[1:4], *HALVES[:5], *WHOLE[:5], MAIN[5], EMA[0], EMA[5]
 PLANS["explore"] = runs(_FIRST, [0])
 PLANS["main"] = runs(MAIN, [0, 1, 2])
 PLANS["vit"] = runs(VIT, [0, 1, 2])
+PLANS["llama"] = runs(LLAMAS, [0, 1, 2])
 # One seed of three rows: to repeat the table by.
 PLANS["repeat"] = runs(["gpt/bf16", "gpt/tetrajet", "gpt/mxfp4_backward"], [0])
