@@ -43,7 +43,8 @@ from .recipe import Recipe
 _PARTS = ("weight_packed", "weight_scale", "weight_tensor_scale")
 _THRESHOLD = "fallback_threshold"
 _OF_TRAINING = (
-    "weight", "weight_ema", "ema_updates", _THRESHOLD, "fallback_step", "fallback_counts",
+    "weight", "weight_ema", "ema_updates", "ema_peak_lr", _THRESHOLD, "fallback_step",
+    "fallback_counts",
 )  # fmt: skip
 _RECIPE = "weight_recipe"
 

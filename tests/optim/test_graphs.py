@@ -28,7 +28,7 @@ def _forget_captures(monkeypatch):
 
 
 # An average of constant memory: replays repeat how far its update goes.
-EMA = mxtrain.get_recipe("tetrajet_ema").replace(ema_fraction=None)
+EMA = mxtrain.get_recipe("tetrajet_ema").replace(ema_fraction=None, ema_at_half=None)
 
 
 def ready(recipe=EMA, steps=12, ramping=False):
