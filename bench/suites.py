@@ -117,6 +117,7 @@ INT8_GEMMS: Rows = (
     "int8_gemm/r1.0",
     "int8_gemm/r0.1+channels",
     "int8_gemm/r0.2+channels",
+    "int8_gemm/r0.2+tokens",
     "int8_gemm/r0.0156",
     "int8_gemm/r0.0156+tokens",
     "int8_gemm/r0.2+b",

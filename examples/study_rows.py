@@ -108,10 +108,10 @@ def _ema(name: str, task: str = "gpt", options: str = GPT, **changes: object) ->
     return add(Row(f"{task}/{name}", recipe, options=options, watch=True, group="ema"))
 
 
-# The recipe `tetrajet_ema` has ema_at_half = 0.25.
+# The recipe `tetrajet_ema` has ema_at_half = 0.0005.
 EMA = [
-    _ema("ema_at_half_1", ema_at_half=1.0),
-    _ema("ema_at_half_4", ema_at_half=4.0),
+    _ema("ema_at_half_0.001", ema_at_half=0.001),
+    _ema("ema_at_half_0.004", ema_at_half=0.004),
     _ema("ema_0.9_late", ema_beta=0.9, ema_warmup=1224 * 9 // 10),
     _ema("ema_0.998"),  # the paper's, for 100 times the steps
 ]
@@ -140,8 +140,8 @@ def _small_ema(steps: int, lr: float) -> list[str]:
     return [
         *names,
         ema("ema_0.998"),
-        ema("ema_at_half_1", ema_at_half=1.0),
-        ema("ema_at_half_4", ema_at_half=4.0),
+        ema("ema_at_half_0.001", ema_at_half=0.001),
+        ema("ema_at_half_0.004", ema_at_half=0.004),
         ema("ema_0.9_late", ema_beta=0.9, ema_warmup=steps * 9 // 10),
     ]
 

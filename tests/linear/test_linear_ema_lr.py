@@ -16,10 +16,10 @@ from mxtrain.linear import MXLinear, linear, update_weight_ema
 from mxtrain.recipe import RECIPES
 
 pytestmark = pytest.mark.ops("quantize", "quantize_dual", "requantize", "dequantize", "gemm")
-RECIPE = RECIPES["tetrajet_ema"].replace(ema_beta=0.9, ema_warmup=1, ema_at_half=2.0)
+RECIPE = RECIPES["tetrajet_ema"].replace(ema_beta=0.9, ema_warmup=1, ema_at_half=0.25)
 RATES = (0.0, 0.25, 0.5, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0, 0.1, 2.0, 1.0, 1e-9)
-# of these steps, the first of which copies; the peak is 1 up to the step at 2.0
-MEMORIES = (None, 0, 0, 0, 0, 2 / 3, 2, 6, math.inf, 18, 0, 2, 4e9)
+# peak / lr - 1 at these steps; the peak is 1 up to the step at 2
+COOLED = (0, 0, 0, 0, 0, 1 / 3, 1, 3, math.inf, 9, 0, 1, 2e9)
 
 
 def step(layer, optimizer, seed=0, lr=None):
@@ -31,8 +31,9 @@ def step(layer, optimizer, seed=0, lr=None):
     optimizer.step()
 
 
-def amount(memory, beta=0.9):
-    return 1.0 if memory is None else max(1 - beta, 1 / (1 + memory))
+def amount(n, cooled, share=0.25, beta=0.9):
+    """How far update n + 1 goes, by the definition."""
+    return 1.0 if n == 0 else max(1 - beta, 1 / (1 + share * n * cooled))
 
 
 @pytest.mark.parametrize("kind", [SGD, torch.optim.AdamW, mxtrain.optim.AdamW])
@@ -43,26 +44,42 @@ def test_the_memory_follows_the_learning_rate(kind, as_tensor, device):
     optimizer = kind(
         layer.parameters(), lr=torch.tensor(0.1) if as_tensor and kind is not SGD else 0.1
     )
-    for i, (rate, memory) in enumerate(zip(RATES, MEMORIES, strict=True)):
+    for i, (rate, cooled) in enumerate(zip(RATES, COOLED, strict=True)):
         lr = 0.125 * rate  # a power of two: the ratios are exact
         step(layer, optimizer, i, torch.tensor(lr, dtype=torch.float64) if as_tensor else lr)
         w = layer.weight.detach()
-        expected = w.clone() if i == 0 else torch.lerp(expected, w, amount(memory))
+        expected = w.clone() if i == 0 else torch.lerp(expected, w, amount(i, cooled))
         assert torch.equal(layer.weight_ema, expected), i
-        if memory == 0:
+        if cooled == 0:
             assert torch.equal(layer.weight_ema, w)
 
 
 def test_the_shorter_memory_counts():
-    layer = MXLinear(32, 32, recipe=RECIPE.replace(ema_fraction=0.25))
-    optimizer, steps = SGD(layer.parameters(), lr=1.0), []
-    for i in range(40):
-        layer.see_lr(1.0 if i < 20 else 0.2)
+    recipe = RECIPE.replace(ema_beta=0.98, ema_fraction=0.5)
+    layer, steps = MXLinear(32, 32, recipe=recipe), []
+    optimizer = SGD(layer.parameters(), lr=1.0)
+    for i in range(60):
+        lr = 1.0 if i < 20 else 0.5 if i < 40 else 0.125
+        step(layer, optimizer, i, lr)
+        layer._ema_updates -= 1  # as it was for this step
         steps.append(layer.ema_step)
-        step(layer, optimizer, i, 1.0 if i < 20 else 0.2)
+        layer._ema_updates += 1
     assert steps[:20] == [1.0] * 20
-    assert steps[20:] == [max(0.1, 1 / (1 + min(0.25 * n, 8.0))) for n in range(20, 40)]
-    assert steps[20] == 1 / 6 and steps[39] == 1 / 9
+    assert steps[20:40] == [1 / (1 + 0.25 * n) for n in range(20, 40)]  # ema_at_half
+    assert steps[40:] == [1 / (1 + 0.5 * n) for n in range(40, 60)]  # ema_fraction; not 1.75 n
+
+
+def test_a_long_run_has_the_paper_s_beta():
+    """The default after 100,000 steps, at a tenth of the peak and below."""
+    layer = MXLinear(32, 32, recipe="tetrajet_ema")
+    layer.see_lr(1e-3)
+    for updates, lr, memory in (
+        (100, 5e-4, 0.05), (1000, 5e-4, 0.5), (1000, 1e-4, 4.5), (100_000, 1e-4, 450.0),
+        (112_000, 1e-5, 499.0), (100_000, 1e-3, 0.0),
+    ):  # fmt: skip
+        layer._ema_updates = updates
+        layer.see_lr(lr)
+        assert 1 / layer.ema_step - 1 == pytest.approx(memory, rel=1e-9, abs=1e-9)
 
 
 def test_at_the_peak_it_is_tetrajet(device):
@@ -75,8 +92,8 @@ def test_at_the_peak_it_is_tetrajet(device):
     assert layer.ema_active and torch.equal(layer.weight_ema, layer.weight)
     x, _, _, dy = tensors(48, k=64, c=64, device=device)
     w, b = (p.detach().requires_grad_() for p in (layer.weight, layer.bias))
-    got = run(x, w, b, dy, lambda *a: linear(*a, recipe, layer.weight_ema))
-    want = run(x, w, b, dy, lambda *a: linear(*a, "tetrajet"))
+    got = run(lambda *a: linear(*a, recipe, layer.weight_ema), x, w, b, dy)
+    want = run(lambda *a: linear(*a, "tetrajet"), x, w, b, dy)
     assert all(torch.equal(p, q) for p, q in zip(got, want, strict=True))
 
 
@@ -88,7 +105,8 @@ def test_groups_have_their_own_learning_rates():
         step(net, optimizer)
         optimizer.param_groups[1]["lr"] = 0.5
         step(net, optimizer)
-        assert [layer.ema_step for layer in net] == [1.0, pytest.approx(1 / 3)]
+        assert net[0].ema_step == 1.0
+        assert net[1].ema_step == 1 / (1 + 0.25 * net[1]._ema_updates)
 
 
 def test_an_optimizer_without_a_learning_rate_is_at_its_peak():
@@ -125,7 +143,7 @@ def test_the_peak_is_saved_and_goes_on_bitwise(tmp_path):
     again.load_state_dict(state, strict=True)
     for m in (layer, again, copy.deepcopy(layer)):
         step(m, SGD(m.parameters(), lr=0.1), 9)
-        assert m.ema_step == 1 / (1 + 2.0 * (0.5 / 0.1 - 1))
+        assert m.ema_step == max(0.1, 1 / (1 + 0.25 * 4 * (0.5 / 0.1 - 1)))
         assert torch.equal(m.weight_ema, layer.weight_ema)
 
 
@@ -187,4 +205,4 @@ def test_an_update_by_hand_needs_the_learning_rate():
         with torch.no_grad():
             layer.weight.add_(1)
         update_weight_ema([layer], lr)
-    assert torch.equal(layer.weight_ema, before.lerp(layer.weight.detach(), 1 / 3))
+    assert torch.equal(layer.weight_ema, before.lerp(layer.weight.detach(), 1 / (1 + 0.25)))
