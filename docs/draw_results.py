@@ -18,9 +18,9 @@ HERE = Path(__file__).parent
 # Rows of q-ema.json by what bounds the memory of the average, from none to the paper's.
 BOUNDS = {
     "tetrajet": "no average",
-    "tetrajet_ema": "0.25\n(default)",
-    "ema_at_half_1": "1",
-    "ema_at_half_4": "4",
+    "tetrajet_ema": "0.0005\n(default)",
+    "ema_at_half_0.001": "0.001",
+    "ema_at_half_0.004": "0.004",
     "ema_0.998": "beta alone\n(paper)",
 }
 HEADLINE = ("bf16", "mxfp4_baseline", "tetrajet")
@@ -29,6 +29,10 @@ HEADLINE = ("bf16", "mxfp4_baseline", "tetrajet")
 def main() -> None:
     draw_vit()
     draw_q_ema()
+
+
+def _steps(task: str) -> tuple[int, str]:
+    return int(task.split("_")[1]), task
 
 
 def draw_q_ema() -> None:
@@ -40,7 +44,7 @@ def draw_q_ema() -> None:
     figure = Figure(figsize=(13, 4), layout="constrained")
     loss, middle, end = figure.subplots(1, 3)
     names = list(BOUNDS)
-    for colour, task in enumerate(dict.fromkeys(run.split("/")[0] for run in records)):
+    for colour, task in enumerate(sorted({run.split("/")[0] for run in records}, key=_steps)):
         points: dict = defaultdict(list)
         for run, record in records.items():
             row, _, seed = run.removeprefix(f"{task}/").partition("@")

@@ -20,7 +20,7 @@ GPT = (
     "--text packages --megabytes 200 --windows 1024 --context 512 --batch 128 --steps 1224 "
     "--eval-every 102 --dim 512 --depth 8 --heads 8 --lr 1e-3 --compile"
 )
-# The Llama-like model has 25.9 million.
+# The Llama-like model has 26.0 million.
 LLAMA = f"{GPT} --arch llama"
 DIGITS = "--augment deit --steps 600 --eval-every 60"
 MNIST = (

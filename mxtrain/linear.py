@@ -392,16 +392,16 @@ class MXLinear(FallbackLinear):
 
     The state_dict is that of `nn.Linear` too, so checkpoints load both ways, unless the recipe has
     `ema_beta`. Then it also has `weight_ema` (float32, the average of the weight that fprop's
-    weight quantizer rounds toward) and `ema_updates` (int64). Loading a checkpoint without these
-    restarts the average from the loaded weight.
+    weight quantizer rounds toward), `ema_updates` (int64) and, with `ema_at_half`, `ema_peak_lr`
+    (float64). Loading a checkpoint without these restarts the average from the loaded weight.
 
     The average is updated after every `step()` of an optimizer that holds the weight, unless the
     weight is frozen: the first update copies the weight, a later one is
     `weight_ema.lerp_(weight, layer.ema_step)`. Where an optimizer holds a copy instead (float32
-    masters), call `update_weight_ema([layer])` after its step. For the first `ema_warmup` updates
-    `ema_active` is False and the weight rounds to nearest, in training and evaluation alike. Every
-    rank computes the same average: pass `broadcast_buffers=False` to DistributedDataParallel, or it
-    is sent again with every forward.
+    masters), call `update_weight_ema([layer], lr)` after its step. For the first `ema_warmup`
+    updates `ema_active` is False and the weight rounds to nearest, in training and evaluation
+    alike. Every rank computes the same average: pass `broadcast_buffers=False` to
+    DistributedDataParallel, or it is sent again with every forward.
 
     The packed weight is kept between calls where the recipe rounds it without random numbers, so
     micro-steps, checkpoints and evaluation do not quantize it again: it is made anew after every
