@@ -2,9 +2,9 @@
 
 rms_norm/int10/RxC/fwd|bwd and swiglu/int10/RxC/fwd|bwd are the ops on BF16 matrices [R, C];
 rms_norm/bf16/... and swiglu/bf16/... are torch's, forward only (its backward has no op of its own
-to time). block/llama/RECIPE[+cSHARE]/SEQUENCESxCONTEXTxDIM/fwd+bwd is a forward and a backward of a
-block of examples/llama.py, heads of 128, in BF16 throughout: int8 recipes have compressed contexts,
-+cSHARE that capacity for residuals (mxtrain.recipe.Fallback). saved_bytes is all that autograd
+to time). block/llama/RECIPE/SEQUENCESxCONTEXTxDIM/fwd+bwd is a forward and a backward of a block of
+examples/llama.py, heads of 128, in BF16 throughout: int8 recipes have compressed contexts, and
+RECIPE may end as in `recipe_named`. saved_bytes is all that autograd
 keeps from the forward to the backward, each storage once, without the parameters and what is packed
 of them; peak_bytes the most that one call holds.
 """
@@ -21,10 +21,9 @@ from torch import Tensor, nn
 
 import mxtrain
 from mxtrain import reference
-from mxtrain.recipe import RECIPES, Fallback, Recipe
 
 from .cases import Case, Unfit, family, parse_shape
-from .operands import byte_error, matrix_bytes, random_matrix
+from .operands import byte_error, matrix_bytes, random_matrix, recipe_named
 
 ROWS = 4  # that are checked
 EPS = 1e-6
@@ -157,20 +156,6 @@ def _example() -> ModuleType:
     return module
 
 
-def _recipe(text: str) -> Recipe | None:
-    first, _, share = text.partition("+c")
-    if first == "bf16" and not share:
-        return None
-    if first not in RECIPES:
-        raise ValueError(f"a recipe must be bf16, {', '.join(RECIPES)}, got {first!r}")
-    if not share:
-        return RECIPES[first]
-    try:
-        return RECIPES[first].replace(name=text, fallback=Fallback(capacity=float(share)))
-    except ValueError as error:
-        raise ValueError(f"a capacity must be +cX with X in (0, 1], got {text!r}") from error
-
-
 def _saved_bytes(block: nn.Module, x: Tensor) -> int:
     known = [*block.parameters(), *block.buffers()]
     skip = {t.untyped_storage().data_ptr() for t in known}
@@ -191,10 +176,10 @@ def _saved_bytes(block: nn.Module, x: Tensor) -> int:
 
 @family("block")
 def block(name: str, arch: str, recipe: str, shape: str, passes: str) -> Case:
-    """block/llama/RECIPE[+cSHARE]/SEQUENCESxCONTEXTxDIM/fwd+bwd."""
+    """block/llama/RECIPE/SEQUENCESxCONTEXTxDIM/fwd+bwd."""
     if arch != "llama" or passes != "fwd+bwd":
         raise ValueError(f"a block row is block/llama/.../fwd+bwd, got {name!r}")
-    (sequences, context, dim), chosen = parse_shape(shape, 3), _recipe(recipe)
+    (sequences, context, dim), chosen = parse_shape(shape, 3), recipe_named(recipe)
     if dim % HEAD:
         raise Unfit(f"heads of {HEAD} do not divide a width of {dim}")
     llama = _example()

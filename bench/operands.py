@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mxtrain import Operand, reference
 from mxtrain.formats import Format, format_named
+from mxtrain.recipe import RECIPES, Fallback, Recipe
 
 LARGEST = 64.0  # x[0, 0]: the maximum of the whole tensor lies in every slice that is checked
 
@@ -114,3 +115,24 @@ def quantize_error(
         )
         pairs += operand_pairs(got, want, window)
     return byte_error(pairs)
+
+
+def recipe_named(text: str) -> Recipe | None:
+    """The recipe of a row, None for bf16: NAME, NAME+cSHARE with that capacity for the residuals of
+    blocks that fell back (mxtrain.recipe.Fallback), NAME+dense where all are kept.
+
+    Raises ValueError for another.
+    """
+    first, _, kept = text.partition("+")
+    if text == "bf16":
+        return None
+    if first not in RECIPES:
+        raise ValueError(f"a recipe must be bf16, {', '.join(RECIPES)}, got {first!r}")
+    if not kept:
+        return RECIPES[first]
+    try:
+        share = None if kept == "dense" else float(kept.removeprefix("c"))
+        return RECIPES[first].replace(name=text, fallback=Fallback(capacity=share))
+    except ValueError as error:
+        condition = "a recipe must end with +dense or +cX, X in (0, 1]"
+        raise ValueError(f"{condition}, got {text!r}") from error

@@ -21,10 +21,9 @@ import mxtrain
 from mxtrain import Operand, reference
 from mxtrain.fallback import initial_threshold
 from mxtrain.formats import format_named
-from mxtrain.recipe import RECIPES
 
 from .cases import Case, family, parse_shape
-from .operands import operand_bytes, random_operand
+from .operands import operand_bytes, random_operand, recipe_named
 
 CHECKED_ROWS = 16
 BF16_STEP = 2.0**-8  # half a unit in the last place of the output, relative
@@ -87,9 +86,8 @@ def _backend(name: str) -> Iterator[None]:
 
 @family("linear")
 def linear(name: str, recipe: str, shape: str, passes: str) -> Case:
-    """linear/RECIPE/TOKENSxINxOUT/fwd+bwd; RECIPE bf16 is F.linear."""
-    if recipe != "bf16" and recipe not in RECIPES:
-        raise ValueError(f"a recipe must be bf16, {', '.join(RECIPES)}, got {recipe!r}")
+    """linear/RECIPE/TOKENSxINxOUT/fwd+bwd; RECIPE as in `recipe_named`, bf16 is F.linear."""
+    chosen = recipe_named(recipe)
     if passes != "fwd+bwd":
         raise ValueError(f"a linear row ends with fwd+bwd, got {passes!r}")
     tokens, inputs, outputs = parse_shape(shape, 3)
@@ -99,14 +97,14 @@ def linear(name: str, recipe: str, shape: str, passes: str) -> Case:
             return torch.randn(*size, dtype=torch.bfloat16, device=device)
 
         x, w = gaussian(tokens, inputs), gaussian(outputs, inputs) * inputs**-0.5
-        falls_back = recipe != "bf16" and RECIPES[recipe].fprop_x.fallback
-        threshold = initial_threshold(x, RECIPES[recipe]) if falls_back else None
+        falls_back = chosen is not None and chosen.fprop_x.fallback
+        threshold = initial_threshold(x, chosen) if falls_back else None
         return x, w, gaussian(tokens, outputs), threshold
 
     def forward(x: Tensor, w: Tensor, threshold: Tensor | None) -> Tensor:
-        if recipe == "bf16":
+        if chosen is None:
             return F.linear(x, w)
-        return mxtrain.linear(x, w, recipe=recipe, threshold=threshold)
+        return mxtrain.linear(x, w, recipe=chosen, threshold=threshold)
 
     def call(x: Tensor, w: Tensor, dy: Tensor, threshold: Tensor | None) -> tuple[Tensor, ...]:
         x, w = x.detach().requires_grad_(), w.detach().requires_grad_()
@@ -121,7 +119,7 @@ def linear(name: str, recipe: str, shape: str, passes: str) -> Case:
         return sum(t.nbytes for t in kept)
 
     flops, bf16 = 6 * tokens * inputs * outputs, f"linear/bf16/{shape}/{passes}"
-    if recipe == "bf16":
+    if chosen is None:
         return Case(name, make, call, 0, flops, saved=saved)
     peers = (f"peer/torchao_fp8_rowwise/{shape}",)
     return Case(name, make, call, 0, flops, "gemm", peers=peers, bf16=bf16, saved=saved)

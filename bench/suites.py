@@ -100,6 +100,7 @@ MODEL_LINEARS = (
 )
 RECIPE_ROWS = (
     "tetrajet", "mxfp4_baseline", "mxfp4_backward", "mxfp8", "nvfp4", "int8_block", "int8_fallback",
+    "int8_fallback+dense",
 )  # fmt: skip
 INT8: Rows = (
     "int8_quantize/nearest",
@@ -116,6 +117,7 @@ INT8_GEMMS: Rows = (
     "int8_gemm/r1.0",
     "int8_gemm/r0.1+channels",
     "int8_gemm/r0.2+channels",
+    "int8_gemm/r0.2+tokens",
     "int8_gemm/r0.0156",
     "int8_gemm/r0.0156+tokens",
     "int8_gemm/r0.2+b",
@@ -126,7 +128,7 @@ GLU_SHAPES = ("16384x4096", "8192x14336", "4099x1111")
 LLAMA = "4x2048x4096"
 LLAMAS: Rows = tuple(
     f"block/llama/{recipe}/{LLAMA}"
-    for recipe in ("int8_fallback", "int8_fallback+c0.3", "int8_block", "bf16")
+    for recipe in ("int8_fallback", "int8_fallback+dense", "int8_block", "bf16")
 )
 
 FP8_LINEAR: Rows = ("peer/torchao_fp8_rowwise",)

@@ -1,8 +1,13 @@
-"""Draws docs/vit-curves.png from docs/vit.csv, the log of the run in docs/results.md."""
+"""Draws the figures of docs/results.md that are of runs on a CPU.
+
+vit-curves.png from vit.csv, the log of that run; q-ema.png from q-ema.json, the results of
+`study.py run --plan small_ema`.
+"""
 
 from __future__ import annotations
 
 import csv
+import json
 from collections import defaultdict
 from pathlib import Path
 
@@ -10,10 +15,66 @@ import numpy as np
 from matplotlib.figure import Figure
 
 HERE = Path(__file__).parent
+# Rows of q-ema.json by what bounds the memory of the average, from none to the paper's.
+BOUNDS = {
+    "tetrajet": "no average",
+    "tetrajet_ema": "0.0005\n(default)",
+    "ema_at_half_0.001": "0.001",
+    "ema_at_half_0.004": "0.004",
+    "ema_0.998": "beta alone\n(paper)",
+}
 HEADLINE = ("bf16", "mxfp4_baseline", "tetrajet")
 
 
 def main() -> None:
+    draw_vit()
+    draw_q_ema()
+
+
+def _steps(task: str) -> tuple[int, str]:
+    return int(task.split("_")[1]), task
+
+
+def draw_q_ema() -> None:
+    """Loss above tetrajet's from the same seed, and oscillating weights, against the bound: a line
+    for each kind of run, the seeds' mean, and a point for each seed.
+    """
+    with open(HERE / "q-ema.json") as file:
+        records = {record["run"]: record for record in json.load(file)["records"]}
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    loss, middle, end = figure.subplots(1, 3)
+    names = list(BOUNDS)
+    for colour, task in enumerate(sorted({run.split("/")[0] for run in records}, key=_steps)):
+        points: dict = defaultdict(list)
+        for run, record in records.items():
+            row, _, seed = run.removeprefix(f"{task}/").partition("@")
+            base = records.get(f"{task}/tetrajet@{seed}")
+            if run.startswith(f"{task}/") and row in names and base is not None:
+                gap = 100 * (record["rows"][-1][2] / base["rows"][-1][2] - 1)
+                watched = record["oscillation"]
+                shares = [100 * watched[when]["oscillating"] for when in ("middle", "end")]
+                points[names.index(row)].append((gap, *shares))
+        label = task.removeprefix("small_").replace("_lr_", " steps, learning rate ")
+        label += "" if "rate" in label else " steps"
+        for k, axes in enumerate((loss, middle, end)):
+            at = sorted(points)
+            axes.plot(
+                at, [np.mean([p[k] for p in points[i]]) for i in at], f"C{colour}-", label=label
+            )
+            for i in at:
+                axes.plot([i] * len(points[i]), [p[k] for p in points[i]], f"C{colour}.", ms=5)
+    loss.axhline(0, color="black", linewidth=0.5)
+    loss.set(ylabel="validation loss above tetrajet's, %")
+    middle.set(ylabel="weights with R > 16 in the middle, %", xlabel="ema_at_half")
+    end.set(ylabel="weights with R > 16 at the end, %")
+    for axes in (loss, middle, end):
+        axes.set_xticks(range(len(names)), BOUNDS.values(), fontsize=8)
+        axes.grid(alpha=0.3)
+    loss.legend(fontsize=8)
+    figure.savefig(HERE / "q-ema.png", dpi=90)
+
+
+def draw_vit() -> None:
     """Mean over seeds of validation loss and accuracy, a line for each recipe."""
     values: dict = defaultdict(lambda: defaultdict(list))
     with open(HERE / "vit.csv", newline="") as file:

@@ -9,8 +9,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from harness import mean_and_spread
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from study_rows import ROWS
+
+from mxtrain.fallback_rule import DEFAULT
 
 Fields = dict[str, Any]
 HEADINGS = (
@@ -148,7 +151,9 @@ def heading(task: str, group: str, rows: dict[str, list[Fields]]) -> str:
 
 
 def write_report(records: list[Fields], folder: str, figures: bool = False) -> str:
-    """table.md, and with `figures` TASK-GROUP.png. Returns the text of the table."""
+    """table.md, and with `figures` TASK-GROUP.png, and TASK-ROW-rates.png of a row whose layers
+    fall back. Returns the text of the table.
+    """
     parts = []
     for (task, group), rows in groups_of(records).items():
         bf16 = [r for r in records if row_of(r) == f"{task}/bf16"]
@@ -156,6 +161,10 @@ def write_report(records: list[Fields], folder: str, figures: bool = False) -> s
         if figures:
             everything = {f"{task}/bf16": bf16, **rows} if bf16 else rows
             write_figure(everything, os.path.join(folder, f"{task}-{group}.png"))
+            for name, mine in rows.items():
+                if any(r.get("fallback") for r in mine):
+                    path = os.path.join(folder, f"{name.replace('/', '-')}-rates.png")
+                    write_rates(mine, path)
     text = "\n\n".join(parts) + "\n"
     with open(os.path.join(folder, "table.md"), "w") as file:
         file.write(text)
@@ -188,4 +197,28 @@ def write_figure(rows: dict[str, list[Fields]], path: str) -> None:
     right.set(xlabel="step", ylabel="validation loss above BF16, %", yscale="symlog")
     right.axhline(0, color="black", linewidth=0.5)
     left.legend(fontsize="small")
+    figure.savefig(path, dpi=110)
+
+
+def write_rates(records: list[Fields], path: str) -> None:
+    """The share of blocks that fell back against the step, the seeds' mean: a line a layer, a panel
+    for each layer of a block, from the first block (dark) to the last. Shaded: the band of the
+    default threshold.
+    """
+    good = [r for r in records if r["fallback"]]
+    names, low, high = good[0]["fallback_layers"], DEFAULT.low, DEFAULT.high
+    kinds = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
+    figure = Figure(figsize=(3.6 * len(kinds), 3.4), layout="constrained")
+    panels = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
+    steps = [row[0] for row in good[0]["fallback"]]
+    for kind, axes in zip(kinds, panels, strict=True):
+        mine = [i for i, name in enumerate(names) if name.rpartition(".")[2] == kind]
+        axes.axhspan(100 * low, 100 * high, color="0.92")
+        for depth, i in enumerate(mine):
+            rates = [statistics.fmean(r["fallback"][j][1 + i] for r in good)
+                     for j in range(min(len(r["fallback"]) for r in good))]  # fmt: skip
+            shade = colormaps["viridis"](depth / max(1, len(mine) - 1))
+            axes.plot(steps[: len(rates)], [100 * rate for rate in rates], color=shade, lw=1)
+        axes.set(title=kind, xlabel="step")
+    panels[0].set(ylabel="blocks that fell back, %", ylim=(0, 100))
     figure.savefig(path, dpi=110)

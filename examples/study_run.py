@@ -36,6 +36,7 @@ Fields = dict[str, Any]
 WINDOW = 50  # steps over which oscillation is measured
 SETTLED = 10  # steps after which the peak of memory is that of training
 CALIBRATION = 30  # transitions of Q-Ramping's detection
+RATES = 4  # times that the rate of fallback is read from one validation to the next
 
 
 class Watch:
@@ -90,9 +91,13 @@ class StudyRun(Run):
         self.watch: tuple[str, int, Watch] | None = None  # name, last step, sums
         ramping = row.optimizer == "qramping"
         self.calibrations = {i * steps // 4 for i in range(4)} if ramping else set()
+        layers = {n: m for n, m in self.model.named_modules() if isinstance(m, MXLinear)}
+        self.falling = {n: m for n, m in layers.items() if m.recipe.fprop_x.fallback}
+        self.rates: list[tuple[int, Tensor]] = []  # since the last validation, on the device
         self.record.update(
-            oscillation={}, periods={}, fallback=[], peak_bytes=0, diverged=None, first_step=0.0
-        )
+            oscillation={}, periods={}, fallback=[], fallback_layers=list(self.falling),
+            peak_bytes=0, diverged=None, first_step=0.0,
+        )  # fmt: skip
 
     # ---- what a row changes ----
 
@@ -162,17 +167,18 @@ class StudyRun(Run):
 
     def gradients(self) -> Tensor:
         loss = super().gradients()
-        if (self.step + 1) % self.args.eval_every == 0:
-            layers = [m for m in self.model.modules() if isinstance(m, MXLinear)]
-            rates = [m.fallback_rate() for m in layers if m.recipe.fprop_x.fallback]
-            if rates:  # of this step, before the optimizer's makes them 0 again
-                self.record["fallback"].append([self.step + 1, *torch.stack(rates).tolist()])
+        if self.falling and (self.step + 1) % max(1, self.args.eval_every // RATES) == 0:
+            # Of this step, before the optimizer's makes them 0 again.
+            rates = [layer.fallback_rate() for layer in self.falling.values()]
+            self.rates.append((self.step + 1, torch.stack(rates)))
         return loss
 
     def evaluate(self) -> tuple[float, float]:
         if self.on_cuda and not self.peak:
             self.peak = torch.cuda.max_memory_allocated() - self.before
         self.record["peak_bytes"] = self.peak
+        self.record["fallback"] += [[step, *rates.tolist()] for step, rates in self.rates]
+        self.rates = []
         eager = contextlib.nullcontext()
         if self.args.compile:  # forward alone would be one more graph
             eager = torch.compiler.set_stance("force_eager")

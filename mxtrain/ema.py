@@ -1,23 +1,31 @@
 """Q-EMA: the running average of a weight that its forward quantizer rounds toward.
 
 - Formula, with W the weight after step t: A_1 = W_1, then A_t = A_(t-1).lerp(W_t, s) in float32,
-  whatever the dtype of W, with s = max(1 - ema_beta, 1 / (1 + ema_fraction (t - 1))), or without an
-  ema_fraction 1 - ema_beta. So the average never remembers more than that fraction of the steps so
-  far: one that lags the weights by a step of the grid rounds them at random. Rounding "toward"
-  takes, of the two grid values around an element of W, the one nearer to that of A (numerics.md).
+  whatever the dtype of W, with s = max(1 - ema_beta, 1 / (1 + m)) and m the memory in steps that
+  the recipe allows: at most ema_fraction (t - 1), and at most ema_at_half (t - 1) (peak / lr - 1),
+  where lr is the learning rate of step t and peak the largest so far; a bound that the recipe has
+  not (None) is infinite, and with neither s = 1 - ema_beta. An average that lags the weights by a
+  good part of a step of their grid harms them (results.md). With ema_at_half the lag stays small
+  against what the weights have moved, and there is none while the learning rate is at its peak,
+  where A = W. Rounding "toward" takes, of the two grid values around an element of W, the one
+  nearer to that of A (numerics.md).
 - When: one update after every `step()` of an optimizer that holds the weight and trains it, from a
   hook on all optimizers that the first such layer installs; mxtrain.optim.AdamW does it within its
-  step, to the same bits. `update_weight_ema` does one by hand.
+  step, to the same bits. `update_weight_ema` does one by hand. The learning rate is that of the
+  weight's parameter group, an optimizer without one counts as always at its peak. (A tensor on the
+  GPU is read, which waits for it; what a CUDA graph captures has the value that was read last.)
   The forward uses A from max(ema_warmup, 1) updates on; until then W rounds to nearest.
 - Saved in the state_dict: A as `weight_ema` (float32) and the count as `ema_updates` (int64), only
-  where the recipe has `ema_beta`. What is loaded with them goes on bitwise; loading a weight
-  without them, or `reset_parameters`, starts anew from that weight, with a count of 0.
+  where the recipe has `ema_beta`, and with `ema_at_half` the peak as `ema_peak_lr` (float64). What
+  is loaded with them goes on bitwise (without a peak, it is that of the steps to come); loading a
+  weight without them, or `reset_parameters`, starts anew from that weight, with a count of 0.
 
 Source: arXiv 2502.20853, its section on the EMA quantizer (Q-EMA).
 """
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Iterable
 from typing import Any
@@ -26,7 +34,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from .checks import kind, refusal, show
+from .checks import is_number, kind, refusal, show
 from .recipe import Recipe
 
 
@@ -36,6 +44,8 @@ class EmaLinear(nn.Linear):
     weight_ema: Tensor
     ema_active: bool
     _ema_updates: int
+    _ema_lr: float | None = None  # of the optimizer's step at hand; None counts as the peak
+    _ema_peak_lr: float = 0.0
     _recipe: Recipe
 
     def _start_without_ema(self) -> None:
@@ -48,6 +58,7 @@ class EmaLinear(nn.Linear):
             if "weight_ema" in self._buffers:
                 del self.weight_ema
             self._count_ema(0)
+            self._ema_lr, self._ema_peak_lr = None, 0.0
             _EMA_LAYERS.discard(self)
         else:
             if "weight_ema" not in self._buffers:
@@ -80,9 +91,31 @@ class EmaLinear(nn.Linear):
 
         A CUDA graph that captures the optimizer's step repeats this number in its replays.
         """
+        if self._ema_updates == 0:
+            return 1.0
         beta, fraction = self._recipe.ema_beta, self._recipe.ema_fraction
-        shortest = 0.0 if fraction is None else 1.0 / (1.0 + fraction * self._ema_updates)
-        return max(1.0 - beta, shortest) if self._ema_updates else 1.0
+        memory = math.inf if fraction is None else fraction * self._ema_updates
+        if self._recipe.ema_at_half is not None:
+            memory = min(memory, self._recipe.ema_at_half * self._ema_updates * self._cooled)
+        return max(1.0 - beta, 1.0 / (1.0 + memory))
+
+    @property
+    def _cooled(self) -> float:
+        """peak / lr - 1: 0 at the peak of the learning rate, 1 at half of it."""
+        lr, peak = self._ema_lr, self._ema_peak_lr
+        if lr is None or lr >= peak:
+            return 0.0
+        return peak / lr - 1.0 if lr > 0 else math.inf
+
+    def see_lr(self, lr: float | Tensor | None) -> None:
+        """Say at which learning rate the weight is trained, for the next update of its average.
+
+        The hook on optimizers does it.
+        """
+        if isinstance(lr, Tensor) and lr.is_cuda and torch.cuda.is_current_stream_capturing():
+            return
+        self._ema_lr = None if lr is None else float(lr)
+        self._ema_peak_lr = max(self._ema_peak_lr, self._ema_lr or 0.0)
 
     def count_ema_update(self) -> None:
         """Say that weight_ema was updated, by whoever did it."""
@@ -92,6 +125,7 @@ class EmaLinear(nn.Linear):
         if "weight_ema" in self._buffers:
             self._copy_to_ema(_whole(self.weight))
             self._count_ema(0)
+            self._ema_lr, self._ema_peak_lr = None, 0.0
 
     def _apply(self, fn: Any, recurse: bool = True) -> EmaLinear:
         before = self._buffers.get("weight_ema")
@@ -106,6 +140,9 @@ class EmaLinear(nn.Linear):
         if "weight_ema" in self._buffers:
             updates = torch.tensor(self._ema_updates, dtype=torch.int64)
             destination[prefix + "ema_updates"] = updates
+            if self._recipe.ema_at_half is not None:
+                peak = torch.tensor(self._ema_peak_lr, dtype=torch.float64)
+                destination[prefix + "ema_peak_lr"] = peak
 
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool,
@@ -114,17 +151,19 @@ class EmaLinear(nn.Linear):
         keys = [prefix + "weight_ema", prefix + "ema_updates"]
         mine = "weight_ema" in self._buffers
         saved = mine and all(key in state_dict for key in keys)
-        problems = self._bad_saved(*(state_dict[key] for key in keys)) if saved else []
+        lr = state_dict.get(prefix + "ema_peak_lr", _NO_PEAK)
+        problems = self._bad_saved(*(state_dict[key] for key in keys), lr) if saved else []
         if problems:  # load_state_dict raises, and lists them with what else is wrong
             error_msgs += problems
             return  # with the weight, average and count that belong together
-        hidden = keys[1:] if saved else keys
+        hidden = [*(keys[1:] if saved else keys), prefix + "ema_peak_lr"]
         super()._load_from_state_dict(
             {key: value for key, value in state_dict.items() if key not in hidden},
             prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs,
         )  # fmt: skip
         if saved:
             self._count_ema(int(state_dict[keys[1]]))
+            self._ema_lr, self._ema_peak_lr = None, float(lr)
             self.weight_ema = self.weight_ema.to(torch.float32)  # where it was assigned
         elif mine:
             if keys[0] in missing_keys:
@@ -132,9 +171,13 @@ class EmaLinear(nn.Linear):
             if prefix + "weight" in state_dict:
                 self._restart_ema()
 
-    def _bad_saved(self, average: object, updates: object) -> list[str]:
-        """What is wrong with weight_ema and ema_updates of a state_dict."""
-        problems = [_bad_average(average, self.weight_ema.shape), _bad_count(updates)]
+    def _bad_saved(self, average: object, updates: object, lr: object) -> list[str]:
+        """What is wrong with weight_ema, ema_updates and ema_peak_lr of a state_dict."""
+        problems = [
+            _bad_average(average, self.weight_ema.shape),
+            _bad_count(updates),
+            _bad_peak(lr),
+        ]
         return [problem for problem in problems if problem is not None]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -143,6 +186,7 @@ class EmaLinear(nn.Linear):
             _register(self)
 
 
+_NO_PEAK = torch.zeros((), dtype=torch.float64)
 _EMA_LAYERS: weakref.WeakSet[EmaLinear] = weakref.WeakSet()
 _HOOK: Any = None
 
@@ -159,7 +203,8 @@ def _register(layer: EmaLinear) -> None:
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     if not getattr(optimizer, "updates_weight_ema", False):  # mxtrain.optim has done it
         held = averaging_layers(optimizer)
-        update_weight_ema(layer for layers in held.values() for layer in layers)
+        see_learning_rates(optimizer, held)
+        average_weights(layer for layers in held.values() for layer in layers)
 
 
 def averaging_layers(optimizer: torch.optim.Optimizer) -> dict[Tensor, list[EmaLinear]]:
@@ -176,19 +221,57 @@ def averaging_layers(optimizer: torch.optim.Optimizer) -> dict[Tensor, list[EmaL
     return {p: layers[id(p)] for p in params if p.requires_grad and id(p) in layers}
 
 
-@torch.no_grad()
-def update_weight_ema(layers: Iterable[EmaLinear]) -> None:
+def see_learning_rates(
+    optimizer: torch.optim.Optimizer, held: dict[Tensor, list[EmaLinear]]
+) -> None:
+    """Tell these layers, found by averaging_layers, the learning rates of their weights."""
+    for group in optimizer.param_groups if held else ():
+        layers = [m for p in group["params"] for m in held.get(p, ())]
+        if any(m._recipe.ema_at_half is not None for m in layers):
+            lr = group.get("lr")
+            on_device = isinstance(lr, Tensor) and lr.is_cuda
+            if on_device and not torch.cuda.is_current_stream_capturing():
+                lr = float(lr)  # once
+            for layer in layers:
+                layer.see_lr(lr)
+
+
+def update_weight_ema(layers: Iterable[EmaLinear], lr: float | None = None) -> None:
     """One Q-EMA update of these layers, whose recipes have `ema_beta`. The optimizer hook calls it.
 
     The first update of a layer copies its weight, so what the weight was at construction leaves no
     trace; a later one is weight_ema <- weight_ema.lerp(weight, layer.ema_step) in float32.
 
+    Args:
+        layers: the layers, each once.
+        lr: the learning rate of the step that was made; needed by recipes with `ema_at_half`.
+
     Raises:
         TypeError: for something else than MXLinear.
-        ValueError: for one whose recipe has no average. None is updated then.
+        ValueError: for one whose recipe has no average, or without the lr that it needs. None is
+            updated then.
     """
+    layers = _checked(layers)
+    what, argument, context = "update_weight_ema", "lr", f"{len(layers)} layers"
+    if lr is None:
+        if any(layer._recipe.ema_at_half is not None for layer in layers):
+            condition = "be given where a recipe has ema_at_half"
+            advice = "Pass the learning rate of the step, or use a recipe with ema_at_half=None."
+            raise ValueError(refusal(what, argument, condition, lr, context, advice))
+    elif not (is_number(lr) and 0.0 <= lr < math.inf):
+        condition, advice = "be a number of at least 0", "Pass the learning rate of the step."
+        raise ValueError(refusal(what, argument, condition, show(lr), context, advice))
+    else:
+        for layer in layers:
+            layer.see_lr(lr)
+    average_weights(layers)
+
+
+@torch.no_grad()
+def average_weights(layers: Iterable[EmaLinear]) -> None:
+    """update_weight_ema of layers that have seen their learning rates, unchecked."""
     grouped: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
-    for layer in _checked(layers):
+    for layer in layers:
         weight = _whole(layer.weight)
         if layer._ema_updates == 0:
             layer._copy_to_ema(weight)
@@ -210,6 +293,17 @@ def _bad_average(average: object, shape: torch.Size) -> str | None:
         condition, got, context = "be finite", "NaN or infinity", show(average)
     advice = "Load what state_dict returned, or remove the key and ema_updates to start anew."
     return refusal("load_state_dict", "weight_ema", condition, got, context, advice)
+
+
+def _bad_peak(lr: object) -> str | None:
+    """What is wrong with ema_peak_lr of a state_dict, or None."""
+    real = isinstance(lr, Tensor) and lr.is_floating_point() and lr.numel() == 1
+    if real and (lr.is_meta or 0.0 <= float(lr) < math.inf):
+        return None
+    got = float(lr) if real else show(lr)
+    advice = "Load what state_dict returned, or remove the key."
+    condition = "be one finite float of at least 0"
+    return refusal("load_state_dict", "ema_peak_lr", condition, got, kind(lr), advice)
 
 
 def _bad_count(updates: object) -> str | None:

@@ -30,11 +30,12 @@ import torch
 from torch import Tensor, nn
 
 from .checks import FLOATS, check_int, kind, refusal, show
+from .draws import draw, signs_of
 from .ema import _whole
 from .fallback import initial_threshold
 from .formats import FORMATS
 from .int8 import BLOCK, blocks
-from .linear import MXLinear, _draw, _product, _quantize, _quantize_both, _signs
+from .linear import MXLinear, _product, _quantize, _quantize_both
 from .packed import PARTS, Packed, parts_of, restored
 from .quantizer import Quantizer
 from .recipe import Recipe
@@ -42,7 +43,8 @@ from .recipe import Recipe
 _PARTS = ("weight_packed", "weight_scale", "weight_tensor_scale")
 _THRESHOLD = "fallback_threshold"
 _OF_TRAINING = (
-    "weight", "weight_ema", "ema_updates", _THRESHOLD, "fallback_step", "fallback_counts",
+    "weight", "weight_ema", "ema_updates", "ema_peak_lr", _THRESHOLD, "fallback_step",
+    "fallback_counts",
 )  # fmt: skip
 _RECIPE = "weight_recipe"
 
@@ -102,8 +104,8 @@ class FrozenLinear(nn.Module):
         dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
         if x.numel() == 0:
             return x.new_zeros((*x.shape[:-1], self.out_features), dtype=dtype)
-        rng, _ = _draw(recipe, False, x)
-        signs = _signs(recipe, "fprop", None, x.device)
+        rng, _ = draw(recipe, False, x)
+        signs = signs_of(recipe, "fprop", None, x.device)
         rows = x.reshape(-1, self.in_features)
         row = recipe.fprop_x if recipe.fprop_x.format else None
         threshold = getattr(self, _THRESHOLD, None)
@@ -137,7 +139,7 @@ def freeze(layer: MXLinear) -> FrozenLinear:
         raise ValueError(refusal("export_weights", "recipe", condition, problem, context, advice))
     weight = _whole(layer.weight)
     ema = layer.weight_ema if layer.ema_active else None
-    signs = _signs(recipe, "fprop", None, weight.device)
+    signs = signs_of(recipe, "fprop", None, weight.device)
     operand = _quantize(weight, recipe.fprop_w, None, signs, toward=ema)
     bias = None if layer.bias is None else _whole(layer.bias)
     return FrozenLinear(operand, bias, recipe, layer.trained_threshold())

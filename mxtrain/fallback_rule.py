@@ -17,9 +17,10 @@ class Fallback:
         factor: what the threshold is multiplied or divided by.
         damping: whether the factor shrinks where the threshold jumps to and fro over the band.
         capacity: the share of an activation's blocks whose second step backward keeps, densely
-            packed: 1 + capacity bytes an element. Where more fell back, the first ones of them; the
-            others are plain INT8 in wgrad, not in forward. None keeps all, 2 bytes an element,
-            and packs nothing, which takes no time.
+            packed: 1 + capacity bytes an element. Where more fell back, those of the largest
+            magnitudes; the others are plain INT8 in wgrad, not in forward. The default is well
+            above the band, so that this happens only while a threshold is on its way. None keeps
+            all, 2 bytes an element, and packs nothing, which takes no time.
 
     Raises:
         ValueError: for a band that is none, a factor that does not move, a capacity that is no
@@ -30,7 +31,7 @@ class Fallback:
     high: float = 0.3
     factor: float = 1.3
     damping: bool = True
-    capacity: float | None = None
+    capacity: float | None = 0.5
 
     def __post_init__(self) -> None:
         what, low, high, factor = "Fallback", self.low, self.high, self.factor
@@ -44,7 +45,7 @@ class Fallback:
         check_that(ok, what, "damping", "be True or False", self.damping, advice)
         share = self.capacity
         ok = share is None or (is_number(share) and 0 < share <= 1)
-        advice = "Try the upper end of the band."
+        advice = "Try 0.5, above the upper end of the band."
         check_that(ok, what, "capacity", "be None or a share in (0, 1]", share, advice)
 
 

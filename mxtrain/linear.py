@@ -35,19 +35,15 @@ from torch.autograd.function import once_differentiable
 
 from .checks import FLOATS as DTYPES
 from .checks import check_bool, check_device, check_int, check_tensor, kind, refusal, show
+from .draws import DY, W, X, draw, signs_of
 from .ema import update_weight_ema as update_weight_ema
 from .fallback import FallbackLinear, check_threshold, initial_threshold
 from .formats import FORMATS
 from .int8 import Int8Operand, int8_gemm, int8_quantize
-from .operand import Operand, draw_rng, draw_signs, gemm, quantize, quantize_dual, requantize
+from .operand import Operand, gemm, quantize, quantize_dual, requantize
 from .packed import PARTS, Packed, compacted, parts_of, quantize_squares, restored
-from .recipe import Quantizer, Recipe, fixed_signs, get_recipe
+from .recipe import Quantizer, Recipe, get_recipe
 from .weight_cache import WeightCache
-
-# Rows of the drawn rng ([3, 2]) and of the drawn signs ([3, largest group]).
-_X, _W, _DY = 0, 1, 2
-_SIGNS_ROW = {"fprop": 0, "dgrad": 1, "wgrad": 2}
-
 
 # ---- operands ----
 
@@ -154,61 +150,6 @@ def _product(
     return F.linear(a, b, None if bias is None else bias.to(dtype)).to(out_dtype)
 
 
-# ---- randomness ----
-
-_FIXED_SIGNS: dict[tuple[int, torch.device], Tensor] = {}
-
-
-def _fixed_signs(g: int, device: torch.device) -> Tensor:
-    """fixed_signs, made once a device; what a trace or a CUDA graph capture made is not kept."""
-    if torch.compiler.is_compiling():
-        return fixed_signs(g, device)
-    signs = _FIXED_SIGNS.get((g, device))
-    if signs is None:
-        signs = fixed_signs(g, device)
-        capturing = signs.is_cuda and torch.cuda.is_current_stream_capturing()
-        if type(signs) is Tensor and not capturing:
-            _FIXED_SIGNS[g, device] = signs
-    return signs
-
-
-def _signs(recipe: Recipe, name: str, drawn: Tensor | None, device: torch.device) -> Tensor | None:
-    """The signs that both operands of a GEMM share."""
-    q = recipe.pair(name)[0]
-    if q.signs == "none":
-        return None
-    if q.signs == "fixed":
-        return _fixed_signs(q.hadamard, device)
-    return drawn[_SIGNS_ROW[name], : q.hadamard]
-
-
-@torch.library.custom_op("mxtrain_compile::keep_draws", mutates_args=())
-def _keep_draws(draws: Tensor, x: Tensor) -> Tensor:
-    """A copy of draws that the compiler saves for backward.
-
-    Its partition of a traced forward and backward makes again in backward what depends on no input
-    of the graph, random numbers too: the two operands of a GEMM were rotated by different signs.
-    What an op that it does not know makes of an input, it saves. (No op for users: not in mxtrain's
-    namespace.)
-    """
-    return draws.clone()
-
-
-_keep_draws.register_fake(lambda draws, x: torch.empty_like(draws))
-
-
-def _draw(recipe: Recipe, backward: bool, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """rng [3, 2] and signs [3, g] for a forward, and its backward; None where none are needed."""
-    rng = recipe.needs_rng if backward else recipe.fprop_needs_rng
-    pairs = [recipe.pair(name) for name in (_SIGNS_ROW if backward else ("fprop",))]
-    group = max(q.hadamard if q.signs == "drawn" else 0 for q, _ in pairs)
-    device = x.device
-    drawn = draw_rng(3, device) if rng else None, draw_signs(group, 3, device) if group else None
-    if torch.compiler.is_compiling():
-        return tuple(None if t is None else _keep_draws(t, x) for t in drawn)
-    return drawn
-
-
 # ---- the autograd function ----
 
 
@@ -219,12 +160,12 @@ def _forward(
 ) -> tuple[Tensor, Packed | Tensor | None, Packed | Tensor | None, Tensor | None]:  # fmt: skip
     """Y [..., C] of x [..., K]; where needed, what wgrad uses of X and dgrad of W; the counts."""
     fx, fw, wx, dw = recipe.fprop_x, recipe.fprop_w, recipe.wgrad_x, recipe.dgrad_w
-    signs = _signs(recipe, "fprop", drawn, x.device)
-    x_rng, w_rng = (None, None) if rng is None else (rng[_X], rng[_W])
+    signs = signs_of(recipe, "fprop", drawn, x.device)
+    x_rng, w_rng = (None, None) if rng is None else (rng[X], rng[W])
 
     row = fx if fx.format else None
     col = wx if need_w and wx.format and (wx.source == "original" or wx.square) else None
-    col_signs = _signs(recipe, "wgrad", drawn, x.device) if col else None
+    col_signs = signs_of(recipe, "wgrad", drawn, x.device) if col else None
     rows = x.reshape(-1, x.shape[-1])
     x_row, x_col, counts = _quantize_both(rows, row, col, x_rng, signs, col_signs, threshold)
     w_row = w_col = None
@@ -294,9 +235,9 @@ class _Linear(torch.autograd.Function):
         if dy.dtype not in DTYPES:
             dy = dy.to(dtype)
         (n, c), k = dy.shape, ctx.in_features
-        x_rng, w_rng, dy_rng = (None,) * 3 if rng is None else (rng[_X], rng[_W], rng[_DY])
-        dgrad_signs = _signs(recipe, "dgrad", drawn, dy.device) if need_x else None
-        wgrad_signs = _signs(recipe, "wgrad", drawn, dy.device) if need_w else None
+        x_rng, w_rng, dy_rng = (None,) * 3 if rng is None else (rng[X], rng[W], rng[DY])
+        dgrad_signs = signs_of(recipe, "dgrad", drawn, dy.device) if need_x else None
+        wgrad_signs = signs_of(recipe, "wgrad", drawn, dy.device) if need_w else None
         row = recipe.dgrad_dy if need_x and recipe.dgrad_dy.format else None
         col = recipe.wgrad_dy if need_w and recipe.wgrad_dy.format else None
         dx = dw = db = None
@@ -360,7 +301,7 @@ def _linear(
     grad = torch.is_grad_enabled()
     # In training the draw does not depend on whether autograd records: a reentrant checkpoint runs
     # the first forward without, and its recomputation must advance the generator alike.
-    rng, drawn = _draw(recipe, training or grad, x)
+    rng, drawn = draw(recipe, training or grad, x)
     requires_grad = x.requires_grad or weight.requires_grad
     if grad and (requires_grad or (bias is not None and bias.requires_grad)):
         out = _Linear.apply(x, weight, bias, ema, rng, drawn, recipe, dtype, cache, threshold)
@@ -472,16 +413,16 @@ class MXLinear(FallbackLinear):
 
     The state_dict is that of `nn.Linear` too, so checkpoints load both ways, unless the recipe has
     `ema_beta`. Then it also has `weight_ema` (float32, the average of the weight that fprop's
-    weight quantizer rounds toward) and `ema_updates` (int64). Loading a checkpoint without these
-    restarts the average from the loaded weight.
+    weight quantizer rounds toward), `ema_updates` (int64) and, with `ema_at_half`, `ema_peak_lr`
+    (float64). Loading a checkpoint without these restarts the average from the loaded weight.
 
     The average is updated after every `step()` of an optimizer that holds the weight, unless the
     weight is frozen: the first update copies the weight, a later one is
     `weight_ema.lerp_(weight, layer.ema_step)`. Where an optimizer holds a copy instead (float32
-    masters), call `update_weight_ema([layer])` after its step. For the first `ema_warmup` updates
-    `ema_active` is False and the weight rounds to nearest, in training and evaluation alike. Every
-    rank computes the same average: pass `broadcast_buffers=False` to DistributedDataParallel, or it
-    is sent again with every forward.
+    masters), call `update_weight_ema([layer], lr)` after its step. For the first `ema_warmup`
+    updates `ema_active` is False and the weight rounds to nearest, in training and evaluation
+    alike. Every rank computes the same average: pass `broadcast_buffers=False` to
+    DistributedDataParallel, or it is sent again with every forward.
 
     The packed weight is kept between calls where the recipe rounds it without random numbers, so
     micro-steps, checkpoints and evaluation do not quantize it again: it is made anew after every

@@ -43,10 +43,15 @@ def quantize_squares(
 # ---- residuals of few blocks ----
 
 
-def _first_fallen(mask: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Block row and column of `count` blocks: those that fell back first, in their order."""
-    order = mask.flatten().argsort(descending=True, stable=True)[:count]
-    return order // mask.shape[1], order % mask.shape[1]
+def _largest_fallen(op: Int8Operand, count: int) -> tuple[Tensor, Tensor]:
+    """Block row and column of `count` blocks: those that fell back first, the largest scale first;
+    blocks of one scale, and those that did not fall back, in the order of the grid.
+
+    The same whether the mask has all of them or only these.
+    """
+    size = torch.where(op.mask.bool(), op.scale, -1.0)
+    order = size.flatten().argsort(descending=True, stable=True)[:count]
+    return order // op.mask.shape[1], order % op.mask.shape[1]
 
 
 def _tiles(residual: Tensor) -> Tensor:
@@ -60,7 +65,7 @@ def compacted(op: Int8Operand, capacity: float | None) -> Int8Operand:
     if op.residual is None or capacity is None:
         return op
     count = math.ceil(capacity * op.mask.shape[0] * op.mask.shape[1])
-    rows, cols = _first_fallen(op.mask, count)
+    rows, cols = _largest_fallen(op, count)
     mask = torch.zeros_like(op.mask, memory_format=torch.contiguous_format)
     mask[rows, cols] = op.mask[rows, cols]
     residual, fill = op.residual, -op.shape[0] % BLOCK
@@ -74,7 +79,7 @@ def _expanded(op: Int8Operand) -> Int8Operand:
         return op
     rows, kp = op.mask.shape[0] * BLOCK, op.data.shape[1]
     residual = op.data.new_empty(rows, kp)
-    row, col = _first_fallen(op.mask, op.residual.shape[0])
+    row, col = _largest_fallen(op, op.residual.shape[0])
     _tiles(residual)[row, :, col] = op.residual
     residual = residual[: op.shape[0]]
     return Int8Operand(op.data, op.scale, op.shape, residual, op.residual_scale, op.mask)

@@ -68,6 +68,10 @@ class Recipe:
         ema_fraction: of the updates so far that the average remembers at most: update n + 1 goes
             max(1 - ema_beta, 1 / (1 + ema_fraction * n)) of the way to the weight. 1 makes it their
             mean, less a shorter memory; None leaves ema_beta alone.
+        ema_at_half: of the updates so far that the average remembers at most where the learning
+            rate is half its peak: ema_at_half * n * (peak / lr - 1) steps in general, so at the
+            peak, and during a warm-up, it is the weight itself. None: the learning rate does not
+            matter (the paper).
         accumulate: "fp32", or "fast" where a GEMM backend may accumulate in fewer bits.
         fallback: the rule of the threshold, where a quantizer has a fallback.
         reference: where the recipe was published.
@@ -86,6 +90,7 @@ class Recipe:
     ema_beta: float | None = None
     ema_warmup: int = 10
     ema_fraction: float | None = None
+    ema_at_half: float | None = None
     accumulate: str = "fp32"
     reference: str = ""
     fallback: Fallback = DEFAULT
@@ -116,6 +121,13 @@ class Recipe:
             self._refuse_unless(ok, "ema_fraction", "lie in (0, 1]", fraction, advice)
             condition, advice = "be None without ema_beta", "There is no average to remember."
             self._refuse_unless(beta is not None, "ema_fraction", condition, fraction, advice)
+        share = self.ema_at_half
+        if share is not None:
+            ok = is_number(share) and 0.0 < share <= 1.0
+            advice = "Try 0.0005, or None for a memory that the learning rate does not bound."
+            self._refuse_unless(ok, "ema_at_half", "lie in (0, 1]", share, advice)
+            condition, advice = "be None without ema_beta", "There is no average to remember."
+            self._refuse_unless(beta is not None, "ema_at_half", condition, share, advice)
         advice = "Pass a mxtrain.recipe.Fallback."
         ok = isinstance(self.fallback, Fallback)
         self._refuse_unless(ok, "fallback", "be a Fallback", self.fallback, advice)
@@ -264,6 +276,8 @@ class Recipe:
             memory = f"beta {self.ema_beta:g}"
             if self.ema_fraction is not None:
                 memory += f", at most {self.ema_fraction:.3g} of the steps so far"
+            if self.ema_at_half is not None:
+                memory += f", at most {self.ema_at_half:g} (peak lr / lr - 1) of the steps so far"
             parts.append(f"EMA of W: {memory}, used after {self.ema_warmup} steps")
         return separator.join(parts)
 
@@ -338,7 +352,8 @@ _TABLE: dict[str, tuple[tuple[Quantizer, ...], dict[str, Any], str]] = {
         "Chen et al., Oscillation-Reduced MXFP4 Training for Vision Transformers, arXiv 2502.20853",
     ),
     "tetrajet_ema": (
-        (_CEIL, _CEIL_EMA, _CEIL_SR, _CEIL_SR_AGAIN, _CEIL_SR, _CEIL_SR_AGAIN), {"ema_beta": 0.998},
+        (_CEIL, _CEIL_EMA, _CEIL_SR, _CEIL_SR_AGAIN, _CEIL_SR, _CEIL_SR_AGAIN),
+        {"ema_beta": 0.998, "ema_at_half": 0.0005},
         "Chen et al., Q-EMA in the same paper, arXiv 2502.20853",
     ),
     "mxfp4_backward": (

@@ -200,6 +200,7 @@ CALLS = [
             "ema_beta": ["1", [1.0], True, 1j, Thing(), math.nan, math.inf, 10**400, -1, 0.5],
             "ema_warmup": NO_SIZE,
             "ema_fraction": ["1", [1.0], True, 1j, Thing(), math.nan, math.inf, 10**400, -1, 0.5],
+            "ema_at_half": ["1", [1.0], True, 1j, Thing(), math.nan, math.inf, 10**400, -1, 0.5],
             "accumulate": [None, *NO_NAME],
             "reference": [None, 3, X],
         },
@@ -293,7 +294,14 @@ CALLS = [
             "mask": [*NO_TENSOR, *ODD_TENSORS[:4]],
         },
     ),
-    (update_weight_ema, {"layers": []}, {"layers": [None, "x", 3, X, Thing(), [None], [LAYER]]}),
+    (
+        update_weight_ema,
+        {"layers": [], "lr": 0.1},
+        {
+            "layers": [None, "x", 3, X, Thing(), [None], [LAYER]],
+            "lr": ["x", [1.0], True, 1j, Thing(), math.nan, math.inf, -1],
+        },
+    ),
 ]
 CASES = [
     pytest.param(function, good, name, values, id=f"{i}-{name}")

@@ -221,7 +221,7 @@ def test_block_rows_are_a_forward_and_a_backward():
     twin = cases.build(name.format("bf16"))
     want = twin.call(*twin.make(CPU))
     kept = twin.saved(*twin.make(CPU))
-    for recipe in ("int8_fallback", "int8_fallback+c0.3", "int8_block"):
+    for recipe in ("int8_fallback", "int8_fallback+c0.3", "int8_fallback+dense", "int8_block"):
         case = cases.build(name.format(recipe))
         inputs = case.make(CPU)
         got = case.call(*inputs)

@@ -155,6 +155,32 @@ def test_a_row_is_the_run_of_the_script_but_for_the_optimizer():
     assert run.record["rows"][-1][2] == pytest.approx(other.record["rows"][-1][2], rel=1e-3)
 
 
+def test_rates_of_fallback_are_recorded_and_drawn(tmp_path):
+    text = "--context 32 --text library --megabytes 0.5 --windows 16"
+    run = make_run("llama/int8_fallback", more=text)
+    for _ in run.train():
+        pass
+    names = [f"blocks.0.{name}" for name in ("qkv", "proj", "gate_up", "down")]
+    assert run.record["fallback_layers"] == names
+    rates = torch.tensor(run.record["fallback"])
+    assert rates[:, 0].tolist() == list(range(1, 13))  # four times a validation: here every step
+    assert rates.shape[1] == 5 and ((rates[:, 1:] >= 0) & (rates[:, 1:] <= 1)).all()
+    assert rates[:, 1:].any()
+    made = record("llama/int8_fallback@0", 2.0, fallback_layers=names)
+    study_report.write_report([{**made, "fallback": run.record["fallback"]}], tmp_path, True)
+    assert (tmp_path / "llama-int8_fallback-rates.png").stat().st_size > 10_000
+    assert (tmp_path / "llama-main.png").exists()
+    assert make_run("llama/int8_block", more=text).falling == {}
+
+
+def test_every_kind_of_outlier_has_its_own_baseline():
+    for name in study_rows.LLAMAS:
+        row = study_rows.ROWS[name]
+        twin = study_rows.ROWS[row.baseline]
+        assert twin.options == row.options and twin.recipe == "bf16"
+        assert ("--outliers none" in row.options) == (row.task == "llama")
+
+
 # ---- the queue ----
 
 

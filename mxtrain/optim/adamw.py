@@ -18,7 +18,7 @@ from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from ..checks import is_number, refusal
-from ..ema import EmaLinear, averaging_layers, update_weight_ema
+from ..ema import EmaLinear, average_weights, averaging_layers, see_learning_rates
 from ..operand import draw_rng
 from .arguments import capturing, check_options, check_saved, check_states, saved_states
 from .oscillation import Changes, local
@@ -195,10 +195,11 @@ class AdamW(Optimizer):
         for batch in batches.values():
             for p in batch.params:
                 self._start_state(batch.group, p)
+        see_learning_rates(self, averaging)
         for key, batch in batches.items():
             self._run(key, batch)
         done = {id(layer) for batch in batches.values() for layer in batch.layers}
-        update_weight_ema(m for layers in averaging.values() for m in layers if id(m) not in done)
+        average_weights(m for layers in averaging.values() for m in layers if id(m) not in done)
         return loss
 
     def _plan(self, averaging: dict[Tensor, list[EmaLinear]]) -> dict[Key, Batch]:

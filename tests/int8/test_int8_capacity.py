@@ -58,16 +58,35 @@ def test_what_fits_is_kept_exactly(rows, k, device):
 
 
 def test_what_does_not_fit_is_plain_int8(device):
-    x = torch.randn(512, 640, device=device)
+    """The largest blocks are kept, those of one size in the order of the grid."""
+    x = torch.randn(512, 640, device=device).clamp(-4, 4)
+    peaks = torch.full((4, 5), 8.0)
+    peaks[3, 4], peaks[1, 0], peaks[2, 2] = 9.0, 30.0, 9.0
+    x[5::128, 7::128] = peaks.to(device)
     op = mxtrain.int8_quantize_fallback(x, 1e-9)[0]
-    got = restored(parts_of(compacted(op, 0.25)), RECIPE.wgrad_x, op.shape)
-    assert got.mask.flatten().tolist() == [1] * 5 + [0] * 15
-    plain = op.without_fallback().dequantize()
-    assert torch.equal(got.dequantize()[:128], op.dequantize()[:128])
-    assert torch.equal(got.dequantize()[128:], plain[128:])
+    for count, more in ((2, []), (5, [(0, 0), (0, 1)])):
+        kept = [(1, 0), (2, 2), *([(3, 4)] if count > 2 else []), *more]
+        got = restored(parts_of(compacted(op, count / 20)), RECIPE.wgrad_x, op.shape)
+        assert got.mask.nonzero().tolist() == sorted(map(list, kept))
+        plain, want = op.without_fallback().dequantize(), op.dequantize()
+        for i in range(4):
+            for j in range(5):
+                tile = slice(128 * i, 128 * i + 128), slice(128 * j, 128 * j + 128)
+                expected = want if (i, j) in kept else plain
+                assert torch.equal(got.dequantize()[tile], expected[tile]), (count, i, j)
     assert len(parts_of(compacted(op, 0.25))) == PARTS
     assert compacted(op, None) is op
     assert compacted(op.without_fallback(), 0.25).residual is None
+
+
+def test_a_block_that_is_not_finite_is_not_kept(device):
+    """It did not fall back, and its scale is NaN."""
+    x = torch.randn(256, 256, device=device)
+    x[0, 0] = float("nan")
+    op = mxtrain.int8_quantize_fallback(x, 1e-9)[0]
+    got = restored(parts_of(compacted(op, 0.5)), RECIPE.wgrad_x, op.shape)
+    assert got.mask.sum() == 2 and got.mask[0, 0] == 0 and got.scale[0, 0].isnan()
+    assert got.dequantize()[128:, 128:].isfinite().all()
 
 
 def test_gradients_are_those_of_all_blocks(device):

@@ -20,8 +20,12 @@ from mxtrain.recipe import RECIPES
 pytestmark = pytest.mark.ops("quantize", "quantize_dual", "requantize", "dequantize", "gemm")
 
 
+# The paper's: a memory that nothing bounds but beta.
+PAPER = RECIPES["tetrajet_ema"].replace(ema_fraction=None, ema_at_half=None)
+
+
 def ema_layer(device="cpu", beta=0.9, warmup=2, features=64, **kwargs) -> MXLinear:
-    recipe = RECIPES["tetrajet_ema"].replace(ema_beta=beta, ema_warmup=warmup, ema_fraction=None)
+    recipe = PAPER.replace(ema_beta=beta, ema_warmup=warmup)
     return MXLinear(features, features, device=device, recipe=recipe, **kwargs)
 
 
@@ -82,7 +86,7 @@ def test_first_update_copies_and_later_ones_are_exact(device):
 
 def test_the_memory_grows_with_the_steps(device):
     """Update n + 1 goes max(1 - beta, 1 / (1 + fraction n)) of the way, by hook and by AdamW."""
-    recipe = RECIPES["tetrajet_ema"].replace(ema_beta=0.9, ema_fraction=0.25, ema_warmup=3)
+    recipe = PAPER.replace(ema_beta=0.9, ema_fraction=0.25, ema_warmup=3)
     for kind in (SGD, mxtrain.optim.AdamW):
         layer = MXLinear(64, 64, device=device, recipe=recipe)
         optimizer = kind(layer.parameters(), lr=0.1)
@@ -97,7 +101,7 @@ def test_the_memory_grows_with_the_steps(device):
 
 
 def test_a_mean_of_all_steps_has_the_fraction_1():
-    recipe = RECIPES["tetrajet_ema"].replace(ema_beta=0.999999, ema_fraction=1.0)
+    recipe = PAPER.replace(ema_beta=0.999999, ema_fraction=1.0)
     layer = MXLinear(32, 32, recipe=recipe)
     optimizer, weights = SGD(layer.parameters(), lr=0.1), []
     for n in range(20):
@@ -344,14 +348,16 @@ def test_a_model_built_on_meta_averages_once_it_is_real():
 def test_changing_the_recipe_adds_and_removes_the_state():
     layer = MXLinear(64, 64)
     layer.recipe = "tetrajet_ema"
-    assert list(layer.state_dict()) == ["weight", "bias", "weight_ema", "ema_updates"]
+    names = ["weight", "bias", "weight_ema", "ema_updates", "ema_peak_lr"]
+    assert list(layer.state_dict()) == names
     optimizer = SGD(layer.parameters(), lr=0.1)
     for i in range(10):
         assert not layer.ema_active
         step(layer, optimizer, i)
     assert layer.ema_active
     before = layer.weight_ema.clone()
-    layer.recipe = RECIPES["tetrajet_ema"].replace(ema_beta=0.5, ema_warmup=20)
+    layer.recipe = PAPER.replace(ema_beta=0.5, ema_warmup=20)
+    assert list(layer.state_dict()) == names[:-1]
     assert torch.equal(layer.weight_ema, before) and not layer.ema_active
     layer.recipe = "tetrajet"
     assert list(layer.state_dict()) == ["weight", "bias"] and not layer.ema_active

@@ -87,7 +87,7 @@ def test_drawn_signs_are_one_vector_a_gemm_and_fixed_ones_constant(device):
 
 
 def test_fixed_signs_first_made_in_inference_mode_serve_training(device):
-    cache = sys.modules["mxtrain.linear"]._FIXED_SIGNS
+    cache = sys.modules["mxtrain.draws"]._FIXED_SIGNS
     cache.clear()
     x, w, b, dy = tensors(64, device=device)
     recipe = Recipe("fixed", *[Quantizer("mxfp8_e4m3", hadamard=32, signs="fixed")] * 6)

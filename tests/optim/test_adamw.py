@@ -198,7 +198,7 @@ def test_cpu_and_cuda_agree(device):
 
 def test_the_average_is_that_of_the_hook_and_counted_once(device):
     """The first update copies, later ones are torch.lerp; the forward uses it after the warm-up."""
-    net = model("tetrajet_ema", device)
+    net = model(mxtrain.get_recipe("tetrajet_ema").replace(ema_at_half=None), device)
     optimizer = AdamW(net.parameters(), **OPTIONS)
     layers, expected = (net[0], net[3]), [None, None]
     for i in range(14):

@@ -28,7 +28,7 @@ def _forget_captures(monkeypatch):
 
 
 # An average of constant memory: replays repeat how far its update goes.
-EMA = mxtrain.get_recipe("tetrajet_ema").replace(ema_fraction=None)
+EMA = mxtrain.get_recipe("tetrajet_ema").replace(ema_fraction=None, ema_at_half=None)
 
 
 def ready(recipe=EMA, steps=12, ramping=False):
@@ -82,6 +82,24 @@ def test_a_step_does_not_wait_for_the_device(ramping):
         optimizer.step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_capture_repeats_the_memory_of_the_last_learning_rate():
+    """ema_at_half reads a learning rate on the device outside of captures; replays have its s."""
+    net, optimizer, lr = ready(EMA.replace(ema_at_half=0.5))  # 12 steps at the peak
+    assert torch.equal(net[0].weight_ema, net[0].weight)
+    lr.fill_(5e-3)
+    optimizer.step()
+    amount = net[0].ema_step
+    assert amount == 1 / (1 + 0.5 * 13)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    for _ in range(3):
+        before = net[0].weight_ema.clone()
+        graph.replay()
+        after = net[0].weight.detach()
+        assert torch.equal(net[0].weight_ema, before.lerp(after, amount))
 
 
 def test_a_capture_before_the_first_step_is_refused():
