@@ -107,19 +107,20 @@ class QRamping(AdamW):
     def _check_weights(self) -> None:
         what = "QRamping"
         held = [p for group in self.param_groups for p in group["params"]]
-        for p in held:
-            self._refuse_average(what, "params", p)
+        self._refuse_average(what, "params", held)
         if not any(p in self._quantized for p in held):
             condition, got = "hold a weight that an MXLinear quantizes to mxfp4", "none"
             context = f"the model has {len(self._quantized)} such weights"
             advice = "Convert the model first, and pass its parameters."
             raise ValueError(refusal(what, "params", condition, got, context, advice))
 
-    def _refuse_average(self, what: str, argument: str, p: Tensor) -> None:
-        """Refuse p where a layer of the model averages it."""
-        for name, m in self._model.named_modules():
-            if isinstance(m, MXLinear) and m.weight is p and m.recipe.ema_beta is not None:
-                condition, got = "not be averaged too", f"the weight of {name!r}"
+    def _refuse_average(self, what: str, argument: str, weights: list[Tensor]) -> None:
+        """Refuse weights that a layer of the model averages."""
+        averaged = {m.weight: name for name, m in self._model.named_modules()
+                    if isinstance(m, MXLinear) and m.recipe.ema_beta is not None}  # fmt: skip
+        for p in weights:
+            if p in averaged:
+                condition, got = "not be averaged too", f"the weight of {averaged[p]!r}"
                 context, advice = "its recipe has ema_beta", "Use AdamW, or another recipe."
                 raise ValueError(refusal(what, argument, condition, got, context, advice))
 
@@ -179,14 +180,13 @@ class QRamping(AdamW):
     def _plan(self, averaging: dict[Tensor, list[EmaLinear]]) -> dict[Key, Batch]:
         what = "QRamping.step"
         if self._calling:
-            condition, got = "be called outside", "a call in forward_backward"
-            context, advice = "calibrate makes the steps", "Leave gradients only."
+            condition, got = "be called outside of forward_backward", "a call in it"
+            context, advice = "calibrate makes the steps", "Leave gradients, and do not step."
             raise RuntimeError(refusal(what, "step", condition, got, context, advice))
         self._quantized = quantized_layers(what, self._model)
         self._ended.difference_update(self._quantized)
-        for p in averaging:
-            if p in self._quantized:
-                self._refuse_average(what, "weights", p)
+        if both := [p for p in averaging if p in self._quantized]:
+            self._refuse_average(what, "weights", both)
         return super()._plan(averaging)
 
     def _averaged_in_pass(

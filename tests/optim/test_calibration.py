@@ -210,7 +210,9 @@ def test_calibration_needs_gradients_and_makes_the_steps(device):
         with refuses(RuntimeError, "forward_backward must leave gradients in quantized weights"):
             optimizer.calibrate(nothing, transitions=2)
     for call in (steps, scaled):
-        with refuses(RuntimeError, r"QRamping\.step: step must be called outside, got a call in"):
+        with refuses(
+            RuntimeError, r"QRamping\.step: step must be called outside of forward_backward, got"
+        ):
             optimizer.calibrate(call, transitions=2)
     assert_same_state(snapshot(net, optimizer), before)
     train(net, optimizer, 1)
