@@ -48,5 +48,14 @@ class Fallback:
         advice = "Try 0.5, above the upper end of the band."
         check_that(ok, what, "capacity", "be None or a share in (0, 1]", share, advice)
 
+        # Not a field: a string, which torch.compile takes for a constant where a float that differs
+        # between layers becomes a symbol, of which sizes cannot be made in backward.
+        object.__setattr__(self, "_capacity", None if share is None else repr(float(share)))
+
+    @property
+    def kept_share(self) -> float | None:
+        """The capacity, as what is traced may compute sizes with it."""
+        return None if self._capacity is None else float(self._capacity)
+
 
 DEFAULT = Fallback()

@@ -190,7 +190,7 @@ def _forward(
     if need_w:
         keep_x = x if wx.format is None else x_row if x_col is None else x_col
         if isinstance(keep_x, Int8Operand):
-            keep_x = compacted(keep_x, recipe.fallback.capacity)
+            keep_x = compacted(keep_x, recipe.fallback.kept_share)
     if need_x:
         keep_w = weight if dw.source == "original" else w_row if w_col is None else w_col
     if x.dim() != 2:

@@ -113,6 +113,22 @@ def test_under_compile_with_a_capacity(device):
     assert torch.equal(layer.weight.grad, want)
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_layers_of_several_capacities_and_sizes_compile(dynamic, device):
+    """torch.compile makes symbols of what differs from one compilation to the next."""
+    torch.compiler.reset()
+    for share in (0.3, 0.5):
+        layer = mxtrain.MXLinear(256, 128, device=device, recipe=with_capacity(share))
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+        for tokens in (384, 512, 300):
+            x, grads = torch.randn(tokens, 256, device=device), []
+            for f in (layer, compiled):
+                layer.weight.grad = None
+                f(x).sum().backward()
+                grads.append(layer.weight.grad)
+            assert torch.equal(*grads)
+
+
 @pytest.mark.parametrize("share", [None, 0.1, 0.3])
 def test_t18_bytes_of_a_linear_layer(share, device):
     """T18: 1 + r + .01 bytes an element, or 2.01 where all is kept; nothing of 16 bits."""
