@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from .checks import as_float32, check_that, is_number
 
@@ -31,8 +31,8 @@ class Fallback:
     low: float = 0.1
     high: float = 0.3
     factor: float = 1.3
-    smallest: float = 1.02
-    recovery: float = 1.5
+    smallest: float = field(default=1.02, kw_only=True)
+    recovery: float = field(default=1.5, kw_only=True)
     damping: bool = True
     capacity: float | None = None
 
