@@ -13,6 +13,7 @@ precision of dgrad and the shares of the operations are parameters here.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -91,11 +92,16 @@ def relative_cost(
         tail: share of the steps that run in 16 bits at the end (`TargetPrecision`), 0 to 1.
 
     Raises:
-        ValueError: for a recipe of no part, and numbers that are not positive.
+        TypeError: for recipes by no names.
+        ValueError: for a recipe of no part, numbers that are not positive, and speeds so far apart
+            that no cost comes of it.
     """
     what = "relative_cost"
     _check_numbers(what, "shares", shares)
     _check_speeds(what, speeds)
+    if not isinstance(recipes, Mapping):
+        condition, advice = "be recipes by part", "Pass a dict, {} for none."
+        raise TypeError(refusal(what, "recipes", condition, show(recipes), kind(recipes), advice))
     for part in recipes:
         if part not in shares:
             condition, advice = f"be of parts among {', '.join(shares)}", "Name one of these."
@@ -106,13 +112,18 @@ def relative_cost(
     if not is_number(tail) or not 0 <= tail <= 1:
         condition, advice = "lie in [0, 1]", "Pass 1 - fraction of the TargetPrecision."
         raise ValueError(refusal(what, "tail", condition, show(tail), kind(tail), advice))
-    time = 0.0
-    for part, share in shares.items():
+    time, largest = 0.0, max(shares.values())
+    whole = {part: share / largest for part, share in shares.items()}  # any scale, also near inf
+    for part, share in whole.items():
         bits = gemm_bits(recipes[part]) if part in recipes else dict.fromkeys(GEMMS, 16)
         if dgrad is not None and part in recipes:
             bits["dgrad"] = dgrad
         time += share * sum(speeds[16] / _speed(speeds, b) for b in bits.values()) / len(GEMMS)
-    quantized = 100 * time / sum(shares.values())
+    quantized = 100 * time / sum(whole.values())
+    if not 0 < quantized < math.inf:
+        condition, advice = "be of one order or a few", f"The default is {SPEEDS}."
+        context = f"the cost would be {quantized:g}%"
+        raise ValueError(refusal(what, "speeds", condition, show(speeds), context, advice))
     return (1 - tail) * quantized + 100 * tail
 
 
@@ -123,7 +134,7 @@ def _speed(speeds: Mapping[int, float], bits: int) -> float:
 def _check_numbers(what: str, argument: str, numbers: object) -> None:
     ok = isinstance(numbers, Mapping) and len(numbers) > 0
     ok = ok and all(is_number(v) and is_finite(v) and v >= 0 for v in numbers.values())
-    if not ok or sum(numbers.values()) <= 0:
+    if not ok or max(numbers.values()) <= 0:
         condition, advice = "be numbers >= 0 by name, not all 0", "See block_shares."
         raise ValueError(refusal(what, argument, condition, show(numbers), kind(numbers), advice))
 

@@ -16,7 +16,9 @@ trained model. An exported state is a flat dict of tensors; of a layer `name` it
 
 (of int8_block, weight_packed is int8 [out_features, Kp] and weight_scale float32, of each square).
 
-Everything else, the bias of the layer too, is as in the model's state_dict.
+An MXLinear that quantizes nothing forward (bf16, mxfp4_backward, any recipe after the switch of
+TargetPrecision) keeps `name.weight` and has `name.weight_recipe` beside it. Everything else, the
+bias of the layer too, is as in the model's state_dict.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,7 +45,7 @@ from .recipe import Recipe
 
 _PARTS = ("weight_packed", "weight_scale", "weight_tensor_scale")
 _THRESHOLD = "fallback_threshold"
-_OF_TRAINING = (
+_OF_TRAINING = (  # the weight first
     "weight", "weight_ema", "ema_updates", "ema_peak_lr", _THRESHOLD, "fallback_step",
     "fallback_counts",
 )  # fmt: skip
@@ -150,8 +153,8 @@ def export_weights(
 ) -> dict[str, Tensor]:
     """The state of a model whose MXLinear weights are frozen as the forward pass uses them.
 
-    A layer whose recipe leaves weight and activations unquantized in the forward pass keeps its
-    `weight`. The model is unchanged.
+    A layer whose recipe leaves weight and activations unquantized in the forward pass, or that has
+    no elements, keeps its `weight`. The model is unchanged.
 
     Args:
         model: a model with MXLinear layers, or one.
@@ -172,13 +175,15 @@ def export_weights(
     state = model.state_dict()
     for name, layer in layers.items():
         prefix = f"{name}." if name else ""
-        unquantized = layer.recipe.fprop_w.format is None and layer.recipe.fprop_x.format is None
-        if unquantized or layer.weight.numel() == 0:
-            continue
-        frozen = freeze(layer)
-        for key in _OF_TRAINING:
+        plain = _is_plain(layer.recipe) or layer.weight.numel() == 0
+        for key in _OF_TRAINING[1:] if plain else _OF_TRAINING:
             state.pop(prefix + key, None)
-        state.update((prefix + key, value) for key, value in frozen.named_buffers())
+        if plain:
+            recipe = _encode(layer.recipe, layer.in_features)
+            state[prefix + _RECIPE] = recipe.to(layer.weight.device)
+        else:
+            frozen = freeze(layer)
+            state.update((prefix + key, value) for key, value in frozen.named_buffers())
     state = {key: value.detach() for key, value in state.items() if isinstance(value, Tensor)}
     if save is not None:
         save(state, path)
@@ -188,9 +193,10 @@ def export_weights(
 def load_exported(model: nn.Module, state: dict[str, Tensor] | str | os.PathLike[str]) -> nn.Module:
     """Load what export_weights made into a model of the same architecture, for inference.
 
-    Every `nn.Linear` (or MXLinear) that was exported packed becomes a FrozenLinear, in place; all
+    Every `nn.Linear` (or MXLinear) that was exported packed becomes a FrozenLinear, in place, and
+    one that was exported with its weight an MXLinear of the recipe that it was trained by last; all
     else is loaded by load_state_dict. Layers keep their device (on meta they take that of the
-    state). Hooks of the layers are lost. The model is put in evaluation.
+    state). Hooks of frozen layers are lost. The model is put in evaluation.
 
     Args:
         model: the architecture, converted or not; its weights do not matter.
@@ -201,7 +207,8 @@ def load_exported(model: nn.Module, state: dict[str, Tensor] | str | os.PathLike
 
     Raises:
         TypeError: for a model or state of another kind.
-        ValueError: where names, shapes or bytes do not fit. The model is then unchanged.
+        ValueError: where names, shapes, dtypes or bytes do not fit. The model is then unchanged.
+        OSError: where the file cannot be read.
     """
     what = "load_exported"
     if not isinstance(model, nn.Module):
@@ -214,15 +221,30 @@ def load_exported(model: nn.Module, state: dict[str, Tensor] | str | os.PathLike
         condition, advice = "be a dict of tensors or a path", "Pass what export_weights returned."
         raise TypeError(refusal(what, "state", condition, show(state), kind(state), advice))
     modules = dict(model.named_modules(remove_duplicate=False))
-    frozen = {}
-    for key in state:
-        if key == _RECIPE or key.endswith("." + _RECIPE):
-            name = key.removesuffix(_RECIPE).removesuffix(".")
-            frozen[name] = _thaw(what, name, modules.get(name), state)
-    if not frozen:
-        condition, advice = "hold a packed weight", "Pass what export_weights returned."
+    exported = {
+        key.removesuffix(_RECIPE).removesuffix(".")
+        for key in state
+        if key == _RECIPE or key.endswith("." + _RECIPE)
+    }
+    if not exported:
+        condition, advice = "hold a weight_recipe", "Pass what export_weights returned."
         raise ValueError(refusal(what, "state", condition, "none", f"{len(state)} tensors", advice))
-    rest = _check_rest(what, model, state, set(frozen))
+    frozen: dict[str, FrozenLinear] = {}
+    plain: dict[str, Recipe] = {}
+    for name in sorted(exported):
+        module, prefix = modules.get(name), f"{name}." if name else ""
+        recipe = _recipe_of(what, name, module, state)
+        if prefix + "weight" in state:
+            plain[name] = recipe
+        else:
+            frozen[name] = _thaw(what, name, module, recipe, state)
+    rest = _check_rest(what, model, state, set(frozen), set(plain))
+    for name, recipe in plain.items():
+        module = modules[name]
+        if isinstance(module, MXLinear):
+            module.recipe = recipe
+        elif type(module) is nn.Linear:
+            MXLinear.from_linear(module, recipe)
     for name, layer in frozen.items():
         if name == "":
             return layer.eval()
@@ -234,6 +256,11 @@ def load_exported(model: nn.Module, state: dict[str, Tensor] | str | os.PathLike
 
 
 # ---- parts ----
+
+
+def _is_plain(recipe: Recipe) -> bool:
+    """Whether the forward pass is that of nn.Linear."""
+    return recipe.fprop_w.format is None and recipe.fprop_x.format is None
 
 
 def _unfreezable(recipe: Recipe) -> str | None:
@@ -264,10 +291,12 @@ def _encode(recipe: Recipe, in_features: int) -> Tensor:
     return torch.tensor(list(text.encode()), dtype=torch.uint8)
 
 
-def _thaw(what: str, name: str, module: nn.Module | None, state: dict[str, Tensor]) -> FrozenLinear:
-    """The FrozenLinear of the exported layer `name`, on the device of the module it replaces."""
+def _recipe_of(
+    what: str, name: str, module: nn.Module | None, state: dict[str, Tensor]
+) -> Recipe:  # fmt: skip
+    """The recipe of the exported layer `name`, which fits the module."""
     prefix = f"{name}." if name else ""
-    shown = f"layer {name!r}"
+    shown, plain = f"layer {name!r}", prefix + "weight" in state
     if not isinstance(module, nn.Linear):
         condition, got = "have the linear layers that were exported", type(module).__name__
         advice = "Build the architecture that was trained."
@@ -275,16 +304,31 @@ def _thaw(what: str, name: str, module: nn.Module | None, state: dict[str, Tenso
     try:
         meta = json.loads(bytes(state[prefix + _RECIPE].cpu().flatten().tolist()))
         recipe = Recipe.from_dict(meta["recipe"])
-        check_int(what, "in_features", meta["in_features"], low=1)
-        q, k = recipe.fprop_w, meta["in_features"]
-        shapes = _shapes(q, module.out_features, k)
+        check_int(what, "in_features", meta["in_features"], low=0 if plain else 1)
+        k = meta["in_features"]
+        if not plain:
+            _shapes(recipe.fprop_w, module.out_features, k)
     except (ValueError, KeyError, TypeError) as error:
         condition, advice = "describe a recipe", "Export the model again."
         context = f"{shown}: {show(str(error))}"
         raise ValueError(
             refusal(what, prefix + _RECIPE, condition, "other bytes", context, advice)
         ) from None
+    if k != module.in_features or recipe.misfit(k, module.out_features) is not None:
+        condition, got = f"have in_features {k} as it was exported", module.in_features
+        advice = "Build the architecture that was trained."
+        raise ValueError(refusal(what, shown, condition, got, f"recipe {recipe.name!r}", advice))
+    return recipe
+
+
+def _thaw(
+    what: str, name: str, module: nn.Linear, recipe: Recipe, state: dict[str, Tensor]
+) -> FrozenLinear:  # fmt: skip
+    """The FrozenLinear of the exported layer `name`, on the device of the module it replaces."""
+    prefix, shown = f"{name}." if name else "", f"layer {name!r}"
+    q, k = recipe.fprop_w, module.in_features
     rows, device = module.out_features, module.weight.device
+    shapes = _shapes(q, rows, k)
     optional = (_THRESHOLD,) if recipe.fprop_x.fallback else ()
     parts: list[Tensor | None] = []
     for part in (*_PARTS, _THRESHOLD):
@@ -294,20 +338,46 @@ def _thaw(what: str, name: str, module: nn.Module | None, state: dict[str, Tenso
             fits = value is None and part not in shapes
         else:
             fits = value.dtype == dtype and tuple(value.shape) == shape
-        if not fits or k != module.in_features:
+        if not fits:
             condition = f"be {str(dtype).removeprefix('torch.')} of shape {list(shape)}"
             context = f"{shown} is {[rows, module.in_features]}, format {q.format}"
             advice = "Build the architecture that was trained."
             raise ValueError(refusal(what, prefix + part, condition, show(value), context, advice))
+        if value is not None and not value.is_meta:
+            _check_values(what, prefix, part, value, q, k)
         parts.append(None if value is None else _copied(value, device))
     bias = state.get(prefix + "bias")
-    if (bias is None) != (module.bias is None) or (bias is not None and bias.shape != (rows,)):
-        condition = "be absent" if module.bias is None else f"have shape [{rows}]"
+    good = bias is None or (bias.shape == (rows,) and bias.dtype in FLOATS)
+    if (bias is None) != (module.bias is None) or not good:
+        condition = f"be bfloat16, float16 or float32 and have shape [{rows}]"
+        condition = "be absent" if module.bias is None else condition
         advice = "Build the architecture that was trained."
         raise ValueError(refusal(what, prefix + "bias", condition, show(bias), shown, advice))
     bias = None if bias is None else _copied(bias, device)
     *parts, threshold = parts
     return FrozenLinear(_operand(parts, q, (rows, k)), bias, recipe, threshold)
+
+
+def _check_values(
+    what: str, prefix: str, part: str, value: Tensor, q: Quantizer, k: int
+) -> None:  # fmt: skip
+    """What no export writes and the product on CUDA would not notice."""
+    problem = None
+    if part == _THRESHOLD:
+        condition = "be positive and finite"
+        if not (value > 0).all() or not value.isfinite().all():
+            problem = value.tolist()
+    elif q.square and part == "weight_scale":
+        condition = "be at least 0 or NaN"
+        if (value < 0).any():
+            problem = float(value[value < 0][0])
+    elif q.square:
+        condition = f"hold codes in [-127, 127], and zeros beyond in_features = {k}"
+        if (value == -128).any() or value[:, k:].any():
+            problem = "others"
+    if problem is not None:
+        context, advice = show(value), "Export the model again."
+        raise ValueError(refusal(what, prefix + part, condition, problem, context, advice))
 
 
 def _operand(parts: list[Tensor | None], q: Quantizer, shape: tuple[int, int]) -> Packed:
@@ -336,15 +406,16 @@ def _copied(value: Tensor, device: torch.device) -> Tensor:
 
 
 def _check_rest(
-    what: str, model: nn.Module, state: dict[str, Tensor], frozen: set[str]
+    what: str, model: nn.Module, state: dict[str, Tensor], frozen: set[str], plain: set[str]
 ) -> dict[str, Tensor]:
     """What load_state_dict takes of the state, which is all that the model needs."""
 
-    def of_frozen(key: str) -> bool:
-        return key.rpartition(".")[0] in frozen
+    def left(key: str) -> bool:
+        name, _, own = key.rpartition(".")
+        return name not in frozen and not (name in plain and own in (*_OF_TRAINING[1:], _RECIPE))
 
-    needed = {key: v for key, v in model.state_dict().items() if not of_frozen(key)}
-    rest = {key: v for key, v in state.items() if not of_frozen(key)}
+    needed = {key: v for key, v in model.state_dict().items() if left(key)}
+    rest = {key: v for key, v in state.items() if left(key)}
     for title, keys in (("missing", needed.keys() - rest.keys()),
                         ("unexpected", rest.keys() - needed.keys())):  # fmt: skip
         if keys:
@@ -356,7 +427,15 @@ def _check_rest(
             condition, got = f"have shape {list(needed[key].shape)}", list(value.shape)
             advice = "Build the architecture that was trained."
             raise ValueError(refusal(what, key, condition, got, "as in the model", advice))
+        if isinstance(needed[key], Tensor) and _sort(needed[key]) != _sort(value):
+            condition, got = f"be {_sort(needed[key])}", str(value.dtype).removeprefix("torch.")
+            advice = "Pass what export_weights returned."
+            raise ValueError(refusal(what, key, condition, got, "as in the model", advice))
     return rest
+
+
+def _sort(t: Tensor) -> str:
+    return "real" if t.is_floating_point() else "complex" if t.is_complex() else "of integers"
 
 
 def _is_safetensors(what: str, path: str | os.PathLike[str]) -> bool:
@@ -391,8 +470,15 @@ def _writer(what: str, path: object) -> Any:
 
 
 def _read(what: str, path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    if not _is_safetensors(what, path):
-        return torch.load(path, map_location="cpu", weights_only=True)
-    from safetensors.torch import load_file
-
-    return load_file(path)
+    if _is_safetensors(what, path):
+        from safetensors.torch import load_file as load
+    else:
+        load = partial(torch.load, map_location="cpu", weights_only=True)
+    try:
+        return load(path)
+    except OSError:
+        raise
+    except Exception as error:  # of many kinds, by what the bytes look like
+        context, advice = f"{type(error).__name__}: {show(str(error))}", "Export the model again."
+        condition, got = "be a file that export_weights wrote", os.fspath(path)
+        raise ValueError(refusal(what, "path", condition, got, context, advice)) from error

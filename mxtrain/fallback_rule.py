@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from .checks import as_float32, check_that, is_number
 
@@ -15,6 +15,8 @@ class Fallback:
     Attributes:
         low, high: the band; defaults of this package, as are the others.
         factor: what the threshold is multiplied or divided by.
+        smallest: what the factor shrinks to at least, where there is damping.
+        recovery: the exponent of a factor that has shrunk, with every move in one direction.
         damping: whether the factor shrinks where the threshold jumps to and fro over the band.
         capacity: the share of an activation's blocks whose second step backward keeps, densely
             packed: 1 + capacity bytes an element. Where more fell back, those of the largest
@@ -30,6 +32,8 @@ class Fallback:
     low: float = 0.1
     high: float = 0.3
     factor: float = 1.3
+    smallest: float = field(default=1.02, kw_only=True)
+    recovery: float = field(default=1.5, kw_only=True)
     damping: bool = True
     capacity: float | None = 0.5
 
@@ -40,6 +44,10 @@ class Fallback:
         check_that(ok, what, "low, high", condition, (low, high), "Try 0.1 and 0.3.")
         ok = is_number(factor) and 1 < as_float32(factor) < math.inf
         check_that(ok, what, "factor", "be above 1", factor, "Try 1.3.")
+        for name, default in (("smallest", 1.02), ("recovery", 1.5)):
+            value = getattr(self, name)
+            ok = is_number(value) and 1 < as_float32(value) < math.inf
+            check_that(ok, what, name, "be above 1", value, f"Try {default}.")
         ok = isinstance(self.damping, bool)
         advice = "Pass one of the two."
         check_that(ok, what, "damping", "be True or False", self.damping, advice)

@@ -179,7 +179,7 @@ def int8_quantize_fallback(
 
     Returns:
         What `int8_quantize` returns, with residuals, and counts int64 `[3]` on x's device: blocks
-        that fell back, blocks with NaN or Inf (which do not), all blocks.
+        that fell back, blocks with NaN or Inf (which do not), blocks that are not all zero.
 
     Raises:
         ValueError: for an unknown name or a number that is not positive.
@@ -208,6 +208,25 @@ def _check_operand(what: str, argument: str, value: object) -> None:
         raise TypeError(refusal(what, argument, "be an Int8Operand", got, show(value), advice))
 
 
+def _check_tail(what: str, name: str, op: Int8Operand) -> None:
+    """On the CPU, RuntimeError where codes beyond K are not zero: the op does not know K."""
+    k = op.shape[1]
+    real = type(op.data) is Tensor and op.data.device.type == "cpu"
+    if torch.compiler.is_compiling() or not real or op.data.shape[1] == k:
+        return
+    bad = None
+    if op.data[:, k:].any():
+        bad = name
+    elif op.mask is not None and op.mask.shape == op.scale.shape and op.scale.dim() == 2:
+        fallen = op.mask[:, -1].repeat_interleave(BLOCK)[: op.shape[0], None] != 0
+        if (fallen & (op.residual[:, k:] != 0)).any():
+            bad = "residual"
+    if bad is not None:
+        condition, got = f"hold zeros beyond K = {k}", "other codes"
+        context, advice = f"shape {list(op.data.shape)}", "Pass what int8_quantize returned."
+        raise RuntimeError(refusal(what, bad, condition, got, context, advice))
+
+
 def int8_gemm(
     a: Int8Operand, b: Int8Operand, bias: Tensor | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
@@ -217,6 +236,11 @@ def int8_gemm(
     Per block of K, ascending: acc = fma(scale_a * scale_b, integer product, acc) in float32, then
     the same for the residual where the block fell back. The integer products are exact and the
     order is fixed, so CPU and CUDA give the same bytes.
+
+    What the operands hold must be what int8_quantize writes: codes in [-127, 127], zeros beyond K,
+    scales of at least 0 or NaN; of a residual, where the mask is set. On the CPU that is checked.
+    On CUDA it is not, for the host would have to wait: what breaks it is multiplied as it stands,
+    without an error (-128 as -128, codes beyond K as if K were longer).
 
     Args:
         a, b: operands with the same K.
@@ -228,7 +252,7 @@ def int8_gemm(
 
     Raises:
         ValueError: where K differs, or both have a residual.
-        RuntimeError: for tensors that do not fit; on the CPU also for a code of -128.
+        RuntimeError: for tensors that do not fit; on the CPU also for what no quantizer writes.
     """
     what = "int8_gemm"
     _check_operand(what, "a", a)
@@ -243,6 +267,8 @@ def int8_gemm(
         advice = "Use without_fallback() of one."
         condition = "have at most one residual"
         raise ValueError(refusal(what, "a and b", condition, "two", shapes, advice))
+    _check_tail(what, "a", a)
+    _check_tail(what, "b", b)
     of_b = b.residual is not None
     own = b if of_b else a
     return _ops.int8_gemm(

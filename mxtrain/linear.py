@@ -430,8 +430,8 @@ class MXLinear(FallbackLinear):
     autograd does not see, to `weight.data` between two forwards, needs `layer.drop_cache()`; with
     `layer.keep_packed = False` nothing is kept (mxtrain/weight_cache.py).
 
-    A recipe with a fallback has three more buffers, the threshold and what moves it; every
-    optimizer step does (mxtrain/fallback.py).
+    A recipe with a fallback has three more buffers, the threshold and what moves it after a step of
+    the optimizer that holds the weight (mxtrain/fallback.py).
 
     Set `layer.recipe` to change the recipe; the state above comes and goes with it.
 

@@ -2,22 +2,30 @@
 
 One row for each MXLinear every `every` optimizer steps; COLUMNS says what it holds, and
 mxtrain/oscillation.py how each is defined. An empty cell has no value there: a GEMM that is not
-quantized, or to int8_block, a tensor that was not seen.
+quantized, a tensor that was not seen, a rate of no blocks. NaN is a value: something is not finite.
 
 - Weights are watched at every step of the optimizer that holds them, on rows that are evenly spread
-  over the weight; the window of a row is the steps since the row before.
+  over the weight; the window of a row is the steps since the row before. How a weight moves over
+  the grid (w_change to ratio, and the bins) is not watched in int8_block: its grid is as fine as
+  the steps are, so that R tells nothing.
+- A layer's steps are those of the optimizer that holds its weight, so several optimizers each have
+  their own rows. Layers whose weight is frozen go with the one that has stepped most. The steps of
+  QRamping.calibrate, which are undone, are not seen.
 - X and dY are seen at the last forward and backward before a row, on a sample of the tokens. Under
   torch.compile they are not: the traced code would have to leave the graph.
   `torch.compiler.set_stance("force_eager")` around a step that makes a row shows them.
 - Nothing waits for the device: a row is copied when it is complete, and written with the next one.
-- What is watched does not change what is computed: torch's generator is left alone.
+- What is watched does not change what is computed: torch's generators are left alone. The probe's
+  forward draws the same numbers every time, so that y_change is the weights' doing.
 """
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -46,20 +54,22 @@ QUANTIZERS = ("fprop_x", "fprop_w", "dgrad_dy", "dgrad_w", "wgrad_dy", "wgrad_x"
 RATES = ("snr", "underflow", "clip", "confidence", "nonfinite")
 _WEIGHT = ("w_change", "q_change", "flips", "oscillating", "ratio")
 
-_FALLBACK = ("fallback_rate", "fallback_threshold")
+_FALLBACK = ("fallback_rate", "fallback_threshold", "fallback_nonfinite")
 _BINS = tuple(f"ratio<{edge:g}" for edge in (*RATIO_EDGES, float("inf")))
 
 COLUMNS = (
     "step", "layer", "recipe", *_WEIGHT, "y_change", *_FALLBACK, *_BINS,
     *(f"{q}.{r}" for q in QUANTIZERS for r in RATES),
 )  # fmt: skip
-"""step: optimizer steps seen. w_change, q_change: rates of change of W and Q(W), a step. flips:
-share of Q(W) that changed, a step. oscillating: share of weights whose R is above 16. ratio: mean
-R. y_change: of the layer's output on the probe, since the row before. fallback_rate: share of the
-blocks of X that fell back in the last step, over all ranks; fallback_threshold: what that made of
-their limit. ratio<E: share of weights
-with R between the edge before and E. Then for each quantizer its snr (dB), underflow, clip,
-confidence and nonfinite."""
+"""step: steps of the layer's optimizer. w_change, q_change: rates of change of W and Q(W), a step.
+flips: share of Q(W) that changed, a step. oscillating: share of weights whose R is above 16. ratio:
+mean R. y_change: of the layer's output on the probe, since the row before. fallback_rate: share of
+the finite blocks of X, not all zero, that fell back in the last step, over all ranks;
+fallback_threshold: what that made of their limit; fallback_nonfinite: share of X's blocks with NaN
+or Inf in that step. ratio<E: share of weights with R between the edge before and E. Then for each
+quantizer its snr (dB), underflow, clip, confidence and nonfinite."""
+
+_SEED = 0x5EED  # of what the probe's forward draws
 
 
 class _Watched:
@@ -71,6 +81,8 @@ class _Watched:
         self.sums: dict[str, Tensor] = {}
         self.output: Tensor | None = None
         self.output_moved: Tensor | None = None
+        self.steps = 0
+        self.trained = False  # an optimizer has stepped it
         self.restart()
 
     def restart(self) -> None:
@@ -91,6 +103,7 @@ class _Watched:
 
     def stepped(self) -> None:
         """An optimizer step has moved the weight."""
+        self.steps += 1
         if self.layer.recipe is not self.recipe:
             self.restart()
         if self.oscillation is not None:
@@ -104,7 +117,7 @@ class _Watched:
         recipe, x = self.layer.recipe, _tokens(x, self.elements)
         self._quantized("fprop_x", recipe.fprop_x, x)
         wgrad = recipe.wgrad_x
-        again = wgrad.format in FORMATS and wgrad.source == "forward"
+        again = wgrad.format in FORMATS and wgrad.source == "forward"  # squares: the same codes
         source = _forward(x, recipe.fprop_x) if again else x
         self._quantized("wgrad_x", wgrad, source, transpose=True)
 
@@ -116,28 +129,34 @@ class _Watched:
     def _quantized(
         self, field: str, q: Quantizer, x: Tensor, transpose: bool = False, toward: Any = None
     ) -> None:  # fmt: skip
-        if q.format in FORMATS and x.numel():
-            self.sums[field] = quantizer_sums(x, q, transpose=transpose, toward=toward)
+        if q.format is not None and x.numel():
+            limit = self.layer.fallback_threshold if q.fallback and self.layer.training else None
+            options = {"transpose": transpose, "toward": toward, "threshold": limit}
+            self.sums[field] = quantizer_sums(x, q, **options)
 
     # ---- the row ----
 
     def row(self) -> tuple[Callable[[list[float]], list[Any]], Tensor]:
         """A function that makes the cells of its values, and the values, still on the device."""
         recipe = self.layer.recipe
-        w, ema = self.weight(self.rows)
+        # Blocks of W^T run along out_features: of whole groups of consecutive rows. Squares too.
+        groups = self.elements // max(self.layer.in_features, 1) // 256
+        together = slice(256 * max(1, groups))
+        w, ema = self.weight(together if recipe.fprop_w.square else self.rows)
         self._quantized("fprop_w", recipe.fprop_w, w, toward=ema)
         q = recipe.dgrad_w
-        if q.format in FORMATS:
-            # Blocks of W^T run along out_features: of whole groups of consecutive rows.
-            groups = self.elements // max(self.layer.in_features, 1) // 256
-            w, ema = self.weight(slice(256 * max(1, groups)))
+        if q.square:
+            self._quantized("dgrad_w", q, self.weight(together)[0])
+        elif q.format in FORMATS:
+            w, ema = self.weight(together)
             source = w if q.source == "original" else _forward(w, recipe.fprop_w, ema)
             self._quantized("dgrad_w", q, source, transpose=True)
         fields, values = list(self.sums), list(self.sums.values())
         weight = self.oscillation is not None and len(self.moves) > 0
         if weight:
             moves = torch.stack(self.moves)
-            flips = moves[:, MOVEMENTS.index("flips")].mean() / self.oscillation.ratio().numel()
+            finite = self.oscillation.ratio().isfinite().sum()  # of none the share is NaN
+            flips = moves[:, MOVEMENTS.index("flips")].mean() / finite
             values += [torch.stack([*rate_of_change(moves), flips])]
             values += [self.oscillation.summary().double(), self.oscillation.histogram().double()]
             self.oscillation.reset()
@@ -146,7 +165,8 @@ class _Watched:
             values.append(self.output_moved.double().reshape(1))
         rate = self.layer.last_fallback_rate()
         if rate is not None:
-            values.append(torch.cat([rate.reshape(1), self.layer.fallback_threshold]).double())
+            rates = rate, self.layer.fallback_threshold, self.layer.last_nonfinite_rate()
+            values.append(torch.cat([t.reshape(1) for t in rates]).double())
         name, recipe_name = self.name, recipe.name
         self.sums, self.moves, self.output_moved = {}, [], None
 
@@ -160,7 +180,9 @@ class _Watched:
             columns = (*_WEIGHT, *_BINS) if weight else ()
             known = ("y_change",) * probed + _FALLBACK * (rate is not None)
             for column in (*columns, *known):
-                found[column] = next(rest)
+                value = next(rest)
+                if column not in _FALLBACK or not math.isnan(value):  # NaN: no block was counted
+                    found[column] = value
             return [found.get(column, "") for column in COLUMNS[1:]]
 
         device = self.layer.weight.device
@@ -176,7 +198,8 @@ def _tokens(x: Tensor, elements: int) -> Tensor:
     length = 256 * max(1, groups // runs)
     if n <= runs * length:
         return x
-    starts = ((n - length) // 2, 0, n - length)[:runs]
+    # Of whole squares and of whole blocks along the tokens.
+    starts = [at // 128 * 128 for at in ((n - length) // 2, 0, n - length)[:runs]]
     return torch.cat([x[start : start + length] for start in starts])
 
 
@@ -195,25 +218,26 @@ class Monitor:
         self.every, self.path = every, path
         self._model, self._probe = model, probe
         self._watched = {id(m): _Watched(name, m, elements) for name, m in layers.items()}
-        self._steps, self._pending = 0, None
+        self._lead = 0  # steps of the layer that has made most
+        self._pending: list[tuple[Any, ...]] = []
+        self._devices = _cuda_devices(model, probe)
+        self._run_probe(list(self._watched.values()))  # it may raise: nothing is open or hooked yet
         self._file = open(path, "w", newline="")  # noqa: SIM115 - close() closes it
         self._csv = csv.writer(self._file)
         self._csv.writerow(COLUMNS)
         self._handles = [register_optimizer_step_post_hook(torch.compiler.disable(self._stepped))]
         for module in layers.values():
             self._handles.append(module.register_forward_hook(self._forwarded))
-        self._run_probe()
 
     # ---- hooks ----
-
-    def _due(self) -> bool:
-        return (self._steps + 1) % self.every == 0
 
     def _forwarded(self, layer: nn.Module, args: tuple[Any, ...], y: Tensor) -> None:
         if torch.compiler.is_compiling():
             return
         watched = self._watched.get(id(layer))
-        if watched is None or not args or not layer.training or not self._due():
+        if watched is None or not args or not layer.training:
+            return
+        if (watched.steps + 1) % self.every != 0:
             return
         watched.saw_x(args[0])
         if isinstance(y, Tensor) and y.requires_grad:
@@ -221,10 +245,15 @@ class Monitor:
 
     def _stepped(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         """After a step of an optimizer that holds one of the weights."""
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        watched = [w for w in self._watched.values() if id(w.layer.weight) in held]
-        if watched:
-            self._advance(watched)
+        if getattr(optimizer, "_calibrating", False):
+            return
+        params = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        held = [w for w in self._watched.values() if id(w.layer.weight) in params]
+        for w in held:
+            w.trained |= w.layer.weight.requires_grad
+        moved = [w for w in held if w.trained] or held
+        if moved:
+            self._advance(moved)
 
     def step(self) -> None:
         """One step has moved the weights. Only for optimizers that hold copies of them."""
@@ -235,18 +264,27 @@ class Monitor:
         self._advance(list(self._watched.values()))
 
     @torch.no_grad()
-    def _advance(self, watched: list[_Watched]) -> None:
-        for w in watched:
+    def _advance(self, moved: list[_Watched]) -> None:
+        for w in moved:
             w.stepped()
-        self._steps += 1
-        if self._steps % self.every == 0:
-            self._run_probe()
-            self._record()
+        most = max(w.steps for w in moved)
+        if most > self._lead:
+            self._lead = most
+            known = set(moved)
+            for w in self._watched.values():
+                if not (w in known or w.trained or w.layer.weight.requires_grad):
+                    w.stepped()
+                    known.add(w)
+            moved = [w for w in self._watched.values() if w in known]
+        due = [w for w in moved if w.steps % self.every == 0]
+        if due:
+            self._run_probe(due)
+            self._record(due)
 
     # ---- rows ----
 
     @torch.no_grad()
-    def _run_probe(self) -> None:
+    def _run_probe(self, watched: list[_Watched]) -> None:
         if self._probe is None:
             return
         found: dict[int, Tensor] = {}
@@ -254,43 +292,43 @@ class Monitor:
         def keep(layer: nn.Module, args: Any, y: Tensor) -> None:
             found[id(layer)] = y.detach().clone()
 
-        hooks = [w.layer.register_forward_hook(keep) for w in self._watched.values()]
+        hooks = [w.layer.register_forward_hook(keep) for w in watched]
         modes = [(m, m.training) for m in self._model.modules()]
         self._model.eval()
         try:
-            self._model(*self._probe)
+            with _own_draws(self._devices):
+                self._model(*self._probe)
         finally:
             for hook in hooks:
                 hook.remove()
             for m, training in modes:
                 m.training = training
         for key, y in found.items():
-            watched = self._watched[key]
-            if watched.output is not None and watched.output.shape == y.shape:
-                watched.output_moved = output_change(watched.output, y)
-            watched.output = y
+            one = self._watched[key]
+            if one.output is not None and one.output.shape == y.shape:
+                one.output_moved = output_change(one.output, y)
+            one.output = y
 
-    def _record(self) -> None:
-        rows = [w.row() for w in self._watched.values()]
-        self._write()
+    def _record(self, due: list[_Watched]) -> None:
+        rows = [w.row() for w in due]
+        self._write(before=self._lead)
         copies = [values.to("cpu", non_blocking=True) for _, values in rows]
         event = None
         if any(values.is_cuda for _, values in rows):
             event = torch.cuda.Event()
             event.record()
-        self._pending = (self._steps, [cells for cells, _ in rows], copies, event)
+        makers = [(w.steps, cells) for w, (cells, _) in zip(due, rows, strict=True)]
+        self._pending.append((self._lead, makers, copies, event))
 
-    def _write(self) -> None:
-        """Write the rows that were copied last."""
-        if self._pending is None:
-            return
-        step, makers, copies, event = self._pending
-        self._pending = None
-        if event is not None:
-            event.synchronize()
-        for cells, values in zip(makers, copies, strict=True):
-            self._csv.writerow([step, *cells(values.tolist())])
-        self._file.flush()
+    def _write(self, before: float = math.inf) -> None:
+        """Write the rows that were copied before that step of the leading layer."""
+        while self._pending and self._pending[0][0] < before:
+            _, makers, copies, event = self._pending.pop(0)
+            if event is not None:
+                event.synchronize()
+            for (step, cells), values in zip(makers, copies, strict=True):
+                self._csv.writerow([step, *cells(values.tolist())])
+            self._file.flush()
 
     def close(self) -> None:
         """Write what is left, and stop watching. A second call does nothing."""
@@ -306,6 +344,22 @@ class Monitor:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def _cuda_devices(model: nn.Module, probe: tuple[Any, ...] | None) -> list[int]:
+    given = [t for t in probe or () if isinstance(t, Tensor)]
+    tensors = [*model.parameters(), *model.buffers(), *given]
+    return sorted({t.device.index for t in tensors if t.is_cuda})
+
+
+@contextlib.contextmanager
+def _own_draws(devices: list[int]) -> Iterator[None]:
+    """Random numbers from a fixed seed; torch's generators are afterwards as they were."""
+    with torch.random.fork_rng(devices):
+        generators = [torch.default_generator, *(torch.cuda.default_generators[i] for i in devices)]
+        for generator in generators:
+            generator.manual_seed(_SEED)
+        yield
 
 
 def monitor(
@@ -333,7 +387,8 @@ def monitor(
 
     Raises:
         TypeError, ValueError: for other arguments, or a model without MXLinear.
-        OSError: where path cannot be written.
+        OSError: where path cannot be written. What the model raises for the probe is passed on.
+            A file that is there is then as it was.
     """
     what = "monitor"
     if not isinstance(model, nn.Module):
@@ -345,6 +400,9 @@ def monitor(
         if value < 1:
             condition, advice = "be at least 1", "Leave it out for the default."
             raise ValueError(refusal(what, name, condition, value, kind(value), advice))
+    if not isinstance(path, (str, os.PathLike)):
+        condition, advice = "be a path", "Pass a file name."
+        raise TypeError(refusal(what, "path", condition, show(path), kind(path), advice))
     layers = {name: m for name, m in model.named_modules() if isinstance(m, MXLinear)}
     if not layers:
         condition, advice = "have an MXLinear", "Convert it first: mxtrain.convert."

@@ -12,6 +12,7 @@ Source: arXiv 2503.08040, its contexts of non-linear operators.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -19,7 +20,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .checks import FLOATS, check_bool, check_tensor, kind, refusal, show
+from .checks import (
+    FLOATS,
+    as_float32,
+    check_bool,
+    check_device,
+    check_number,
+    check_tensor,
+    is_int,
+    kind,
+    refusal,
+    show,
+)
 from .context_ops import MAX_COLS
 
 _ops = torch.ops.mxtrain
@@ -44,6 +56,13 @@ def _unflattened(y: Tensor, shape: torch.Size) -> Tensor:
 
 
 # ---- RMSNorm ----
+
+
+def _check_eps(what: str, eps: object) -> None:
+    check_number(what, "eps", eps)
+    if not (math.isfinite(as_float32(eps)) and eps >= 0):
+        condition, advice = "be finite and at least 0", "Try 1e-6."
+        raise ValueError(refusal(what, "eps", condition, show(eps), kind(eps), advice))
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -79,11 +98,16 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float | None = None) 
         layer would cast it to), else in the dtype of x. Differentiable once.
 
     Raises:
-        TypeError, RuntimeError: for other tensors.
+        TypeError, ValueError, RuntimeError: for other tensors, or another eps.
     """
     what = "rms_norm"
     _check_input(what, "x", x)
     check_tensor(what, "weight", weight, optional=True)
+    if x.dim() == 0:
+        condition, advice = "have at least one dimension", "Its last axis is normalized."
+        raise ValueError(refusal(what, "x", condition, 0, "a scalar", advice))
+    if eps is not None:
+        _check_eps(what, eps)
     eps = torch.finfo(x.dtype).eps if eps is None else eps
     device = x.device.type
     autocast = device != "meta" and torch.is_autocast_enabled(device)
@@ -106,7 +130,7 @@ class RMSNorm(nn.RMSNorm):
         compress: False computes as torch does, and keeps what torch keeps.
 
     Raises:
-        ValueError: for more than one axis, or one that is too long.
+        TypeError, ValueError: for more than one axis, one that is too long, or another eps.
     """
 
     def __init__(
@@ -115,17 +139,31 @@ class RMSNorm(nn.RMSNorm):
     ) -> None:  # fmt: skip
         what = "RMSNorm"
         check_bool(what, "compress", compress)
-        super().__init__(normalized_shape, eps, elementwise_affine, device, dtype)
-        shape = self.normalized_shape
+        check_bool(what, "elementwise_affine", elementwise_affine)
+        if eps is not None:
+            _check_eps(what, eps)
+        if device is not None:
+            check_device(what, device)
+        shape = [normalized_shape] if is_int(normalized_shape) else normalized_shape
+        sizes = isinstance(shape, (list, tuple)) and all(is_int(n) and n >= 0 for n in shape)
+        got, context = show(normalized_shape), kind(normalized_shape)
+        if not sizes:
+            condition, advice = "be a size", "Pass that of the last axis."
+            error = ValueError if is_int(normalized_shape) else TypeError
+            raise error(refusal(what, "normalized_shape", condition, got, context, advice))
         if compress and (len(shape) != 1 or not 0 < shape[0] <= MAX_COLS):
             condition, advice = f"be one size of 1 to {MAX_COLS}", "Pass compress=False."
-            got, context = show(normalized_shape), kind(normalized_shape)
             raise ValueError(refusal(what, "normalized_shape", condition, got, context, advice))
+        if compress and dtype is not None and dtype not in FLOATS:
+            condition, advice = "be bfloat16, float16 or float32, or None", "Choose one of these."
+            raise TypeError(refusal(what, "dtype", condition, show(dtype), kind(dtype), advice))
+        super().__init__(normalized_shape, eps, elementwise_affine, device, dtype)
         self.compress = compress
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.compress:
             return super().forward(x)
+        check_tensor("RMSNorm", "x", x)
         if x.dim() == 0 or x.shape[-1] != self.normalized_shape[0]:
             condition = f"have {self.normalized_shape[0]} as its last size"
             got, advice = list(x.shape), "Pass what the layer was made for."

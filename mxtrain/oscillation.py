@@ -27,7 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .checks import check_bool, check_int, check_number, check_tensor, kind, refusal, show
-from .formats import FORMATS
+from .formats import FORMATS, INT8_BLOCK
+from .int8_statistics import int8_sums
 from .linear import MXLinear
 from .op_checks import STATISTICS_PARTS
 from .operand import Operand, hadamard, quantize
@@ -132,20 +133,23 @@ def _own_rng(device: torch.device) -> Tensor:
     return torch.full((2,), 0x5EED, dtype=torch.int64, device=device)
 
 
-def _check_quantizer(what: str, x: object, q: object) -> None:
+def _check_quantizer(what: str, x: object, q: object, *more: str) -> None:
+    """To one of FORMATS, or of more."""
     check_tensor(what, "x", x)
     if x.dim() != 2:
         condition, got, advice = "have 2 dimensions", x.dim(), "Flatten the leading axes."
         context = f"shape {list(x.shape)}"
         raise ValueError(refusal(what, "x", condition, got, context, advice))
-    if not isinstance(q, Quantizer) or q.format not in FORMATS:
-        condition, advice = f"be a Quantizer to {', '.join(FORMATS)}", "Pass one of a recipe."
+    known = (*FORMATS, *more)
+    if not isinstance(q, Quantizer) or q.format not in known:
+        condition, advice = f"be a Quantizer to {', '.join(known)}", "Pass one of a recipe."
         raise ValueError(refusal(what, "quantizer", condition, show(q), kind(q), advice))
 
 
 @torch.no_grad()
 def quantizer_sums(
-    x: Tensor, quantizer: Quantizer, *, transpose: bool = False, toward: Tensor | None = None
+    x: Tensor, quantizer: Quantizer, *, transpose: bool = False, toward: Tensor | None = None,
+    threshold: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """The sums that `quantizer_rates` reads, on x's device without waiting for it: float64 [8].
 
@@ -154,9 +158,13 @@ def quantizer_sums(
         quantizer: with a format. Its source is not read: pass the forward operand's values.
         transpose: quantize x.T, whose blocks run along R.
         toward: like x, what a quantizer that rounds "toward" leans to; None rounds to nearest.
+        threshold: float32 `[1]`, above which blocks fall back where the quantizer has a fallback;
+            None: none does.
     """
-    _check_quantizer("quantizer_sums", x, quantizer)
+    _check_quantizer("quantizer_sums", x, quantizer, INT8_BLOCK)
     check_bool("quantizer_sums", "transpose", transpose)
+    if quantizer.square:  # its own transpose
+        return int8_sums(x.detach(), quantizer, _own_rng(x.device), threshold)
     if transpose:
         x, toward = x.t(), None if toward is None else toward.t()
     x, op = as_seen(x, quantizer, toward, stochastic=True)
@@ -187,14 +195,16 @@ def _share(part: float, whole: float) -> float:
 
 
 def quantizer_statistics(
-    x: Tensor, quantizer: Quantizer, *, transpose: bool = False, toward: Tensor | None = None
+    x: Tensor, quantizer: Quantizer, *, transpose: bool = False, toward: Tensor | None = None,
+    threshold: Tensor | None = None,
 ) -> dict[str, float]:  # fmt: skip
     """What a quantizer does to x: its snr, underflow, clip, confidence and nonfinite.
 
     Arguments as `quantizer_sums`. Drawn signs are the fixed ones here, and stochastic rounding
     takes numbers of its own, so torch's generator is left alone.
     """
-    sums = quantizer_sums(x, quantizer, transpose=transpose, toward=toward)
+    options = {"transpose": transpose, "toward": toward, "threshold": threshold}
+    sums = quantizer_sums(x, quantizer, **options)
     return quantizer_rates(dict(zip(STATISTICS, sums.tolist(), strict=True)))
 
 
@@ -289,26 +299,34 @@ class Oscillation:
         return self._state
 
     def ratio(self) -> Tensor:
-        """R of every element over the window, float32 of the matrix's shape."""
-        _, _, travel_w, travel_q, _ = self._watched("Oscillation.ratio")
-        return travel_q / (travel_w + 1e-8)
+        """R of every element over the window, float32 of the matrix's shape.
+
+        NaN where the element or its quantized value is not finite now.
+        """
+        w, q, travel_w, travel_q, _ = self._watched("Oscillation.ratio")
+        finite = w.isfinite() & q.isfinite()
+        return torch.where(finite, travel_q / (travel_w + 1e-8), torch.nan)
 
     def flips(self) -> Tensor:
         """How often Q of every element flipped in the window, int32."""
         return self._watched("Oscillation.flips")[4].to(torch.int32)
 
     def summary(self) -> Tensor:
-        """Share of elements with R > 16, and R's mean: float32 [2] on the device."""
+        """Share of elements with R > 16, and R's mean: float32 [2]; NaN where one is."""
         r = self.ratio()
-        return torch.stack([(r > OSCILLATING).float().mean(), r.mean()])
+        over = torch.where(r.isnan(), r, (r > OSCILLATING).float())
+        return torch.stack([over.mean(), r.mean()])
 
     def histogram(self) -> Tensor:
-        """Share of elements with R in [0, edge 0), [edge 0, edge 1), ..., edges of RATIO_EDGES."""
+        """Share of elements with R in [0, edge 0), [edge 0, edge 1), ..., edges of RATIO_EDGES.
+
+        An element whose R is NaN is in none.
+        """
         r = self.ratio().flatten()
         edges = torch.tensor(RATIO_EDGES, device=r.device)
         below = (r[None] < edges[:, None]).float().mean(1)
-        zero, one = below.new_zeros(1), below.new_ones(1)
-        return torch.cat([zero, below, one]).diff()
+        zero, all_of_them = below.new_zeros(1), (~r.isnan()).float().mean().reshape(1)
+        return torch.cat([zero, below, all_of_them]).diff()
 
 
 def rate_of_change(sums: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,8 @@
 
 Writes run.png: curves over the steps of the columns asked for, with the worst layers in colour and
 the others in grey, and the histogram of the oscillation ratio in the last row of each layer. Prints
-for each column the layers that are worst in it at the end, so that a user sees which layer hurts.
+for each column the layers that are worst in it at the end, so that a user sees which layer hurts:
+NaN is worse than any number. Of the columns `*nonfinite` it takes by itself those that are not 0.
 Needs matplotlib (`pip install mxtrain[plot]`).
 """
 
@@ -25,6 +26,7 @@ DEFAULT = (
     "fallback_rate", "fallback_threshold",
 )  # fmt: skip
 _NUMBERS = [c for c in COLUMNS if c not in ("step", "layer", "recipe")]
+_NONFINITE = [c for c in _NUMBERS if c.endswith("nonfinite")]
 
 Rows = dict[str, list[dict[str, Any]]]
 
@@ -34,7 +36,7 @@ class _BadFile(ValueError):
 
 
 def read(path: Path) -> Rows:
-    """The rows of each layer, in order; a number is a float, an empty cell NaN."""
+    """The rows of each layer, in order; a number is a float, an empty cell None."""
     try:
         with path.open(newline="") as file:
             rows = list(csv.DictReader(file))
@@ -45,7 +47,7 @@ def read(path: Path) -> Rows:
     layers: Rows = {}
     try:
         for row in rows:
-            numbers = {c: float(row[c]) if row[c] != "" else math.nan for c in _NUMBERS}
+            numbers = {c: float(row[c]) if row[c] != "" else None for c in _NUMBERS}
             numbers["step"] = int(row["step"])
             layers.setdefault(row["layer"], []).append({**numbers, "recipe": row["recipe"]})
     except (KeyError, TypeError, ValueError) as error:
@@ -58,16 +60,16 @@ def read(path: Path) -> Rows:
 
 
 def badness(column: str, value: float) -> float:
-    """By which layers are ordered: an SNR and a confidence are bad where small."""
+    """By which layers are ordered: an SNR and a confidence are bad where small, NaN is worst."""
     small = column.endswith((".snr", ".confidence"))
-    return -math.inf if math.isnan(value) else -value if small else value
+    return math.inf if math.isnan(value) else -value if small else value
 
 
 def worst(layers: Rows, column: str, top: int) -> list[tuple[str, float]]:
-    """(layer, last value that is a number), the worst first."""
+    """(layer, its last value), the worst first."""
     last = {}
     for name, rows in layers.items():
-        values = [row[column] for row in rows if not math.isnan(row[column])]
+        values = [row[column] for row in rows if row[column] is not None]
         if values:
             last[name] = values[-1]
     ordered = sorted(last.items(), key=lambda item: badness(column, item[1]), reverse=True)
@@ -102,7 +104,7 @@ def draw(layers: Rows, columns: list[str], top: int, path: Path) -> None:
         bad = [name for name, _ in worst(layers, column, top)]
         for name in [*(n for n in layers if n not in bad), *reversed(bad)]:
             steps = [row["step"] for row in layers[name]]
-            values = [row[column] for row in layers[name]]
+            values = [math.nan if row[column] is None else row[column] for row in layers[name]]
             if name in bad:
                 axis.plot(steps, values, linewidth=1.4, label=name)
             else:
@@ -123,7 +125,7 @@ def _histogram(axis: Any, layers: Rows, top: int) -> None:
     names = [f"ratio<{edge:g}" for edge in (*RATIO_EDGES, math.inf)]
     shown = worst(layers, "oscillating", top)
     for i, (name, _) in enumerate(shown):
-        row = next(r for r in reversed(layers[name]) if not math.isnan(r["oscillating"]))
+        row = next(r for r in reversed(layers[name]) if r["oscillating"] is not None)
         width = 0.8 / len(shown)
         places = [k + i * width for k in range(len(names))]
         axis.bar(places, [row[n] for n in names], width, label=name)
@@ -146,10 +148,11 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m mxtrain.plot", description=__doc__)
     parser.add_argument("csv", type=Path, help="what mxtrain.monitor wrote")
     parser.add_argument("--out", type=Path, help="the picture (without: beside the CSV, as .png)")
-    parser.add_argument("--columns", nargs="+", metavar="NAME", default=list(DEFAULT))
+    parser.add_argument("--columns", nargs="+", metavar="NAME", default=None)
     parser.add_argument("--top", type=int, default=4, help="layers named a column")
     options = parser.parse_args(argv)
-    unknown = [c for c in options.columns if c not in _NUMBERS]
+    columns = options.columns
+    unknown = [c for c in columns or () if c not in _NUMBERS]
     try:
         _check(not unknown, "--columns", f"be among {', '.join(_NUMBERS)}", unknown)
         _check(options.top >= 1, "--top", "be at least 1", options.top)
@@ -157,10 +160,13 @@ def main(argv: list[str] | None = None) -> int:
     except _BadFile as error:
         print(error, file=sys.stderr)
         return 2
-    print(report(layers, options.columns, options.top))
+    if columns is None:
+        bad = [c for c in _NONFINITE if any(value != 0 for _, value in worst(layers, c, 1))]
+        columns = [*bad, *DEFAULT]
+    print(report(layers, columns, options.top))
     out = options.out or options.csv.with_suffix(".png")
     try:
-        draw(layers, options.columns, options.top, out)
+        draw(layers, columns, options.top, out)
     except (ImportError, OSError) as error:
         print(f"mxtrain::plot: no picture: {error}", file=sys.stderr)
         return 2

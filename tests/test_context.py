@@ -407,6 +407,29 @@ def test_refusals():
     with refuses(ValueError, match="normalized_shape must be one size"):
         RMSNorm(16385)
     assert RMSNorm(16385, compress=False).weight.shape == (16385,)
+    for size in (64.0, "a", None, True, (4.0,)):
+        with refuses(TypeError, match="normalized_shape must be a size"):
+            RMSNorm(size)
+    with refuses(ValueError, match="normalized_shape must be a size, got -1"):
+        RMSNorm(-1)
+    for make in (lambda eps: RMSNorm(64, eps), lambda eps: rms_norm(x, None, eps)):
+        for eps in ("a", True, [1e-6]):
+            with refuses(TypeError, match="eps must be a float"):
+                make(eps)
+        for eps in (-1.0, float("nan"), float("inf")):
+            with refuses(ValueError, match="eps must be finite and at least 0"):
+                make(eps)
+    with refuses(TypeError, match="elementwise_affine must be True or False"):
+        RMSNorm(64, None, "no")
+    with refuses(TypeError, match="dtype must be bfloat16, float16 or float32, or None"):
+        RMSNorm(64, dtype=torch.float64)
+    with refuses(ValueError, match="device must name a device"):
+        RMSNorm(64, device="gpu")
+    for f in (RMSNorm(64), rms_norm):
+        with refuses(TypeError, match="x must be a torch.Tensor, got NoneType"):
+            f(None)
+    with refuses(ValueError, match="x must have at least one dimension, got 0"):
+        rms_norm(torch.ones(()))
     with refuses(ValueError, match="x must have 32 as its last size"):
         RMSNorm(32)(x)
     with refuses(TypeError, match="x must be bfloat16, float16 or float32"):

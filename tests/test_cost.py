@@ -120,6 +120,13 @@ def test_recipes_of_one_name_are_rows_of_their_own():
     assert rows["x"] == (4, 4, 4) and rows["x'"] == (8, 8, 8)
 
 
+def test_shares_of_any_scale():
+    """Of sums that no float holds, too."""
+    recipes = {"a": "mxfp4_baseline"}
+    for unit in (1e-320, 1.0, 1e308, 10**300):
+        assert relative_cost({"a": unit, "b": unit}, recipes) == pytest.approx(62.5)
+
+
 def test_errors():
     with refuses(ValueError, "recipes must be of parts among attention, ffn"):
         relative_cost(SHARES, {"mlp": "mxfp8"})
@@ -127,6 +134,12 @@ def test_errors():
         relative_cost({"a": -1.0}, {})
     with refuses(ValueError, "speeds must be positive numbers by bits, with 16"):
         relative_cost(SHARES, {}, speeds={8: 2})
+    for none in (None, ["ffn"], 5):
+        with refuses(TypeError, "recipes must be recipes by part, got"):
+            relative_cost({"ffn": 1}, none)
+    for speeds in ({16: 1e308, 4: 1e-308}, {16: 1e-308, 4: 1e308}):
+        with refuses(ValueError, "speeds must be of one order or a few"):
+            relative_cost({"ffn": 1}, {"ffn": "mxfp4_baseline"}, speeds=speeds)
     with refuses(ValueError, "dgrad must be 4, 6, 8, 16 or None"):
         relative_cost(SHARES, {}, dgrad=5)
     with refuses(ValueError, r"tail must lie in \[0, 1\]"):

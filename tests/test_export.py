@@ -40,14 +40,16 @@ def trained(recipe, device="cpu", dtype=torch.float32) -> nn.Module:
     return net.eval()
 
 
-@pytest.mark.parametrize("recipe", PACKED)
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_outputs_are_bitwise_those_of_the_trained_model(recipe, device, tmp_path):
     net = trained(recipe, device)
     before = copy.deepcopy(net.state_dict())
     state = mxtrain.export_weights(net, tmp_path / "model.pt")
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
-    gone = {"3.weight", "3.weight_ema", "3.ema_updates", "3.ema_peak_lr"}
+    packed = recipe in PACKED
+    gone = {"3.weight_ema", "3.ema_updates", "3.ema_peak_lr"}
     assert not gone & set(state) and "7.weight" in state
+    assert ("3.weight" in state) != packed == ("3.weight_packed" in state)
     assert not {"3.fallback_step", "3.fallback_counts"} & set(state)
     again = mxtrain.load_exported(build(device=device), tmp_path / "model.pt")
     x = torch.randn(7, 64, device=device)
@@ -55,8 +57,68 @@ def test_outputs_are_bitwise_those_of_the_trained_model(recipe, device, tmp_path
         assert torch.equal(again(x), net(x))
         with torch.autocast(device, torch.bfloat16):
             assert torch.equal(again(x), net(x))
-    assert isinstance(again[3], mxtrain.FrozenLinear) and not again.training
-    assert set(again.state_dict()) == set(state)
+    assert isinstance(again[3], mxtrain.FrozenLinear if packed else MXLinear)
+    assert not again.training
+    recipes = set() if packed else {"3.weight_recipe", "6.weight_recipe"}
+    assert set(again.state_dict()) == set(state) - recipes
+    converted = mxtrain.load_exported(build("tetrajet_ema", device), state)  # whatever it was
+    with torch.no_grad():
+        assert torch.equal(converted(x), net(x))
+
+
+def test_a_model_after_the_switch_of_its_schedule(tmp_path):
+    """All its layers are bf16 by then: no weight is packed."""
+    net = build("tetrajet_ema")
+    schedule = mxtrain.TargetPrecision(net, 2, 0.5)
+    schedule.step()
+    state = mxtrain.export_weights(net.eval(), tmp_path / "m.pt")
+    assert torch.equal(state["3.weight"], net[3].weight)
+    for target in (build(), build("mxfp8")):
+        again = mxtrain.load_exported(target, tmp_path / "m.pt")
+        for dtype in (torch.float32, torch.bfloat16):  # float32 weights take either
+            x = torch.randn(7, 128, dtype=dtype)
+            with torch.no_grad():
+                assert torch.equal(again[3](x), net[3](x)) and again[3](x).dtype == dtype
+    state = mxtrain.export_weights(MXLinear(8, 8, recipe="bf16"))
+    single = mxtrain.load_exported(nn.Linear(8, 8), state)
+    assert type(single) is MXLinear and single.recipe.name == "bf16"
+    empty = nn.Sequential(MXLinear(0, 8, recipe="tetrajet_ema"))
+    again = mxtrain.load_exported(nn.Sequential(nn.Linear(0, 8)), mxtrain.export_weights(empty))
+    assert torch.equal(again(torch.ones(2, 0)), empty(torch.ones(2, 0)))
+
+
+def test_bad_values_of_squares_and_thresholds_are_refused():
+    net = trained("int8_fallback")
+    state = mxtrain.export_weights(net)
+    for value in (-1.0, 0.0, float("nan"), float("inf")):
+        with refuses(ValueError, r"3.fallback_threshold must be positive and finite, got \["):
+            mxtrain.load_exported(build(), {**state, "3.fallback_threshold": torch.tensor([value])})
+    codes = state["6.weight_packed"].clone()
+    codes[0, 0] = -128
+    with refuses(ValueError, r"6.weight_packed must hold codes in \[-127, 127\]"):
+        mxtrain.load_exported(build(), {**state, "6.weight_packed": codes})
+    layer = MXLinear(40, 24, recipe="int8_block")
+    state = mxtrain.export_weights(layer)
+    beyond, negative = state["weight_packed"].clone(), -state["weight_scale"]
+    beyond[3, 40] = 1
+    for key, bad, match in (
+        ("weight_packed", beyond, "zeros beyond in_features = 40"),
+        ("weight_scale", negative, "weight_scale must be at least 0 or NaN, got -"),
+    ):
+        with refuses(ValueError, match):
+            mxtrain.load_exported(nn.Linear(40, 24), {**state, key: bad})
+
+
+def test_a_file_of_something_else(tmp_path):
+    for name, text in (("a.pt", b"abc"), ("b.pt", b""), ("c.safetensors", b"\x00" * 20)):
+        if name.endswith("safetensors"):
+            pytest.importorskip("safetensors")
+        path = tmp_path / name
+        path.write_bytes(text)
+        with refuses(ValueError, "path must be a file that export_weights wrote, got"):
+            mxtrain.load_exported(build(), path)
+    with pytest.raises(FileNotFoundError):
+        mxtrain.load_exported(build(), tmp_path / "none.pt")
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -186,7 +248,10 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(tmp_path):
         return {k: v for k, v in state.items() if k not in keys}
 
     bad = [
-        ({}, "state must hold a packed weight, got none"),
+        ({}, "state must hold a weight_recipe, got none"),
+        (net.state_dict(), "state must hold a weight_recipe, got none"),
+        ({**state, "3.bias": state["3.bias"].long()}, "3.bias must be bfloat16, float16 or"),
+        ({**state, "7.bias": state["7.bias"].long()}, "7.bias must be real, got int64"),
         (without("7.bias"), "state must have the names of the model"),
         ({**state, "9.weight": state["7.weight"]}, "state must have the names of the model"),
         ({**state, "7.weight": torch.ones(3)}, r"7.weight must have shape \[5, 64\]"),
@@ -194,7 +259,7 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(tmp_path):
         ({**state, "3.weight_packed": state["3.weight_packed"][:, :8]}, "3.weight_packed must be"),
         ({**state, "3.weight_packed": state["3.weight_packed"].int()}, "3.weight_packed must be"),
         ({**state, "3.weight_tensor_scale": torch.ones(1)}, "3.weight_tensor_scale must be"),
-        (without("3.bias"), r"3.bias must have shape \[128\], got None"),
+        (without("3.bias"), r"3.bias must be .* have shape \[128\], got None"),
         ({**state, "6.bias": torch.ones(64)}, "6.bias must be absent"),
         ({**state, "3.weight_recipe": torch.ones(4, dtype=torch.uint8)},
          "3.weight_recipe must describe a recipe"),

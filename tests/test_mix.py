@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from common import refuses
@@ -12,6 +15,11 @@ import mxtrain
 from mxtrain import MIXES, Mix, ModuleClass, Recipe, convert, get_mix
 from mxtrain.convert import _matches
 from mxtrain.recipe import GEMMS, RECIPES
+from mxtrain.reference.elements import E2M1, E4M3, decode, encode
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+
+import llama
 
 
 def class_of(name: str) -> str | None:
@@ -195,6 +203,15 @@ def test_z5_values_below_half_the_smallest_element_are_flushed(device, format, r
         assert q[0, 0] == largest and (q[0, 1:] != 0).all() == kept == (q[0, 1:] != 0).any()
 
 
+def test_z5_int8(device):
+    """Half a code of 127 is amax / 254."""
+    for factor, kept in ((1 - 1e-3, 0), (1 + 1e-3, 1)):
+        x = torch.full((128, 128), 3.0 / 254 * factor, device=device)
+        x[5, 7] = -3.0
+        codes = mxtrain.int8_quantize(x).data
+        assert codes[5, 7] == -127 and codes.unique().tolist() == [-127, kept]
+
+
 def entropy(x, wq, wk):
     """Mean entropy of the attention of one head."""
     scores = (x @ wq.t()) @ (x @ wk.t()).t() / wq.shape[0] ** 0.5
@@ -215,6 +232,34 @@ def test_z6_fp4_projections_flatten_attention(device):
     fp4, fp8 = (entropy(*(quantized(t, f) for t in tensors)) for f in ("mxfp4", "mxfp8_e4m3"))
     exact = entropy(*tensors)
     assert fp4 > 1.015 * exact and fp4 > fp8 and abs(fp8 / exact - 1) < 0.01
+
+
+def test_z6_of_the_qkv_of_a_block(device):
+    """The same with the fused qkv of a Llama block, its rotary positions and its causal mask: mean
+    entropy by the layer's recipe, in BF16 where that does not quantize.
+
+    Measured for seeds 0 to 4, unquantized in float32: FP4 from 1.57% to 1.72% above, FP8 from 0.14%
+    to 0.16%.
+    """
+    torch.manual_seed(0)
+    block = llama.LlamaBlock(256, 4, 256)
+    with torch.no_grad():  # keys that resemble the queries, as where attention has learnt
+        w, noise = block.qkv.weight, torch.randn(256, 256) / 16
+        w[:256] = 0.7 * torch.randn(256, 256) / 16
+        w[256:512] = w[:256] + 0.28 * noise
+    x = torch.randn(2, 256, 256).to(device)
+    model, found = nn.ModuleDict({"block": block}).to(device), {}
+    for recipe in ("bf16", "mxfp8", "fp4_mixed_ffn"):
+        convert(model, recipe, include="*.qkv")
+        with torch.no_grad(), torch.autocast(device, torch.bfloat16):
+            qkv = block.qkv(block.attn_norm(x)).view(2, 256, 3, 4, 64)
+        q, k, _ = qkv.permute(2, 0, 3, 1, 4).float()
+        scores = block.turned(q) @ block.turned(k).transpose(-1, -2) / 8
+        later = torch.ones(256, 256, device=device).triu(1).bool()
+        p = scores.masked_fill(later, -1e30).softmax(-1)
+        found[recipe] = -(p * p.clamp(min=1e-30).log()).sum(-1).mean().item()
+    bf16, fp8, fp4 = found.values()
+    assert fp4 > fp8 and fp4 > 1.01 * bf16 and abs(fp8 / bf16 - 1) < 0.01
 
 
 def test_z7_fp4_zeroes_gradients_that_fp8_keeps(device):
@@ -242,3 +287,30 @@ def test_z1_errors_on_normal_values(device):
         q = mxtrain.quantize(x, format, scale_rule=rule).dequantize()
         assert ((q - x).norm() / x.norm()).item() == pytest.approx(error, abs=0.004)
         assert (q == 0).float().mean().item() == pytest.approx(zeros, abs=0.004)
+
+
+@pytest.mark.parametrize(
+    "element, group, error, zeros",
+    [
+        (E2M1, (1024, 1024), 0.136, 0.167), (E2M1, (1, 1024), 0.115, 0.115),
+        (E2M1, (128, 128), 0.123, 0.137), (E2M1, (1, 128), 0.109, 0.094),
+        (E2M1, (1, 32), 0.101, 0.078), (E2M1, (1, 16), 0.094, 0.068),
+        (E4M3, (1024, 1024), 0.0265, 0.0), (E4M3, (1, 128), 0.0257, 0.0),
+    ],
+)  # fmt: skip
+def test_z1_the_specifications_arithmetic(element, group, error, zeros):
+    """Its eight cases, by this package's elements and its own float32 scales, amax / largest.
+
+    Per tensor one value decides, the largest of 10^6: where a sixth of E2M1 is zero it is 5.06, so
+    it is put there. (No format of the package has these scales; those that it has are above.)
+    """
+    x = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0))
+    if group[0] == 1024:
+        x = x.clamp(-5, 5)
+        x[0, 0] = 5.06
+    rows, cols = group
+    grouped = x.view(1024 // rows, rows, 1024 // cols, cols)
+    scale = grouped.abs().amax((1, 3), keepdim=True) / element.max
+    q = (decode(encode(grouped / scale, element), element) * scale).view_as(x)
+    assert float((q - x).norm() / x.norm()) == pytest.approx(error, abs=0.001)
+    assert float((q == 0).float().mean()) == pytest.approx(zeros, abs=0.002)

@@ -10,6 +10,7 @@ import torch
 from common import refuses
 from test_convert import BLOCKS, Model
 from torch import nn
+from torch.optim.optimizer import _global_optimizer_post_hooks
 
 import mxtrain
 from mxtrain import MXLinear, Quantizer, convert, monitor, plot
@@ -57,7 +58,7 @@ def test_rows_and_columns(tmp_path, device, recipe):
         for field in QUANTIZERS:
             q = getattr(layer.recipe, field)
             cells = [row[f"{field}.{rate}"] for rate in RATES]
-            if q.format not in mxtrain.FORMATS:
+            if q.format is None:
                 assert cells == [""] * len(RATES)
                 continue
             snr, underflow, clip, confidence, nonfinite = map(float, cells)
@@ -70,11 +71,139 @@ def test_rows_and_columns(tmp_path, device, recipe):
         bins = [float(row[c]) for c in COLUMNS if c.startswith("ratio<") and row[c]]
         assert not bins or sum(bins) == pytest.approx(1, abs=1e-5)
         assert row["y_change"] == ""
-        fallback = [row[c] for c in ("fallback_rate", "fallback_threshold")]
+        fallback = [row[c] for c in ("fallback_rate", "fallback_threshold", "fallback_nonfinite")]
         if layer.recipe.fprop_x.fallback:
             assert 0 <= float(fallback[0]) <= 1 and float(fallback[1]) > 0
+            assert float(fallback[2]) == 0
         else:
-            assert fallback == ["", ""]
+            assert fallback == ["", "", ""]
+
+
+def test_what_int8_does(tmp_path):
+    """Of squares: against what the operands hold. The second step shows in the SNR of X."""
+    torch.manual_seed(0)
+    x = torch.randn(300, 200)
+    x[3, 4] = 100.0
+    q = mxtrain.RECIPES["int8_fallback"].fprop_x
+    plain = quantizer_statistics(x, q)
+    op = mxtrain.int8_quantize(x)
+    value, scale = op.dequantize(), op.scale.repeat_interleave(128, 0)[:300]
+    place = x / scale.repeat_interleave(128, 1)[:, :200]
+    noise = (x - value).double().square().sum()
+    assert plain["snr"] == pytest.approx(10 * math.log10(x.double().square().sum() / noise))
+    assert plain["underflow"] == pytest.approx((value == 0).double().mean().item())
+    assert plain["clip"] == plain["nonfinite"] == 0
+    sure = 1 - 2 * (place - place.round()).abs().double().mean().item()
+    assert plain["confidence"] == pytest.approx(sure, rel=1e-5)
+    assert quantizer_statistics(x, q, threshold=torch.tensor([10.0]))["snr"] > plain["snr"] + 3
+    x[299, 199] = torch.nan
+    last = 172 * 72 / 60000  # elements of the last block
+    assert quantizer_statistics(x, q)["nonfinite"] == pytest.approx(44 * 72 / 60000) != last
+    layer = MXLinear(200, 256, recipe="int8_fallback")
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    with monitor(layer, tmp_path / "run.csv", every=1):
+        layer(x[:256]).square().mean().backward()
+        limit = layer.fallback_threshold.clone()
+        optimizer.step()
+    (row,) = rows_of(tmp_path / "run.csv")
+    wanted = quantizer_statistics(x[:256], q, threshold=limit)
+    assert (
+        float(row["fprop_x.snr"]) == pytest.approx(wanted["snr"]) and wanted["snr"] > plain["snr"]
+    )
+    assert row["wgrad_x.snr"] == row["fprop_x.snr"] and row["dgrad_w.snr"] == row["fprop_w.snr"]
+    wanted = quantizer_statistics(layer.weight, layer.recipe.fprop_w)
+    assert float(row["fprop_w.snr"]) == pytest.approx(wanted["snr"]) and row["ratio"] == ""
+
+
+def two_optimizers(model):
+    layers = [m for m in model.modules() if isinstance(m, MXLinear)]
+    ours = {id(p) for m in layers[:3] for p in m.parameters()}
+    split = [[p for p in model.parameters() if (id(p) in ours) == own] for own in (True, False)]
+    return [torch.optim.AdamW(params, lr=1e-2) for params in split], layers[:3]
+
+
+def test_two_optimizers(tmp_path):
+    """Each layer by the steps of its own: X, dY and every column are those of one optimizer."""
+    files = []
+    for split in (False, True):
+        model, optimizer = build("tetrajet")
+        both = two_optimizers(model)[0] if split else [optimizer]
+        torch.manual_seed(1)
+        with monitor(model, tmp_path / "run.csv", every=2):
+            for _ in range(6):
+                model(torch.randn(16, 5, 16)).square().mean().backward()
+                for one in both:
+                    one.step()
+                model.zero_grad()
+        files.append(sorted(map(str, rows_of(tmp_path / "run.csv"))))
+    assert files[0] == files[1] and len(files[0]) == 3 * len(BLOCKS)
+
+
+def test_an_optimizer_that_steps_more_often(tmp_path):
+    model, _ = build("tetrajet")
+    (often, seldom), of_often = two_optimizers(model)
+    model.blocks[1].mlp[2].requires_grad_(False)  # of the second: frozen, goes with the first
+    with monitor(model, tmp_path / "run.csv", every=2):
+        for step in range(8):
+            model(torch.randn(4, 5, 16)).square().mean().backward()
+            often.step()
+            if step % 4 == 3:
+                seldom.step()
+            model.zero_grad()
+    steps = {}
+    for row in rows_of(tmp_path / "run.csv"):
+        steps.setdefault(row["layer"], []).append(row["step"])
+        assert row["fprop_x.snr"] != ""
+    counts = [len(steps[name]) for name in BLOCKS]
+    assert counts == [4, 4, 4, 1, 1, 1, 1, 4] and len(of_often) == 3
+    assert steps[BLOCKS[0]] == ["2", "4", "6", "8"] and steps[BLOCKS[3]] == ["2"]
+
+
+def test_a_calibration_is_not_seen(tmp_path):
+    model, _ = build("tetrajet")
+    optimizer = mxtrain.optim.QRamping(model.parameters(), model, max_period=4)
+
+    def gradients():
+        model(torch.randn(4, 5, 16)).square().mean().backward()
+
+    with monitor(model, tmp_path / "run.csv", every=2):
+        optimizer.calibrate(gradients, transitions=7)
+        gradients()
+        optimizer.step()
+    assert rows_of(tmp_path / "run.csv") == []
+
+
+def test_a_probe_that_does_not_fit_leaves_nothing(tmp_path):
+    model, _ = build("tetrajet")
+    path = tmp_path / "run.csv"
+    path.write_text("of a run before")
+    hooks = len(_global_optimizer_post_hooks)
+    with pytest.raises((ValueError, RuntimeError)):
+        monitor(model, path, probe=torch.randn(3, 5))
+    assert path.read_text() == "of a run before" and model.training
+    assert len(_global_optimizer_post_hooks) == hooks
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_a_probe_of_a_stochastic_forward(tmp_path, device):
+    """It draws numbers of its own, the same every time: training's bits stay, and y_change is 0
+    where the weights stay."""
+    recipe = mxtrain.RECIPES["tetrajet"].with_quantizers("sr", "fprop", rounding="stochastic")
+    probe, results = torch.randn(1, 5, 16).to(device), []
+    for watched in (False, True):
+        model, optimizer = build(recipe, device)
+        if watched:
+            with monitor(model, tmp_path / "run.csv", every=2, probe=probe):
+                train(model, optimizer, 4)
+        else:
+            train(model, optimizer, 4)
+        results.append([p.detach().clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    with monitor(model, tmp_path / "run.csv", every=2, probe=probe):
+        train(model, optimizer, 2)
+    assert {row["y_change"] for row in rows_of(tmp_path / "run.csv")} == {"0.0"}
 
 
 def test_values_are_those_of_the_definitions(tmp_path):
@@ -192,6 +321,8 @@ def test_errors(tmp_path):
         monitor(model, tmp_path / "run.csv", elements="all")
     with refuses(TypeError, "probe must be a tensor, a tuple or None"):
         monitor(model, tmp_path / "run.csv", probe=[1])
+    with refuses(TypeError, "path must be a path, got 5"):
+        monitor(model, 5)
     with pytest.raises(OSError):
         monitor(model, tmp_path / "none" / "run.csv")
     assert not (tmp_path / "run.csv").exists()
@@ -215,6 +346,33 @@ def test_plot_draws_and_names_the_worst_layer(tmp_path, capsys):
     assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
     assert plot.main([str(tmp_path / "run.csv"), "--columns", "fprop_w.underflow"]) == 0
     assert capsys.readouterr().out.split()[1] == "blocks.1.mlp.2"
+
+
+def test_plot_shows_what_is_not_finite(tmp_path, capsys):
+    model, optimizer = build("tetrajet")
+    with monitor(model, tmp_path / "run.csv", every=2) as watching:
+        train(model, optimizer, 2)
+        with torch.no_grad():
+            model.blocks[1].mlp[2].weight[0, 0] = torch.nan
+        watching.step()
+        watching.step()
+    layers = plot.read(tmp_path / "run.csv")
+    for column in ("oscillating", "ratio", "fprop_w.nonfinite"):
+        (name, value), second = plot.worst(layers, column, 2)
+        assert name == "blocks.1.mlp.2" and (math.isnan(value) or column.endswith("nonfinite"))
+        assert not math.isnan(second[1])
+    plot.main([str(tmp_path / "run.csv")])
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert "blocks.1.mlp.2 nan" in lines["oscillating"]
+    assert "fprop_w.nonfinite" in lines and "fallback_nonfinite" not in lines
+    model, optimizer = build("int8_fallback")
+    with monitor(model, tmp_path / "run.csv", every=2):
+        for _ in range(2):
+            model(torch.full((4, 5, 16), torch.nan)).sum().backward()
+            optimizer.step()
+    plot.main([str(tmp_path / "run.csv"), "--columns", "fallback_nonfinite", "fallback_rate"])
+    out = capsys.readouterr().out
+    assert out.startswith("fallback_nonfinite  blocks.0.") and "fallback_rate " not in out
 
 
 def test_plot_refuses_bad_input(tmp_path, capsys):

@@ -95,7 +95,7 @@ Int8BlockState int8_quantize(const Int8QuantizeParams& p, int64_t i, int64_t k) 
     p.residual_scale[at] = d.scale;
     encode_block(p, e, false, d, v, p.residual, p.residual_t);
   }
-  return {fell_back, amax >= kInfBits};
+  return {fell_back, amax >= kInfBits, amax != 0};
 }
 
 // ---- gemm ----

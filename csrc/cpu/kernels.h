@@ -143,7 +143,7 @@ struct Int8QuantizeParams {
   float threshold;
 };
 struct Int8BlockState {
-  bool fell_back, not_finite;
+  bool fell_back, not_finite, not_zero;
 };
 
 // The codes of one operand of int8_gemm, and where the scale of block (i, k) lies.

@@ -23,7 +23,7 @@ struct Int8QuantizeParams {
   int8_t* residual_t;      // as data_t
   float* residual_scale;   // as scale
   uint8_t* mask;           // as scale
-  int64_t* counts;         // [3] zeros: fallen back, not finite, all
+  int64_t* counts;         // [3] zeros: fallen back, not finite, not all zero
 };
 cudaError_t launch_int8_quantize(const Int8QuantizeParams& p, cudaStream_t stream);
 

@@ -133,6 +133,10 @@ __device__ __forceinline__ void store_transposed(const uint32_t* tile, int8_t* d
   }
 }
 
+__device__ __forceinline__ void count_one(int64_t* at) {
+  atomicAdd(reinterpret_cast<unsigned long long*>(at), 1ull);
+}
+
 // ---- kernel ----
 
 enum class Int8Mode { kNearest, kStochastic, kFallback };
@@ -241,6 +245,8 @@ __global__ void __launch_bounds__(Int8Tile::kThreads,
   const Int8Scale s = int8_scale(amax);
   const bool finite = amax < kInfBits, first = threadIdx.x == 0;
   if (first) p.scale[blockIdx.x] = s.scale;
+  if constexpr (kMode == Int8Mode::kFallback)
+    if (first && amax != 0) count_one(p.counts + 2);
   q.forget();
   q.template write<false>(p.data, p.data_t, s, s, finite, tile);
   if constexpr (kMode == Int8Mode::kFallback) {
@@ -255,10 +261,8 @@ __global__ void __launch_bounds__(Int8Tile::kThreads,
     if (!first) return;
     p.mask[blockIdx.x] = fell_back;
     p.residual_scale[blockIdx.x] = d.scale;
-    auto* counts = reinterpret_cast<unsigned long long*>(p.counts);
-    if (fell_back) atomicAdd(counts, 1ull);
-    if (!finite) atomicAdd(counts + 1, 1ull);
-    if (blockIdx.x == 0) counts[2] = gridDim.x;
+    if (fell_back) count_one(p.counts);
+    if (!finite) count_one(p.counts + 1);
   }
 }
 

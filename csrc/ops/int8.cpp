@@ -28,31 +28,59 @@ Int8QuantizeParams make_params(const Tensor& x, const Int8Forms& forms, const Te
   return p;
 }
 
-// Quantizes all blocks; how many fell back, and how many are not finite.
-void run(const Int8QuantizeParams& p, int64_t* fell_back, int64_t* not_finite) {
-  std::atomic<int64_t> fallen{0}, bad{0};
+// Quantizes all blocks. counts: how many fell back, are not finite, are not all zero; or null.
+void run(const Int8QuantizeParams& p, int64_t* counts) {
+  std::atomic<int64_t> fallen{0}, bad{0}, some{0};
   const int64_t along_k = p.kp / kInt8Block;
   torch::stable::parallel_for(0, p.rp / kInt8Block * along_k, 1, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
       const Int8BlockState s = kernels().int8_quantize(p, t / along_k, t % along_k);
       fallen += s.fell_back;
       bad += s.not_finite;
+      some += s.not_zero;
     }
   });
-  *fell_back = fallen;
-  *not_finite = bad;
+  if (!counts) return;
+  counts[0] = fallen;
+  counts[1] = bad;
+  counts[2] = some;
 }
 
-void check_no_lowest(const char* name, const Tensor& codes) {
+// Which blocks of an operand are looked at: all, or those that a mask has.
+struct Seen {
+  const uint8_t* mask = nullptr;
+  int64_t stride_row = 0, stride_k = 0;
+  bool operator()(int64_t i, int64_t k) const {
+    return !mask || mask[i * stride_row + k * stride_k];
+  }
+};
+
+void check_no_lowest(const char* name, const Tensor& codes, const Seen& seen = {}) {
   const auto* c = static_cast<const int8_t*>(codes.const_data_ptr());
+  const int64_t kp = codes.size(1);
   std::atomic<bool> found{false};
-  torch::stable::parallel_for(0, codes.numel(), kGrainElements, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, codes.size(0), grain(kp), [&](int64_t begin, int64_t end) {
     int8_t lowest = 0;
-    for (int64_t i = begin; i < end; ++i) lowest = c[i] < lowest ? c[i] : lowest;
+    for (int64_t r = begin; r < end; ++r)
+      for (int64_t k = 0; k < kp; k += kInt8Block) {
+        if (!seen(r / kInt8Block, k / kInt8Block)) continue;
+        const int8_t* block = c + r * kp + k;
+        for (int i = 0; i < kInt8Block; ++i) lowest = block[i] < lowest ? block[i] : lowest;
+      }
     if (lowest == -128) found = true;
   });
   MXT_CHECK(!found, "int8_gemm", name, " must hold codes in [-127, 127], got -128 (shape ",
             shape_of(codes), "). The format has no such code: use int8_quantize.");
+}
+
+void check_scales(const char* name, const Tensor& grid, const Seen& seen = {}) {
+  const float* s = grid.const_data_ptr<float>();
+  for (int64_t i = 0; i < grid.size(0); ++i)
+    for (int64_t k = 0; k < grid.size(1); ++k) {
+      const float scale = s[i * grid.stride(0) + k * grid.stride(1)];
+      MXT_CHECK(!seen(i, k) || !(scale < 0), "int8_gemm", name, " must be at least 0 or NaN, got ",
+                scale, " (block ", i, ", ", k, "). The signs are in the codes: use int8_quantize.");
+    }
 }
 
 Int8Codes view_codes(const Tensor& data, const Tensor& scale) {
@@ -72,8 +100,7 @@ Operand3 int8_quantize(Tensor x, int64_t rounding, OptionalTensor rng, int64_t l
     const auto* r = static_cast<const int64_t*>(rng->const_data_ptr());
     p.key = {static_cast<uint64_t>(r[0]), static_cast<uint32_t>(r[rng->stride(0)]), kRowStream};
   }
-  int64_t fell_back, not_finite;
-  run(p, &fell_back, &not_finite);
+  run(p, nullptr);
   return {forms.row, forms.transposed, scale};
 }
 
@@ -94,9 +121,7 @@ Operand8 int8_quantize_fallback(Tensor x, Tensor threshold, int64_t layout) {
   p.residual_scale = residual_scale.mutable_data_ptr<float>();
   p.mask = mutable_bytes(mask);
   p.threshold = limit;
-  auto* c = static_cast<int64_t*>(counts.mutable_data_ptr());
-  run(p, c, c + 1);
-  c[2] = mask.numel();
+  run(p, static_cast<int64_t*>(counts.mutable_data_ptr()));
   return {forms.row,           forms.transposed, scale, residual.row,
           residual.transposed, residual_scale,   mask,  counts};
 }
@@ -112,6 +137,8 @@ Tensor int8_gemm(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, OptionalTen
   const Tensor ac = torch::stable::contiguous(a), bc = torch::stable::contiguous(b);
   check_no_lowest("a", ac);
   check_no_lowest("b", bc);
+  check_scales("a_scale", a_scale);
+  check_scales("b_scale", b_scale);
   Tensor acc = torch::stable::new_empty(a, {m, n}, ScalarType::Float);
   Int8GemmParams p = {};
   p.a = view_codes(ac, a_scale);
@@ -128,6 +155,9 @@ Tensor int8_gemm(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, OptionalTen
     p.mask = bytes(*mask);
     p.mask_stride_row = mask->stride(0);
     p.mask_stride_k = mask->stride(1);
+    const Seen seen = {p.mask, p.mask_stride_row, p.mask_stride_k};
+    check_no_lowest("residual", rc, seen);
+    check_scales("residual_scale", *residual_scale, seen);
   }
   const int64_t across = int8_blocks(n);
   torch::stable::parallel_for(0, int8_blocks(m) * across, 1, [&](int64_t begin, int64_t end) {

@@ -77,14 +77,15 @@ def int8_quantize_fallback(
     """Codes, scales, residual codes and scales, mask uint8 like the scales, counts int64 [3].
 
     A block falls back where its largest magnitude exceeds the threshold. Where it does not, the
-    residual is zero here; the op leaves it unwritten. counts: fallen back, not finite, all.
+    residual is zero here; the op leaves it unwritten. counts: fallen back, not finite, not all
+    zero.
     """
     v, r = _squares(x), x.shape[0]
     q, scale, left = _step(v, None)
     amax = v.abs().amax((2, 3))
     mask = scale.isfinite() & (amax > threshold)
     q2, scale2, _ = _step(torch.where(mask[..., None, None], left, 0.0), None)
-    counts = torch.stack([mask.sum(), scale.isnan().sum(), torch.tensor(mask.numel())])
+    counts = torch.stack([mask.sum(), scale.isnan().sum(), (scale != 0).sum()])
     codes = (_flat(t, r).to(torch.int8) for t in (q, q2))
     data, residual = codes
     return data, scale, residual, scale2, mask.to(torch.uint8), counts

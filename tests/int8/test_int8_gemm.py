@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from common import assert_same_bytes, refuses
@@ -199,3 +201,50 @@ def test_refusals():
     other = Int8Operand.of((*a.parts[:4], a.mask[:1]), a.shape)
     with refuses(RuntimeError, match=r"mask must be Byte of shape \[2, 2\], got Byte \[1, 2\]"):
         mxtrain.int8_gemm(other, b)
+
+
+def test_what_no_quantizer_writes_is_refused():
+    """On the CPU: -128 and negative scales where they are looked at, codes beyond K."""
+    a, b = operands(130, 200, 300, "cpu")
+    assert 0 < int(a.mask.sum()) < a.mask.numel()
+    want = mxtrain.int8_gemm(a, b)
+
+    def changed(op, **parts):
+        return dataclasses.replace(op, **parts)
+
+    fallen = a.mask.repeat_interleave(128, 0)[:130].repeat_interleave(128, 1).bool()
+    lowest = torch.where(fallen, a.residual, -128)
+    negative = torch.where(a.mask.bool(), a.residual_scale, -1.0)
+    assert_same_bytes(mxtrain.int8_gemm(changed(a, residual=lowest), b), want)
+    assert_same_bytes(mxtrain.int8_gemm(changed(a, residual_scale=negative), b), want)
+    for own, other in ((a, b), (b, a)):
+        scale = own.scale.clone()
+        scale[1, 2] = -1.0
+        one = changed(own, scale=scale)
+        data = own.data.clone()
+        data[7, 300] = 1
+        two = changed(own, data=data)
+        for bad, match in (
+            (one, "a_scale must be at least 0 or NaN, got -1"),
+            (two, "a must hold zeros beyond K = 300, got other codes"),
+        ):
+            with refuses(RuntimeError, match=match):
+                mxtrain.int8_gemm(bad, other)
+            with refuses(RuntimeError, match="b" + match.removeprefix("a")):
+                mxtrain.int8_gemm(other, bad)
+    i, k = a.mask.nonzero()[0].tolist()
+    residual, scale = a.residual.clone(), a.residual_scale.clone()
+    residual[128 * i, 128 * k], scale[i, k] = -128, -1.0
+    whole, _ = mxtrain.int8_quantize_fallback(torch.ones(130, 300), 0.5)
+    tail = whole.residual.clone()
+    tail[129, 383] = 1
+    for left, right in ((a, b), (b, a)):
+        for change, match in (
+            ({"residual": residual}, r"residual must hold codes in \[-127, 127\], got -128"),
+            ({"residual_scale": scale}, "residual_scale must be at least 0 or NaN, got -1"),
+        ):
+            bad = [changed(t, **change) if t is a else t for t in (left, right)]
+            with refuses(RuntimeError, match=match):
+                mxtrain.int8_gemm(*bad)
+    with refuses(RuntimeError, match="residual must hold zeros beyond K = 300"):
+        mxtrain.int8_gemm(changed(whole, residual=tail), b)

@@ -251,7 +251,15 @@ def test_the_rate_is_the_count(device):
     x[:128, :128] = 0
     for threshold, fallen in ((1e30, 0), (1e-30, 19)):
         a, counts = mxtrain.int8_quantize_fallback(x, threshold)
-        assert counts.tolist() == [fallen, 0, 20] and int(a.mask.sum()) == fallen
+        assert counts.tolist() == [fallen, 0, 19] and int(a.mask.sum()) == fallen
     limit = float(block_amax(x).flatten().sort()[0][9])
     _, counts = mxtrain.int8_quantize_fallback(x, limit)
-    assert counts.tolist() == [10, 0, 20]  # strictly above
+    assert counts.tolist() == [10, 0, 19]  # strictly above
+
+
+def test_blocks_of_zeros_are_not_counted(device):
+    """The counts are of those that fell back, are not finite, are not all zero."""
+    x = torch.zeros(300, 260, device=device)
+    x[0, 0], x[150, 259], x[299, 5] = 5.0, 1.0, float("nan")
+    _, counts = mxtrain.int8_quantize_fallback(x, 2.0)
+    assert counts.tolist() == [1, 1, 3]

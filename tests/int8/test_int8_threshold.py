@@ -7,6 +7,7 @@ import gc
 
 import pytest
 import torch
+import torch.nn.functional as F
 from common import refuses
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -94,12 +95,57 @@ def test_nothing_counted_moves_nothing():
     assert [float(t) for t in state] == [2.0, pytest.approx(-1.3)]
 
 
+def moved(threshold, step, counts, recipe=RECIPE):
+    state = next_threshold(
+        torch.tensor([threshold]), torch.tensor([step]), torch.tensor([counts]), recipe
+    )
+    return [float(t) for t in state]
+
+
+def test_what_is_not_finite_is_no_evidence():
+    """Trap 1.11.3: NaN is not "did not fall back". 2 of 10 finite blocks are in the band, of 100
+    they would be below it; where all are not finite nothing moves."""
+    assert moved(2.0, 0.0, [2, 90, 100]) == [2.0, 0.0]
+    assert moved(2.0, 0.0, [9, 90, 100]) == [pytest.approx(2.6), pytest.approx(1.3)]
+    assert moved(2.0, -1.3, [0, 100, 100]) == [2.0, pytest.approx(-1.3)]
+
+
+def test_it_stays_in_the_positive_float32():
+    high, low = torch.finfo(torch.float32).max, 2.0**-126
+    for counts, start, end in (([1, 0, 1], 3e38, high), ([0, 0, 1], 1.3e-38, low)):
+        threshold, step = start, 0.0
+        for _ in range(5):
+            threshold, step = moved(threshold, step, counts)
+        assert threshold == end
+        back, _ = moved(threshold, step, [1 - counts[0], 0, 1])
+        assert back != end and 0 < back < float("inf")
+    assert moved(1.0, 0.0, [0, 0, 1], RECIPE.replace(fallback=Fallback(factor=3e38)))[0] == low
+    assert float(initial_threshold(torch.full((5, 5), 1e-44), RECIPE)) == low
+
+
+def test_the_damping_is_the_recipes():
+    rule = Fallback(smallest=1.2, recovery=2.0)
+    recipe = RECIPE.replace(fallback=rule)
+    assert moved(1.0, -1.3, [1, 0, 1], recipe)[1] == pytest.approx(1.2)
+    assert moved(1.0, 1.1, [1, 0, 1], recipe)[1] == pytest.approx(1.21)
+    assert moved(1.0, -1.3, [1, 0, 1])[1] == pytest.approx(1.3**0.5)
+    assert moved(1.0, -1.01, [1, 0, 1])[1] == pytest.approx(1.02)
+    assert mxtrain.Recipe.from_dict(recipe.to_dict()) == recipe
+    for name in ("smallest", "recovery"):
+        for bad in (1, 0.5, float("nan"), float("inf"), "a"):
+            with refuses(ValueError, match=f"{name} must be above 1"):
+                Fallback(**{name: bad})
+
+
 def test_the_first_threshold_is_the_middle_of_the_band(device):
     x = torch.randn(1280, 1280, device=device) * torch.rand(1280, 1, device=device)
     threshold = initial_threshold(x, RECIPE)
     assert threshold.shape == (1,) and threshold.dtype == torch.float32
     assert float((block_amax(x) > threshold).float().mean()) == pytest.approx(0.2, abs=0.01)
     assert float(initial_threshold(torch.zeros(5, 5, device=device), RECIPE)) == 1.0
+    x = torch.cat([x, torch.zeros(12800, 1280, device=device)])  # tokens that an expert has not got
+    assert torch.equal(initial_threshold(x, RECIPE), threshold)
+    assert float(initial_threshold(torch.full((5, 5), torch.nan), RECIPE)) == 1.0
 
 
 # ---- the layer ----
@@ -165,6 +211,79 @@ def test_evaluation_changes_nothing(device):
         assert torch.equal(layer.state_dict()[name], state[name])
 
 
+def test_zeros_are_no_evidence(device):
+    """An idle expert: the threshold waits, and blocks of zeros among others count for nothing."""
+    layer, optimizer = layer_and_optimizer(device)
+    train(layer, optimizer, tokens(device=device))
+    before = layer.fallback_threshold.clone()
+    for _ in range(5):
+        train(layer, optimizer, torch.zeros(256, 1280, device=device))
+        assert layer.last_fallback_rate().isnan() and layer.last_nonfinite_rate().isnan()
+    assert torch.equal(layer.fallback_threshold, before)
+    x = tokens(128, 100.0, device)
+    layer(F.pad(x, (0, 0, 0, 128 * 9)))
+    assert layer.fallback_counts.tolist() == [10, 0, 10] and layer.fallback_rate() == 1
+    fresh, optimizer = layer_and_optimizer(device)
+    for _ in range(3):
+        train(fresh, optimizer, torch.zeros(256, 1280, device=device))
+    assert float(fresh.fallback_threshold) == 1.0
+
+
+def test_nan_is_counted_by_itself(device):
+    layer, optimizer = layer_and_optimizer(device)
+    x = tokens(device=device)
+    train(layer, optimizer, x)
+    before, rate = layer.fallback_threshold.clone(), layer.last_fallback_rate()
+    bad = x.clone()
+    bad[::128, : 128 * 5] = torch.nan
+    with torch.no_grad():
+        layer(bad)
+    assert layer.fallback_counts[1:].tolist() == [10, 20] and layer.nonfinite_rate() == 0.5
+    layer.fallback_counts.zero_()
+    with torch.no_grad():
+        layer(torch.full_like(x, torch.nan))
+    optimizer.step()
+    assert torch.equal(layer.fallback_threshold, before)
+    assert layer.last_nonfinite_rate() == 1 and layer.last_fallback_rate().isnan()
+    assert 0 < rate < 1
+
+
+def test_an_optimizer_moves_what_it_holds():
+    """Two models: a step of one leaves the other, in the middle of its own, as it is. A frozen
+    weight that no optimizer has held moves with any."""
+    (a, of_a), (b, of_b) = layer_and_optimizer(), layer_and_optimizer()
+    train(a, of_a, tokens())
+    train(b, of_b, tokens())
+    before = b.fallback_threshold.clone()
+    b(tokens(scale=100.0)).sum().backward()
+    train(a, of_a, tokens())
+    assert torch.equal(b.fallback_threshold, before) and b.fallback_counts.tolist() == [20, 0, 20]
+    b.requires_grad_(False)  # a discriminator, while the generator steps
+    train(a, of_a, tokens())
+    assert torch.equal(b.fallback_threshold, before) and b.fallback_counts.tolist() == [20, 0, 20]
+    of_b.step()
+    assert torch.allclose(b.fallback_threshold, before * 1.3)
+    frozen, _ = layer_and_optimizer()
+    frozen.requires_grad_(False)
+    frozen(tokens())
+    before = frozen.fallback_threshold.clone()
+    frozen(tokens(scale=100.0))
+    frozen(tokens(scale=100.0))
+    train(a, of_a, tokens())
+    assert torch.allclose(frozen.fallback_threshold, before * 1.3)
+
+
+def test_layers_that_share_an_input_have_equal_thresholds():
+    q, k = (MXLinear(1280, n, recipe=RECIPE) for n in (128, 64))
+    optimizer = torch.optim.SGD([*q.parameters(), *k.parameters()], lr=1e-3)
+    for scale in (1.0, 9.0, 9.0, 0.1):
+        x = tokens(scale=scale)
+        (q(x).square().mean() + k(x).square().mean()).backward()
+        optimizer.step()
+        assert torch.equal(q.fallback_threshold, k.fallback_threshold)
+        assert torch.equal(q.fallback_step, k.fallback_step)
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_recomputation_meets_the_threshold_of_the_forward(device, reentrant):
     results = []
@@ -186,19 +305,85 @@ def test_state_survives_a_checkpoint(device):
     for scale in (1.0, 9.0, 9.0):
         train(layer, optimizer, tokens(scale=scale, device=device))
     layer(tokens(device=device))  # in the middle of a step
-    other, _ = layer_and_optimizer(device)
-    other.load_state_dict(layer.state_dict())
+    other, others = layer_and_optimizer(device)
+    other.load_state_dict(copy.deepcopy(layer.state_dict()))
+    first = layer.fallback_threshold.clone()
+    for step, scale in enumerate((30.0, 30.0, 1.0, 0.01)):  # T15: on, to the bit
+        for one, its in ((layer, optimizer), (other, others)):
+            torch.manual_seed(step)
+            its.zero_grad()
+            train(one, its, tokens(scale=scale, device=device))
+        for name, value in layer.state_dict().items():
+            assert torch.equal(value, other.state_dict()[name]), (step, name)
+    assert not torch.equal(layer.fallback_threshold, first)
     x = tokens(scale=3.0, device=device)
     assert torch.equal(layer(x), other(x))
-    for name, value in layer.state_dict().items():
-        assert torch.equal(value, other.state_dict()[name])
     plain = nn.Linear(1280, 128, device=device)
     other.load_state_dict(plain.state_dict())  # starts anew
     assert not other.fallback_threshold.any() and not other._fallback_started
-    bad = layer.state_dict()
-    bad["fallback_threshold"] = torch.tensor([float("nan")])
-    with pytest.raises(RuntimeError, match="fallback_threshold must be one finite number"):
-        other.load_state_dict(bad)
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("threshold", [float("nan")]), ("threshold", [float("inf")]), ("threshold", [-1.0]),
+        ("threshold", [1.0, 1.0]), ("step", [float("nan")]), ("step", [0.5]), ("step", [1.0, 1.0]),
+        ("counts", [-1, 0, 5]), ("counts", [3, 3, 5]), ("counts", [1, 2]), ("counts", [1.0, 0, 5]),
+    ],
+)  # fmt: skip
+def test_a_layer_that_refuses_a_state_loads_nothing(key, value):
+    layer, optimizer = layer_and_optimizer()
+    train(layer, optimizer, tokens())
+    kept = copy.deepcopy(layer.state_dict())
+    bad = {k: v + 1 for k, v in kept.items()}
+    bad[f"fallback_{key}"] = torch.tensor(value)
+    with pytest.raises(RuntimeError, match=f"mxtrain::load_state_dict: fallback_{key} must be"):
+        layer.load_state_dict(bad)
+    assert all(torch.equal(v, kept[k]) for k, v in layer.state_dict().items())
+    assert layer._fallback_started and torch.equal(
+        layer.trained_threshold(), kept["fallback_threshold"]
+    )
+
+
+def test_a_state_may_be_assigned_in_other_forms():
+    layer, optimizer = layer_and_optimizer()
+    train(layer, optimizer, tokens())
+    state = layer.state_dict()
+    state["fallback_threshold"] = layer.fallback_threshold.double()[0]
+    other = MXLinear(1280, 128, device="meta", recipe=RECIPE)
+    other.load_state_dict(state, assign=True)
+    loaded = other.fallback_threshold
+    assert loaded.dtype == torch.float32 and loaded.shape == (1,)
+    assert torch.equal(other(tokens() * 0), layer(tokens() * 0)) and other._fallback_started
+
+
+def test_initialization_starts_anew():
+    """What to_empty leaves is arbitrary memory; here it is what a layer must not believe."""
+    layer, optimizer = layer_and_optimizer()
+    train(layer, optimizer, tokens())
+    layer.reset_parameters()
+    fresh = (0.0, 0.0, [0, 0, 0], False, None)
+
+    def state(layer):
+        own = layer.fallback_threshold.item(), layer.fallback_step.item()
+        counts = layer.fallback_counts.tolist()
+        return *own, counts, layer._fallback_started, layer.last_fallback_rate()
+
+    assert state(layer) == fresh
+
+    def garbage(t):
+        return torch.full_like(t, 7 if t.dtype == torch.int64 else -2.2e12, device="cpu")
+
+    meta = MXLinear(1280, 128, device="meta", recipe=RECIPE)
+    meta(tokens().to("meta"))
+    assert state(meta._apply(garbage)) == fresh
+    train(layer, optimizer, tokens())
+    assert state(layer._apply(garbage)) == fresh
+    layer.reset_parameters()
+    train(layer, torch.optim.SGD(layer.parameters(), lr=1e-3), tokens())
+    before = state(layer)[:4]
+    assert state(layer.to(torch.float64))[:4] == before == state(layer.cpu().float())[:4]
+    assert before[0] > 0 and layer.fallback_threshold.dtype == torch.float32
 
 
 def test_the_state_comes_and_goes_with_the_recipe():
@@ -287,7 +472,7 @@ def test_refusals():
 
 @pytest.mark.parametrize(
     "wgrad, low, high",
-    [("on", 0.999, 1.001), ("off_rtn", 0.87, 0.92), ("off_sr", 0.98, 1.02)],
+    [("on", 0.999, 1.001), ("off_rtn", 0.88, 0.92), ("off_sr", 0.995, 1.005)],
 )
 def test_the_slope_of_the_weight_gradient(wgrad, low, high, device):
     """T16: INT8 alone loses the bulk of the blocks that hold an outlier, a tenth of dW here."""
