@@ -24,7 +24,7 @@ FILES = (
 )  # fmt: skip
 LARGE = (
     "test_dual_nearest_of_every_value", "test_it_is_torchs_adamw", "over_1000_steps",
-    "test_under_compile", "strided_and_misaligned", "outliers_in_a_product",
+    "test_under_compile", "strided_and_misaligned", "outliers_in_a_product", "test_t21_ratios",
 )  # fmt: skip
 CPU_ONLY = ("test_a_threshold_must_be_positive",)  # what a kernel on a GPU does not check
 A_FILE = 25
