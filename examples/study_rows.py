@@ -95,6 +95,7 @@ MAIN = [
     add(Row("gpt/mxfp4_backward_sr", "mxfp4_backward_sr")),
     add(Row("gpt/mxfp4_hadamard", "mxfp4_hadamard")),
     add(Row("gpt/nvfp4", "nvfp4")),
+    add(Row("gpt/nvfp4_rht", "nvfp4_rht")),
     add(Row("gpt/quartet", "quartet")),
     add(Row("gpt/mxfp8", "mxfp8")),
 ]
@@ -208,6 +209,7 @@ HALVES = [
 _NV_SR_AGAIN = dataclasses.replace(_NV_SR, source="forward")
 WHOLE = [
     _candidate("h128+rht_dy", **_forward(_H128), **_RHT_DY),
+    _candidate("nv+rht_dy", **_forward(_NV), **_RHT_DY),  # the recipe nvfp4_rht
     _candidate("nv_h16+nv_rht_dy", **_forward(_NV_H16), **_NV_RHT_DY),
     _candidate("h128+rht_near", **_forward(_H128), **_RHT_NEAR),
     _candidate("nv_h16+nv_rht_near", **_forward(_NV_H16), **_NV_RHT_NEAR),

@@ -38,8 +38,8 @@ def test_names():
     assert list(RECIPES) == [
         "bf16", "mxfp4_baseline", "tetrajet", "tetrajet_ema", "mxfp4_backward",
         "mxfp4_backward_mxfp8", "mxfp4_backward_rht", "mxfp4_backward_sr", "mxfp4_backward_plain",
-        "fp4_mixed_ffn", "mxfp4_hadamard", "quartet", "mxfp8", "nvfp4", "int8_block",
-        "int8_fallback",
+        "fp4_mixed_ffn", "mxfp4_hadamard", "quartet", "mxfp8", "nvfp4", "nvfp4_rht",
+        "int8_block", "int8_fallback",
     ]  # fmt: skip
     assert all(name == recipe.name and recipe.reference for name, recipe in RECIPES.items())
 
@@ -163,6 +163,17 @@ def test_mxfp4_hadamard_rotates_wgrad_only_and_rounds_to_nearest():
     rotations = [(q.hadamard, q.signs) for q in fields(recipe)]
     assert rotations == [(0, "none")] * 4 + [(32, "none")] * 2
     assert not recipe.needs_rng
+
+
+def test_nvfp4_rht_has_an_unbiased_backward_of_mxfp4():
+    recipe = RECIPES["nvfp4_rht"]
+    assert {q.format for q in recipe.pair("fprop")} == {"nvfp4"}
+    for name in ("dgrad", "wgrad"):
+        dy, other = recipe.pair(name)
+        assert (dy.rounding, other.rounding) == ("stochastic", "nearest")
+        for q in (dy, other):
+            assert (q.format, q.hadamard, q.signs, q.source) == ("mxfp4", 64, "drawn", "original")
+        assert recipe.alpha(name) == 1.0  # ceil does not clip
 
 
 def test_quartet_rotates_everything_and_its_backward_is_unbiased():

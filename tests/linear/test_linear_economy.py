@@ -27,6 +27,7 @@ FORWARD = {  # of a training step: X, then W, then the product
     "quartet": ["quantize_dual", "quantize", "gemm"],
     "mxfp8": ["quantize_dual", "quantize", "gemm"],
     "nvfp4": ["quantize_dual", "quantize", "gemm"],
+    "nvfp4_rht": ["quantize_dual", "quantize", "gemm"],
     "int8_block": ["int8_quantize", "int8_quantize", "int8_gemm"],
     "int8_fallback": ["int8_quantize_fallback", "int8_quantize", "int8_gemm"],
 }
