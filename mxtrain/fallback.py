@@ -24,9 +24,11 @@
   rate as it is.
 - The first training call takes the quantile of its own blocks in the middle of the band.
   `reset_parameters`, and what leaves the numbers behind (`to_empty`, leaving meta), start anew.
-- Ranks: where torch.distributed is initialized, the counts are summed over a group, the default one
-  unless `set_fallback_group` names another, so that ranks keep one threshold. (Pass
-  `broadcast_buffers=False` to DistributedDataParallel, which else overwrites what a rank counted.)
+- Ranks: where torch.distributed is initialized, an update takes the largest threshold of a group's
+  ranks, which each found in its own first call, and the sum of their counts; the group is the
+  default one unless `set_fallback_group` names another. So from the first update on the ranks keep
+  one threshold, and one that gets its first tokens later takes it. (Pass `broadcast_buffers=False`
+  to DistributedDataParallel, which else overwrites what a rank counted.)
 - Saved in the state_dict: `fallback_threshold`, `fallback_step` and `fallback_counts`. A layer that
   refuses them loads nothing.
 
@@ -183,6 +185,9 @@ class FallbackLinear(CachedLinear):
         if self._fallback_started or x.numel() == 0:
             return self.fallback_threshold
         threshold = initial_threshold(x.reshape(-1, x.shape[-1]), self._recipe)
+        # Another rank may have found one before.
+        given = self.fallback_threshold
+        threshold = torch.where(given > 0, given, threshold)
         if self.training:
             with torch.no_grad():
                 self.fallback_threshold.copy_(threshold)
@@ -322,8 +327,8 @@ def set_fallback_group(group: Any = None, local: bool = False) -> None:
 def update_fallback_thresholds(layers: Iterable[FallbackLinear]) -> None:
     """Move the threshold of every layer by what it counted, and count anew. The hook calls it.
 
-    A collective where torch.distributed is initialized; a handful of kernels for all layers of a
-    recipe and device, and no synchronization with the host.
+    Two small collectives where torch.distributed is initialized; a handful of kernels for all
+    layers of a recipe and device, and no synchronization with the host.
     """
     groups: dict[tuple[Any, ...], list[FallbackLinear]] = {}
     for layer in _checked(layers):
@@ -332,11 +337,13 @@ def update_fallback_thresholds(layers: Iterable[FallbackLinear]) -> None:
             groups.setdefault(key, []).append(layer)
     for (recipe, _), same in groups.items():
         counts = torch.stack([layer.fallback_counts for layer in same])
-        if not _LOCAL and dist.is_available() and dist.is_initialized():
-            dist.all_reduce(counts, group=_GROUP)
         thresholds = [layer.fallback_threshold for layer in same]
         steps = [layer.fallback_step for layer in same]
-        threshold, step = next_threshold(torch.cat(thresholds), torch.cat(steps), counts, recipe)
+        threshold, step = torch.cat(thresholds), torch.cat(steps)
+        if not _LOCAL and dist.is_available() and dist.is_initialized():
+            dist.all_reduce(counts, group=_GROUP)
+            dist.all_reduce(threshold, dist.ReduceOp.MAX, group=_GROUP)
+        threshold, step = next_threshold(threshold, step, counts, recipe)
         for layer, last in zip(same, counts.unbind(), strict=True):
             layer._fallback_last = last
         torch._foreach_copy_(thresholds, list(threshold.split(1)))
