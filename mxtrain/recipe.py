@@ -114,20 +114,16 @@ class Recipe:
         condition = "be set if and only if fprop_w rounds 'toward'"
         advice = f"Set both or neither: fprop_w.rounding is {self.fprop_w.rounding!r}."
         self._refuse_unless(toward == (beta is not None), "ema_beta", condition, beta, advice)
-        fraction = self.ema_fraction
-        if fraction is not None:
-            ok = is_number(fraction) and 0.0 < fraction <= 1.0
-            advice = "Try 0.02, or None for the memory of ema_beta alone."
-            self._refuse_unless(ok, "ema_fraction", "lie in (0, 1]", fraction, advice)
-            condition, advice = "be None without ema_beta", "There is no average to remember."
-            self._refuse_unless(beta is not None, "ema_fraction", condition, fraction, advice)
-        share = self.ema_at_half
-        if share is not None:
-            ok = is_number(share) and 0.0 < share <= 1.0
-            advice = "Try 0.0005, or None for a memory that the learning rate does not bound."
-            self._refuse_unless(ok, "ema_at_half", "lie in (0, 1]", share, advice)
-            condition, advice = "be None without ema_beta", "There is no average to remember."
-            self._refuse_unless(beta is not None, "ema_at_half", condition, share, advice)
+        for name, advice in (
+            ("ema_fraction", "Try 0.02, or None for the memory of ema_beta alone."),
+            ("ema_at_half", "Try 0.0005, or None: the learning rate does not bound the memory."),
+        ):
+            share = getattr(self, name)
+            if share is not None:
+                ok = is_number(share) and 0.0 < share <= 1.0
+                self._refuse_unless(ok, name, "lie in (0, 1]", share, advice)
+                condition, advice = "be None without ema_beta", "There is no average to remember."
+                self._refuse_unless(beta is not None, name, condition, share, advice)
         advice = "Pass a mxtrain.recipe.Fallback."
         ok = isinstance(self.fallback, Fallback)
         self._refuse_unless(ok, "fallback", "be a Fallback", self.fallback, advice)

@@ -68,13 +68,18 @@ def test_dtypes_over_the_whole_exponent_range(format, dtype, rounding, device):
     check_quantize(x, format, device, **options_for(rounding, x))
 
 
-@pytest.mark.parametrize("format", FORMATS)
-def test_ties_and_their_neighbours(format, device):
-    """Every midpoint of the grid and the float32 values beside it, in blocks whose scale is 1."""
+def magnitudes(format):
+    """The grid of an element format from 0 up, float32."""
     fmt = mxtrain.FORMATS[format]
     codes = torch.arange(2 ** (fmt.bits - 1), dtype=torch.uint8)
     grid = reference.decode(codes, reference.format_named(format).element)
-    grid = grid[grid.isfinite() & (grid <= fmt.max)].unique()
+    return grid[grid.isfinite() & (grid <= fmt.max)].unique()
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_ties_and_their_neighbours(format, device):
+    """Every midpoint of the grid and the float32 values beside it, in blocks whose scale is 1."""
+    fmt, grid = mxtrain.FORMATS[format], magnitudes(format)
     mid = (grid[1:] + grid[:-1]) / 2
     values = torch.cat([mid, torch.nextafter(mid, mid - 1), torch.nextafter(mid, mid + 1), grid])
     rows = torch.cat([values, -values])[:, None].expand(-1, 32).clone()
@@ -86,10 +91,7 @@ def test_ties_and_their_neighbours(format, device):
 @pytest.mark.parametrize("format", FORMATS)
 def test_elements_at_their_draws_thresholds(format, device):
     """Every step of the grid at (2 draw + 1) / 2^17 and at the float32 values beside it."""
-    fmt = mxtrain.FORMATS[format]
-    codes = torch.arange(2 ** (fmt.bits - 1), dtype=torch.uint8)
-    grid = reference.decode(codes, reference.format_named(format).element)
-    grid = grid[grid.isfinite() & (grid <= fmt.max)].unique()
+    fmt, grid = mxtrain.FORMATS[format], magnitudes(format)
     low = grid[:-1].repeat(64)[:, None].double()
     step = (grid[1:] - grid[:-1]).repeat(64)[:, None].double()
     draws = reference.draws(RNG, len(low), 32, stream=0)
