@@ -155,7 +155,8 @@ def test_a_row_is_the_run_of_the_script_but_for_the_optimizer():
     assert run.record["rows"][-1][2] == pytest.approx(other.record["rows"][-1][2], rel=1e-3)
 
 
-def test_rates_of_fallback_are_recorded_and_drawn(tmp_path):
+def test_rates_of_fallback_are_recorded_and_drawn(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the text that it reads is kept in a file there
     text = "--context 32 --text library --megabytes 0.5 --windows 16"
     run = make_run("llama/int8_fallback", more=text)
     for _ in run.train():
