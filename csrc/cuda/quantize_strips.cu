@@ -2,10 +2,14 @@
 // quantize (either axis), quantize_dual and requantize where strip.cuh serves: bfloat16 (or mxfp4
 // operands) to mxfp4, stochastic or rotated, and quantize_dual nearest. Every warp works for
 // itself, on a tile of x of its own in shared memory, 64 x 64, so that no barrier stops it: first
-// the blocks along its rows, then those along its columns, 32 blocks at a time or 64. Warps are
-// persistent and walk along the rows of tiles; the next tile is copied when the last blocks of one
-// are in registers and few enough to leave room for the copy's addresses. The copies are 16 bytes,
-// so x must be aligned to that, in both directions.
+// the blocks along its rows, then those along its columns, 32 blocks at a time or 64. A CTA has all
+// warps of a multiprocessor. They share its tiles, every gridDim.x-th, and each takes the next one
+// when it needs it: a scheduler prefers some warps to others, so by equal shares some would be done
+// long before others. The next tile is copied when the last blocks of one are in registers and few
+// enough to leave room for the copy's addresses. The copies are 16 bytes, so x must be aligned to
+// that, in both directions.
+#include <algorithm>
+
 #include "cuda/divide.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/strip_tile.cuh"
@@ -27,7 +31,7 @@ template <bool kFlat>
 struct StripPlace {
   uint32_t row, column;
   __device__ __forceinline__ StripPlace(const StripGrid& g, uint32_t tile) {
-    const uint32_t down = kFlat ? tile : g.across.divide(tile);
+    const uint32_t down = kFlat ? tile : uniform(g.across.divide(tile));
     row = down * StripTraits::kTile;
     column = kFlat ? 0 : (tile - down * g.across.value) * StripTraits::kTile;
   }
@@ -35,7 +39,7 @@ struct StripPlace {
 
 // Start filling a tile, zeros outside of x. A lane keeps its chunk and moves on by 4 rows.
 template <bool kFlat>
-__device__ __forceinline__ void copy_tile(const StripGrid& g, uint32_t tile, uint8_t* to) {
+__device__ __forceinline__ void copy_tile(const StripGrid& g, uint32_t tile, uint32_t to) {
   constexpr int kStep = 32 / StripTraits::kChunks;
   const StripPlace<kFlat> at(g, tile);
   const uint32_t pitch = kFlat ? StripTraits::kRowBytes : g.pitch;
@@ -43,8 +47,8 @@ __device__ __forceinline__ void copy_tile(const StripGrid& g, uint32_t tile, uin
             first = lane / StripTraits::kChunks;
   const uint32_t column = at.column + chunk * 8;
   const uint8_t* from = g.x + static_cast<uint64_t>(at.row + first) * pitch + column * 2;
-  const uint32_t even = ptx::shared_address(to + strip_offset(first, chunk)),
-                 odd = ptx::shared_address(to + strip_offset(first + kStep, chunk));
+  const uint32_t even = to + strip_offset(first, chunk),
+                 odd = to + strip_offset(first + kStep, chunk);
   if (at.row + StripTraits::kTile <= g.height &&
       (kFlat || at.column + StripTraits::kTile <= g.width)) {
 #pragma unroll
@@ -58,28 +62,38 @@ __device__ __forceinline__ void copy_tile(const StripGrid& g, uint32_t tile, uin
 #pragma unroll 1
   for (int i = first; i < StripTraits::kTile; i += kStep, from += pitch * kStep) {
     const bool inside = at.row + i < g.height && bytes > 0;
-    ptx::cp_async_16(ptx::shared_address(to + strip_offset(i, chunk)), inside ? from : g.x,
-                     inside ? bytes : 0);
+    ptx::cp_async_16(to + strip_offset(i, chunk), inside ? from : g.x, inside ? bytes : 0);
   }
 }
+
+// What a CTA has beside its tiles.
+struct StripStatic {
+  StripSigns row_signs, col_signs;
+  uint32_t taken;                          // how many of its tiles have been begun
+  uint32_t next[StripTraits::kMostWarps];  // a warp's next one, which takes no register there
+};
 
 // What follows from it is uniform control flow.
 __device__ __forceinline__ uint32_t uniform_warp() { return uniform(threadIdx.x / 32); }
 
 // ---- kernels ----
 
-// CTAs of an SM, as many as the registers allow without spilling.
-constexpr int strip_ctas(Strip row, Strip) { return row == Strip::kRotated64Nearest ? 5 : 6; }
+// Warps of a CTA, as many as the registers allow without spilling.
+constexpr int strip_warps(Strip row) {
+  return row == Strip::kRotated64Nearest ? 20 : StripTraits::kMostWarps;
+}
 constexpr int requantize_ctas(Strip col) { return rotates64(col) ? 4 : 5; }
 
 // Either may be kNone. kRuns: col.runs is written.
 template <Strip kRow, Strip kCol, bool kFlat, bool kRuns>
-__global__ void __launch_bounds__(StripTraits::kThreads, strip_ctas(kRow, kCol))
+__global__ void __launch_bounds__(strip_warps(kRow) * 32, 1)
     quantize_strips_kernel(const QuantizeParams row, const QuantizeParams col,
                            const StripPlan row_plan, const StripPlan col_plan,
                            const StripGrid grid) {
-  __shared__ __align__(128) uint8_t tiles[StripTraits::kWarps][StripTraits::kTileBytes];
-  __shared__ StripSigns row_signs, col_signs;
+  MXT_DYNAMIC_SHARED(tiles, 128);
+  __shared__ StripStatic fixed;
+  StripSigns &row_signs = fixed.row_signs, &col_signs = fixed.col_signs;
+  if (threadIdx.x == 0) fixed.taken = blockDim.x / 32;
   fill_signs<kRow>(row_signs.word, row);
   fill_signs<kCol>(col_signs.word, col);
   PhiloxSchedule row_keys = {}, col_keys = {};
@@ -94,14 +108,16 @@ __global__ void __launch_bounds__(StripTraits::kThreads, strip_ctas(kRow, kCol))
                      col_operand = {col_plan, col_keys, col_signs.word};
   __syncthreads();
   const uint32_t warp = uniform_warp();
-  uint8_t* mine = tiles[warp];
-  uint32_t tile = blockIdx.x * StripTraits::kWarps + warp;
+  const uint32_t mine = ptx::shared_address(tiles) + warp * StripTraits::kTileBytes;
+  uint32_t tile = blockIdx.x + gridDim.x * warp;
   if (tile < grid.tiles) copy_tile<kFlat>(grid, tile, mine);
   while (tile < grid.tiles) {
     const StripPlace<kFlat> at(grid, tile);
-    tile += gridDim.x * StripTraits::kWarps;
+    if (ptx::lane_id() == 0)
+      fixed.next[threadIdx.x / 32] = blockIdx.x + gridDim.x * atomicAdd(&fixed.taken, 1u);
     const auto copy_next = [&] {
       __syncwarp();
+      tile = uniform(fixed.next[threadIdx.x / 32]);
       if (tile < grid.tiles) copy_tile<kFlat>(grid, tile, mine);
     };
     ptx::cp_async_wait_all();
@@ -183,7 +199,8 @@ __global__ void __launch_bounds__(StripTraits::kThreads, requantize_ctas(kCol))
     const StripPlace<false> at(grid, tile);
 #pragma unroll 1
     for (int pass = 0; pass < column_passes(kCol); ++pass)
-      column_pass<kCol, false>(tiles[warp], pass, p, tables, at.column, at.row, [] {});
+      column_pass<kCol, false>(ptx::shared_address(tiles[warp]), pass, p, tables, at.column, at.row,
+                               [] {});
     __syncwarp();
   }
 }
@@ -236,6 +253,23 @@ static StripGrid make_grid(const void* x, int64_t height, int64_t width, int64_t
           narrow(height == 1 ? 0 : pitch * 2), narrow(across * down), Divisor::of(across)};
 }
 
+// A CTA a multiprocessor, and no more warps than shared memory has room for tiles, or than there
+// are tiles.
+static cudaError_t share_tiles(const StripGrid& g, int most_warps, unsigned* ctas,
+                               unsigned* warps) {
+  int device = 0, sms = 0, shared = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess)
+    error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
+  if (error == cudaSuccess)
+    error = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  const int room = (shared - static_cast<int>(sizeof(StripStatic))) / StripTraits::kTileBytes;
+  *ctas = std::min(g.tiles, static_cast<uint32_t>(sms));
+  *warps =
+      std::min((g.tiles + *ctas - 1) / *ctas, static_cast<uint32_t>(std::min(room, most_warps)));
+  return error;
+}
+
 // As many CTAs as fit the GPU, and no more than there are tiles for their warps.
 static cudaError_t resident_ctas(const StripGrid& g, int per_sm, unsigned* ctas) {
   int device = 0, sms = 0;
@@ -251,11 +285,12 @@ static cudaError_t resident_ctas(const StripGrid& g, int per_sm, unsigned* ctas)
 template <Strip kRow, Strip kCol, bool kFlat = false, bool kRuns = false>
 static cudaError_t launch_strips(const QuantizeParams& row, const QuantizeParams& col,
                                  const StripGrid& grid, cudaStream_t stream) {
-  unsigned ctas = 0;
-  const cudaError_t error = resident_ctas(grid, strip_ctas(kRow, kCol), &ctas);
+  unsigned ctas = 0, warps = 0;
+  const cudaError_t error = share_tiles(grid, strip_warps(kRow), &ctas, &warps);
   if (error != cudaSuccess) return error;
-  return launch(quantize_strips_kernel<kRow, kCol, kFlat, kRuns>, ctas, StripTraits::kThreads,
-                stream, row, col, make_plan<kRow>(row), make_plan<kCol>(col), grid);
+  return launch_with_shared(quantize_strips_kernel<kRow, kCol, kFlat, kRuns>, ctas, warps * 32,
+                            warps * StripTraits::kTileBytes, stream, row, col, make_plan<kRow>(row),
+                            make_plan<kCol>(col), grid);
 }
 
 template <bool kFlat>

@@ -16,7 +16,8 @@ namespace mxtrain::cuda {
 // ---- traits ----
 
 struct StripTraits {
-  static constexpr int kWarps = 4, kThreads = 32 * kWarps;
+  static constexpr int kMostWarps = 24;                     // of a CTA, from floats
+  static constexpr int kWarps = 4, kThreads = 32 * kWarps;  // of one from codes
   static constexpr int kTile = 64;      // rows and columns of a warp's tile of bfloat16
   static constexpr int kPassRows = 16;  // operand rows that a warp takes at once
   static constexpr int kPasses = kTile / kPassRows;
@@ -103,8 +104,9 @@ struct StripSigns {
 template <Strip kStrip>
 __device__ __forceinline__ void fill_signs(uint4 (&signs)[StripTraits::kTile / 4],
                                            const QuantizeParams& p) {
-  const int i = threadIdx.x;
-  if (rotates(kStrip) && i < StripTraits::kTile)
+  if (!rotates(kStrip)) return;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < StripTraits::kTile; i += blockDim.x)
     reinterpret_cast<uint32_t*>(signs)[i] =
         p.signs != nullptr && p.signs[i % p.hadamard] < 0 ? kSignBit : 0u;
 }

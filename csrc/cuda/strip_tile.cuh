@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Strips from a warp's tile of 64 x 64 bfloat16 in shared memory: how it lies there, and the passes
-// over its rows and columns, which take lanes' blocks to registers and hand them to strip.cuh.
+// over its rows and columns, which take lanes' blocks to registers and hand them to strip.cuh. A
+// tile is given by its address in shared memory.
 #pragma once
 
 #include "cuda/strip.cuh"
@@ -96,14 +97,14 @@ __device__ __forceinline__ void finish_column_pairs(const uint32_t (&x2)[32],
 // lane i both blocks of row 32 pass + i. (row, k): the operand's at the tile's corner. after_read:
 // called when the blocks are in registers, or half of them in codes.
 template <Strip kStrip, class Tables, class AfterRead>
-__device__ __forceinline__ void row_pass(const uint8_t* tile, int pass, const QuantizeParams& p,
+__device__ __forceinline__ void row_pass(uint32_t tile, int pass, const QuantizeParams& p,
                                          const Tables& tables, uint32_t row, uint32_t k,
                                          AfterRead after_read) {
   const uint32_t lane = rotates64(kStrip) ? ptx::lane_id() : threadIdx.x % 32;
   uint32_t w[16];
   if constexpr (rotates64(kStrip)) {
     const uint32_t r = pass * 32 + lane;
-    const uint32_t from = ptx::shared_address(tile + strip_offset(r, 0));
+    const uint32_t from = tile + strip_offset(r, 0);
     float v[2][32];
 #pragma unroll
     for (int b = 0; b < 2; ++b) {
@@ -113,7 +114,7 @@ __device__ __forceinline__ void row_pass(const uint8_t* tile, int pass, const Qu
     return finish64<kStrip>(v, p, tables, row + pass * 32, k, after_read);
   }
   const uint32_t b = lane % 2, r = pass * StripTraits::kPassRows + lane / 2;
-  const uint32_t first = ptx::shared_address(tile + strip_offset(lane / 2, 4 * b));
+  const uint32_t first = tile + strip_offset(lane / 2, 4 * b);
   // as strip_offset(r, 4 * b) has it, whose r % 8 no pass changes
   read_row_block((first + pass * (StripTraits::kPassRows * StripTraits::kRowBytes)) ^
                      (pass * StripTraits::kPassRows / 32 * 64),
@@ -137,9 +138,9 @@ __device__ __forceinline__ void row_pass(const uint8_t* tile, int pass, const Qu
 
 // Where column c has its elements of rows 32 b + j, j = 0 to 7; every 8 rows are a kilobyte
 // further.
-__device__ __forceinline__ void column_addresses(const uint8_t* tile, uint32_t b, uint32_t c,
+__device__ __forceinline__ void column_addresses(uint32_t tile, uint32_t b, uint32_t c,
                                                  uint32_t (&from)[8]) {
-  from[0] = ptx::shared_address(tile + strip_offset(32 * b, c / 8) + c % 8 * 2);
+  from[0] = tile + strip_offset(32 * b, c / 8) + c % 8 * 2;
 #pragma unroll
   for (int j = 1; j < 8; ++j) from[j] = from[0] ^ (j * 16);
 }
@@ -159,7 +160,7 @@ __device__ __forceinline__ void fill_from_column(float (&v)[32], const Tables& t
 // pairs, of columns 32 pass + 2 i and the next, or, for a group of 64, lane i all of column
 // 32 pass + i. (row, k): the operand's at the tile's corner. kRuns: also their sums, to p.runs.
 template <Strip kStrip, bool kRuns, class Tables, class AfterRead>
-__device__ __forceinline__ void column_pass(const uint8_t* tile, int pass, const QuantizeParams& p,
+__device__ __forceinline__ void column_pass(uint32_t tile, int pass, const QuantizeParams& p,
                                             const Tables& tables, uint32_t row, uint32_t k,
                                             AfterRead after_read) {
   static_assert(!kRuns || !rotates(kStrip), "what is rotated has no sums of x");
