@@ -155,16 +155,19 @@ py::dict code_tile() {
     return out;
   };
   py::dict tile;
-  tile["chunk"] = table({Tile::kSize, Tile::kChunks}, [](uint32_t row, uint32_t, uint32_t chunk) {
+  tile["chunk"] = table({Tile::kRows, Tile::kChunks}, [](uint32_t row, uint32_t, uint32_t chunk) {
     return Tile::chunk(row, chunk);
   });
-  tile["column"] = table({Tile::kBands, 32, Tile::kColumns}, &Tile::column);
-  tile["stored"] = table({Tile::kThreads, Tile::kSteps}, [](uint32_t thread, uint32_t, uint32_t i) {
-    return Tile::stored_further(Tile::stored(thread), i);
+  tile["column"] = table({32, Tile::kLaneColumns},
+                         [](uint32_t lane, uint32_t, uint32_t n) { return Tile::column(lane, n); });
+  tile["stored"] = table({32, Tile::kStores}, [](uint32_t lane, uint32_t, uint32_t j) {
+    return Tile::stored_further(Tile::stored(lane), j);
   });
-  tile["block_scale"] = table({Tile::kBands, 32, Tile::kColumns}, &Tile::block_scale);
-  tile["scaled_column"] = table({Tile::kThreads, 1}, [](uint32_t thread, uint32_t, uint32_t) {
-    return Tile::scaled_column(thread);
+  tile["block_scale"] = table({32, Tile::kLaneColumns}, [](uint32_t lane, uint32_t, uint32_t n) {
+    return Tile::block_scale(lane, n);
+  });
+  tile["scaled_column"] = table({Tile::kColumns, 1}, [](uint32_t word, uint32_t, uint32_t) {
+    return Tile::scaled_column(word);
   });
   return tile;
 }

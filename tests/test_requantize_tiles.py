@@ -1,7 +1,7 @@
 """The kernel of csrc/cuda/requantize_codes.cu: mxfp4 to mxfp4, stochastic, byte for byte.
 
-A tile of 256 x 256 codes is rounded in place in shared memory, so what could go wrong is where its
-bytes lie (checked on any machine), its edges, the tiles that follow one another in a CTA, and
+A tile of 128 x 64 codes is rounded in place in shared memory, so what could go wrong is where its
+bytes lie (checked on any machine), its edges, the tiles that a warp takes one after the other, and
 squares that leave the fast path beside squares that do not. test_strips.py has its scales.
 """
 
@@ -55,28 +55,36 @@ def assert_each_bank_once(offsets: np.ndarray) -> None:
 
 
 def test_rows_and_columns_fill_the_same_bytes(tile):
+    """A band's 32 rows, then the columns of its 8 lanes."""
     rows, columns = tile["chunk"], tile["column"]
-    assert (rows.ravel() == np.arange(0, 256 * 128, 16)).all()
-    assert (np.sort(columns.reshape(8, -1), axis=1) == rows.reshape(8, -1)).all()  # by bands
+    assert (np.sort(rows.ravel()) == np.arange(0, 128 * 32, 16)).all()
+    by_band = [np.sort(t.reshape(4, -1), axis=1) for t in (rows, columns)]
+    assert (by_band[0] == by_band[1]).all()
     # A lane's columns lie in 128 bytes that are no other lane's.
-    assert (columns // 128 == np.arange(256).reshape(8, 32, 1)).all()
-    assert_each_bank_once(columns.transpose(0, 2, 1).reshape(8, 8, 4, 8))
-    assert_each_bank_once(rows)
+    assert (columns // 128 == np.arange(32)[:, None]).all()
+    assert_each_bank_once(columns.T.reshape(8, 4, 8))
+    assert_each_bank_once(rows.reshape(-1, 8))  # copies: 4 rows, both chunks
+
+
+def test_bands_read_words_of_their_rows_without_conflicts(tile):
+    lane, row = np.indices((32, 32))
+    words = tile["chunk"][lane // 8 * 32 + row, lane % 8 // 4] + lane % 4 * 4
+    assert (np.sort(words // 4 % 32, axis=0) == np.arange(32)[:, None]).all()
 
 
 def test_stores_take_every_block_once(tile):
-    thread, step = np.indices((256, 8))
-    column, band = thread // 8 + 32 * step, thread % 8
-    assert (tile["stored"] == tile["column"][band, column // 8, column % 8]).all()
-    assert len(np.unique(tile["stored"])) == 2048
-    assert_each_bank_once(tile["stored"].T.reshape(8, 32, 8))
+    lane, step = np.indices((32, 8))
+    column, band = lane // 4 + 8 * step, lane % 4
+    assert (tile["stored"] == tile["column"][band * 8 + column // 8, column % 8]).all()
+    assert len(np.unique(tile["stored"])) == 256
+    assert_each_bank_once(tile["stored"].T.reshape(8, 4, 8))
 
 
 def test_scales_of_a_column_are_a_word(tile):
     scales, column = tile["block_scale"], tile["scaled_column"][:, 0]
-    assert (np.sort(column) == np.arange(256)).all()
-    words = scales[:, column // 8, column % 8].T  # [thread, band]
-    assert (words == np.arange(2048).reshape(256, 8)).all()
+    assert (np.sort(column) == np.arange(64)).all()
+    words = scales.reshape(4, 8, 8)[:, column // 8, column % 8].T  # [word, band]
+    assert (words == np.arange(256).reshape(64, 4)).all()
 
 
 # ---- the kernel ----
@@ -84,7 +92,7 @@ def test_scales_of_a_column_are_a_word(tile):
 
 @pytest.mark.parametrize("swizzle", [False, True])
 @pytest.mark.parametrize(
-    "shape", [(256, 256), (255, 257), (257, 255), (512, 768), (33, 1000), (1000, 33), (700, 520)]
+    "shape", [(128, 64), (127, 65), (129, 63), (512, 768), (33, 1000), (1000, 33), (700, 520)]
 )
 def test_edges_of_tiles(shape, swizzle, device):
     data, scale, _ = random_operand(*shape)
@@ -119,12 +127,12 @@ def test_operands_that_start_anywhere(which, shift, device):
 
 
 def test_more_tiles_than_run_at_once(device):
-    """So that a CTA takes a third into the place of its first; against the CPU's kernel."""
-    sms = 4
+    """So that a warp takes a third into the place of its first; against the CPU's kernel."""
+    sms = 2
     if torch.device(device).type == "cuda":
         sms = torch.cuda.get_device_properties(device).multi_processor_count
-    # 3 CTAs a multiprocessor, 20 tiles below one another.
-    rows, cols = 256 * 20 - 3, 256 * -(-3 * 3 * sms // 20) + 64
+    # 32 warps a multiprocessor, 20 tiles below one another.
+    rows, cols = 128 * 20 - 3, 64 * -(-3 * 32 * sms // 20) + 16
     data, scale, _ = random_operand(rows, cols)
     scale[::997, ::3] = 60
     made = [

@@ -5,6 +5,8 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
+
 #include "cuda/quantize.h"
 
 // What is CUDA's own in a launch, and in a kernel's dynamic shared memory; csrc/emulation has
@@ -26,6 +28,29 @@ inline cudaError_t count_multiprocessors(int* count) {
   const cudaError_t error = cudaGetDevice(&device);
   if (error != cudaSuccess) return error;
   return cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device);
+}
+
+// Of kernels whose warps work for themselves, each on a tile in shared memory: a CTA for each
+// multiprocessor, which takes every ctas-th tile, and no more warps than there is room for, or than
+// there are tiles.
+struct SharedTiles {
+  unsigned ctas, warps;  // warps: of a CTA
+};
+
+// tile_bytes: of a warp; more_bytes: of the CTA beside these.
+inline cudaError_t share_tiles(uint32_t tiles, int tile_bytes, int more_bytes, int most_warps,
+                               SharedTiles* share) {
+  int device = 0, sms = 0, shared = 0;
+  cudaError_t error = count_multiprocessors(&sms);
+  if (error == cudaSuccess) error = cudaGetDevice(&device);
+  if (error == cudaSuccess)
+    error = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error != cudaSuccess) return error;
+  const int room = (shared - more_bytes) / tile_bytes;
+  share->ctas = std::min(tiles, static_cast<uint32_t>(sms));
+  share->warps = std::min((tiles + share->ctas - 1) / share->ctas,
+                          static_cast<uint32_t>(std::min(room, most_warps)));
+  return cudaSuccess;
 }
 
 // kernel<<<grid, block, 0, stream>>>(arguments...), and the error of it.

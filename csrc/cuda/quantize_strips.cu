@@ -8,8 +8,6 @@
 // long before others. The next tile is copied when the last blocks of one are in registers and few
 // enough to leave room for the copy's addresses. The copies are 16 bytes, so x must be aligned to
 // that, in both directions.
-#include <algorithm>
-
 #include "cuda/divide.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/strip_tile.cuh"
@@ -253,23 +251,6 @@ static StripGrid make_grid(const void* x, int64_t height, int64_t width, int64_t
           narrow(height == 1 ? 0 : pitch * 2), narrow(across * down), Divisor::of(across)};
 }
 
-// A CTA a multiprocessor, and no more warps than shared memory has room for tiles, or than there
-// are tiles.
-static cudaError_t share_tiles(const StripGrid& g, int most_warps, unsigned* ctas,
-                               unsigned* warps) {
-  int device = 0, sms = 0, shared = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess)
-    error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
-  if (error == cudaSuccess)
-    error = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  const int room = (shared - static_cast<int>(sizeof(StripStatic))) / StripTraits::kTileBytes;
-  *ctas = std::min(g.tiles, static_cast<uint32_t>(sms));
-  *warps =
-      std::min((g.tiles + *ctas - 1) / *ctas, static_cast<uint32_t>(std::min(room, most_warps)));
-  return error;
-}
-
 // As many CTAs as fit the GPU, and no more than there are tiles for their warps.
 static cudaError_t resident_ctas(const StripGrid& g, int per_sm, unsigned* ctas) {
   int device = 0, sms = 0;
@@ -285,12 +266,13 @@ static cudaError_t resident_ctas(const StripGrid& g, int per_sm, unsigned* ctas)
 template <Strip kRow, Strip kCol, bool kFlat = false, bool kRuns = false>
 static cudaError_t launch_strips(const QuantizeParams& row, const QuantizeParams& col,
                                  const StripGrid& grid, cudaStream_t stream) {
-  unsigned ctas = 0, warps = 0;
-  const cudaError_t error = share_tiles(grid, strip_warps(kRow), &ctas, &warps);
+  SharedTiles share;
+  const cudaError_t error = share_tiles(grid.tiles, StripTraits::kTileBytes, sizeof(StripStatic),
+                                        strip_warps(kRow), &share);
   if (error != cudaSuccess) return error;
-  return launch_with_shared(quantize_strips_kernel<kRow, kCol, kFlat, kRuns>, ctas, warps * 32,
-                            warps * StripTraits::kTileBytes, stream, row, col, make_plan<kRow>(row),
-                            make_plan<kCol>(col), grid);
+  return launch_with_shared(quantize_strips_kernel<kRow, kCol, kFlat, kRuns>, share.ctas,
+                            share.warps * 32, share.warps * StripTraits::kTileBytes, stream, row,
+                            col, make_plan<kRow>(row), make_plan<kCol>(col), grid);
 }
 
 template <bool kFlat>

@@ -12,10 +12,10 @@
 // largest element, and no element exceeds 6 S. Squares of other scales, NaN, and prescales go
 // element by element (strip.cuh).
 //
-// A CTA's tile is 256 rows x 256 columns of x: rows come in, and rows of the result leave, as lines
-// of 128 bytes. A CTA is persistent and has one tile in shared memory (code_tile.h says how it lies
-// there), where it is rounded in place; meanwhile the next is fetched into the L2. While one CTA
-// copies, the other three of its multiprocessor round.
+// Every warp works for itself, on a tile of 128 rows x 64 columns of x in shared memory
+// (code_tile.h says how it lies there), where it is rounded in place; meanwhile the next is fetched
+// into the L2. A CTA has all warps of a multiprocessor; they take its tiles, every gridDim.x-th,
+// one by one, as those of quantize_strips.cu do. While one warp copies, the others round.
 #include "cuda/code_tile.h"
 #include "cuda/divide.cuh"
 #include "cuda/launch.cuh"
@@ -29,7 +29,7 @@ namespace {
 // ---- traits ----
 
 struct CodeTraits {
-  static constexpr int kCtas = 4;          // of an SM, as many as registers allow
+  static constexpr int kMostWarps = 32;    // of a CTA, as many as registers allow
   static constexpr uint32_t kSquares = 8;  // 32 x 32, of a warp, each of 4 lanes
   // Scales that neither under- nor overflow on the way, and how far they may lie apart.
   static constexpr uint32_t kFirst = 16, kLast = 250, kBinades = 9;
@@ -41,92 +41,93 @@ struct CodeGrid {
   uint32_t height, blocks, tiles;
   Divisor across;
   bool pairs;            // no prescale
-  bool loads8, stores8;  // rows of scales are aligned words of 8
+  bool loads2, stores4;  // rows of scales are aligned words of 2 and 4
 };
 
 struct CodePlace {
   uint32_t row, column;
   __device__ __forceinline__ CodePlace(const CodeGrid& g, uint32_t tile) {
     const uint32_t down = g.across.divide(tile);
-    row = down * CodeTile::kSize;
-    column = (tile - down * g.across.value) * CodeTile::kSize;
+    row = down * CodeTile::kRows;
+    column = (tile - down * g.across.value) * CodeTile::kColumns;
   }
 };
 
 struct alignas(128) CodeShared {
   uint8_t codes[CodeTile::kBytes];
-  uint8_t scales[CodeTile::kScaleBytes];
-  uint8_t block_scales[CodeTile::kScaleBytes];
-  uint4 rows[CodeTile::kBands][CodeTraits::kSquares][4];  // of a square: see survey
+  uint16_t scales[CodeTile::kRows];  // of a row's two blocks
+  uint8_t block_scales[CodeTile::kBlockScaleBytes];
+  uint4 rows[CodeTraits::kSquares][4];  // of a square: see survey
 };
 
-static_assert(CodeTraits::kCtas * (sizeof(CodeShared) + 1024) <= 228 * 1024,
-              "what a multiprocessor of 9.0 has, of which a CTA costs 1 KiB more");
-
-// threadIdx.x, found where it stands, so that nothing of it waits in registers.
-__device__ __forceinline__ uint32_t thread_id(uint32_t warp) { return warp * 32 + ptx::lane_id(); }
+static_assert(sizeof(uint16_t) == CodeTile::kBlocks && sizeof(uint32_t) == CodeTile::kBands,
+              "scales of a row come, and those of a column leave, as one word");
+static_assert(CodeTraits::kMostWarps * sizeof(CodeShared) <= 226 * 1024,
+              "what a CTA may have on 9.0, less what it counts in");
 
 // ---- in ----
 
 // Start copying the codes of a tile, with zeros outside of x.
-__device__ __forceinline__ void copy_codes(const CodeGrid& g, const CodePlace& at, uint32_t thread,
+__device__ __forceinline__ void copy_codes(const CodeGrid& g, const CodePlace& at,
                                            CodeShared& tile) {
-  const uint32_t chunk = thread % CodeTile::kChunks, first = thread / CodeTile::kChunks;
+  const uint32_t lane = ptx::lane_id();
+  const uint32_t chunk = lane % CodeTile::kChunks, first = lane / CodeTile::kChunks;
   const uint32_t block = at.column / 32 + chunk, row = at.row + first;
   const uint8_t* from = g.x + (static_cast<uint64_t>(row) * g.blocks + block) * 16;
-  const uint64_t pitch = static_cast<uint64_t>(g.blocks) * (16 * CodeTile::kStep);
+  const uint64_t pitch = static_cast<uint64_t>(g.blocks) * (16 * CodeTile::kCopyRows);
   const uint32_t to = ptx::shared_address(tile.codes) + CodeTile::chunk(first, chunk);
-  if (at.row + CodeTile::kSize <= g.height && at.column + CodeTile::kSize <= g.blocks * 32) {
+  // As chunk() has it: a copy's rows are half a band, whose number turns those of a line.
+  const auto place = [&](uint32_t i) {
+    return (to ^ i / 2 * CodeTile::kRowBytes) + i * (CodeTile::kCopyRows * CodeTile::kRowBytes);
+  };
+  if (at.row + CodeTile::kRows <= g.height && at.column + CodeTile::kColumns <= g.blocks * 32) {
 #pragma unroll
-    for (uint32_t i = 0; i < CodeTile::kSteps; ++i, from += pitch)
-      ptx::cp_async_16(to + CodeTile::chunk(i * CodeTile::kStep, 0), from, 16);
+    for (uint32_t i = 0; i < CodeTile::kCopies; ++i, from += pitch)
+      ptx::cp_async_16(place(i), from, 16);
     return;
   }
 #pragma unroll 1
-  for (uint32_t i = 0; i < CodeTile::kSize; i += CodeTile::kStep, from += pitch) {
-    const bool inside = row + i < g.height && block < g.blocks;
-    ptx::cp_async_16(to + CodeTile::chunk(i, 0), inside ? from : g.x, inside ? 16 : 0);
+  for (uint32_t i = 0; i < CodeTile::kCopies; ++i, from += pitch) {
+    const bool inside = row + i * CodeTile::kCopyRows < g.height && block < g.blocks;
+    ptx::cp_async_16(place(i), inside ? from : g.x, inside ? 16 : 0);
   }
 }
 
-// The same of their scales: a thread takes the 8 of a row.
+// The scales of a tile's rows, two of each.
 __device__ __forceinline__ void copy_scales(const QuantizeParams& p, const CodeGrid& g,
-                                            const CodePlace& at, uint32_t thread,
-                                            CodeShared& tile) {
-  const uint32_t row = at.row + thread, block = at.column / 32;
-  const uint32_t blocks = row < g.height ? g.blocks - block : 0;
-  const uint8_t* from = p.in_scale;
-  if (blocks != 0) from += static_cast<uint64_t>(row) * g.blocks + block;
-  const uint32_t to = ptx::shared_address(tile.scales) + thread * 8;
-  if (g.loads8) return ptx::cp_async_8(to, from, blocks != 0 ? 8 : 0);
-  uint32_t word[2] = {0, 0};
+                                            const CodePlace& at, CodeShared& tile) {
+  const uint32_t block = at.column / 32;
+  uint32_t pair[CodeTile::kRows / 32];
 #pragma unroll
-  for (uint32_t s = 0; s < 8; ++s)
-    if (s < blocks) word[s / 4] |= ptx::ld_global_nc_u8(from + s) << (8 * (s % 4));
-  ptx::st_shared_v2(to, word[0], word[1]);
-}
-
-__device__ __forceinline__ void copy_tile(const QuantizeParams& p, const CodeGrid& g,
-                                          uint32_t index, uint32_t thread, CodeShared& tile) {
-  const CodePlace at(g, index);
-  copy_codes(g, at, thread, tile);
-  copy_scales(p, g, at, thread, tile);
-}
-
-// Ask the L2 for a tile, by its sectors of 32 bytes: 4 of a row, and one of its scales.
-__device__ __forceinline__ void fetch_tile(const QuantizeParams& p, const CodeGrid& g,
-                                           uint32_t index, uint32_t thread) {
-  const CodePlace at(g, index);
-  const uint32_t block = at.column / 32 + thread % 4 * 2;
-#pragma unroll
-  for (uint32_t i = 0; i < 4; ++i) {
-    const uint32_t row = at.row + thread / 4 + i * (CodeTile::kThreads / 4);
-    if (row < g.height && block < g.blocks)
-      ptx::prefetch_global_l2(g.x + (static_cast<uint64_t>(row) * g.blocks + block) * 16);
+  for (uint32_t i = 0; i < CodeTile::kRows / 32; ++i) {
+    const uint32_t row = at.row + i * 32 + ptx::lane_id();
+    const uint32_t blocks = row < g.height ? g.blocks - block : 0;
+    const uint8_t* from = p.in_scale + static_cast<uint64_t>(row) * g.blocks + block;
+    pair[i] = 0;
+    if (blocks != 0 && g.loads2) {
+      pair[i] = *reinterpret_cast<const uint16_t*>(from);
+    } else if (blocks != 0) {
+      pair[i] = from[0] | (blocks > 1 ? from[1] << 8 : 0);
+    }
   }
-  const uint32_t row = at.row + thread;
-  if (row < g.height)
-    ptx::prefetch_global_l2(p.in_scale + static_cast<uint64_t>(row) * g.blocks + at.column / 32);
+#pragma unroll
+  for (uint32_t i = 0; i < CodeTile::kRows / 32; ++i)
+    tile.scales[i * 32 + ptx::lane_id()] = static_cast<uint16_t>(pair[i]);
+}
+
+// Ask the L2 for a tile, by its sectors of 32 bytes: one of a row's codes, and one of its scales.
+__device__ __forceinline__ void fetch_tile(const QuantizeParams& p, const CodeGrid& g,
+                                           uint32_t index) {
+  const CodePlace at(g, index);
+  const uint32_t block = at.column / 32;
+#pragma unroll
+  for (uint32_t i = 0; i < CodeTile::kRows / 32; ++i) {
+    const uint32_t row = at.row + i * 32 + ptx::lane_id();
+    const uint64_t from = static_cast<uint64_t>(row) * g.blocks + block;
+    if (row >= g.height) continue;
+    ptx::prefetch_global_l2(g.x + from * 16);
+    ptx::prefetch_global_l2(p.in_scale + from);
+  }
 }
 
 // ---- transposed ----
@@ -150,21 +151,26 @@ __device__ __forceinline__ void transpose_nibbles(const uint32_t (&w)[8], uint32
   }
 }
 
-// A lane's 32 x 8 codes, from a band's rows to its columns. When a lane writes a column, which it
+// A lane's 32 x 8 codes, from its band's rows to its columns. When a lane writes a column, which it
 // alone reads, all have left the rows.
-__device__ __forceinline__ void transpose_codes(CodeShared& tile, uint32_t band) {
-  const uint32_t lane = ptx::lane_id();
-  const uint32_t from = ptx::shared_address(tile.codes) + CodeTile::chunk(32 * band, 0) + lane * 4;
+__device__ __forceinline__ void transpose_codes(CodeShared& tile) {
+  const uint32_t lane = ptx::lane_id(), band = lane / CodeTile::kLanes;
+  const uint32_t base = ptx::shared_address(tile.codes);
+  const uint32_t from = base + CodeTile::chunk(32 * band, 0) + lane % CodeTile::kLanes * 4;
+  uint32_t line[4];  // rows 0 to 3; every 4 rows are a line of 128 bytes further
+#pragma unroll
+  for (uint32_t j = 0; j < 4; ++j) line[j] = from ^ (j * CodeTile::kRowBytes);
   uint32_t columns[4][8];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
+  for (uint32_t i = 0; i < 4; ++i) {
     uint32_t w[8];
 #pragma unroll
-    for (int j = 0; j < 8; ++j) w[j] = ptx::ld_shared_b32(from + CodeTile::chunk(8 * i + j, 0));
+    for (uint32_t j = 0; j < 8; ++j)
+      w[j] = ptx::ld_shared_b32(line[j % 4] + (8 * i + j) / 4 * (4 * CodeTile::kRowBytes));
     transpose_nibbles(w, columns[i]);
   }
   __syncwarp();
-  const uint32_t to = ptx::shared_address(tile.codes) + CodeTile::column(band, lane, 0);
+  const uint32_t to = base + CodeTile::column(lane, 0);
 #pragma unroll
   for (int n = 0; n < 8; ++n)
     ptx::st_shared_v4(to ^ (n * 16), columns[0][n], columns[1][n], columns[2][n], columns[3][n]);
@@ -172,25 +178,31 @@ __device__ __forceinline__ void transpose_codes(CodeShared& tile, uint32_t band)
 
 // ---- scales of the source ----
 
-// Of 8 rows: lane 4 s + i takes rows 8 i to 8 i + 7 of square s, whose 4 lanes all need them.
+// Of 8 rows: lane 4 s + i takes rows 8 i to 8 i + 7 of square s, whose 4 lanes all need them. Two
+// squares are side by side in a band.
 struct RowScales {
   uint32_t code[8];
 
-  __device__ __forceinline__ RowScales(CodeShared& tile, uint32_t band) {
-    const uint32_t lane = ptx::lane_id();
-    const uint8_t* from = tile.scales + (32 * band + lane % 4 * 8) * 8 + lane / 4;
+  __device__ __forceinline__ static uint32_t first_row(uint32_t lane) {
+    return lane / CodeTile::kLanes * 32 + lane % 4 * 8;
+  }
+
+  __device__ __forceinline__ explicit RowScales(CodeShared& tile) {
+    const uint32_t lane = ptx::lane_id(), odd = lane / 4 % 2;
+    const uint4 pairs = *reinterpret_cast<const uint4*>(tile.scales + first_row(lane));
+    const uint32_t w[4] = {pairs.x, pairs.y, pairs.z, pairs.w};
 #pragma unroll
-    for (int t = 0; t < 8; ++t) code[t] = from[8 * t];
+    for (int t = 0; t < 8; ++t) code[t] = __byte_perm(w[t / 2], 0, 0x4440 + t % 2 * 2 + odd);
   }
 
   // Whether some of the rows whose scale is 0 hold other codes than zeros.
-  __device__ __forceinline__ bool hides_codes(CodeShared& tile, uint32_t band) const {
-    const uint32_t lane = ptx::lane_id(), first = 32 * band + lane % 4 * 8;
+  __device__ __forceinline__ bool hides_codes(CodeShared& tile) const {
+    const uint32_t lane = ptx::lane_id(), first = first_row(lane);
     uint32_t found = 0;
 #pragma unroll
     for (int t = 0; t < 8; ++t) {
       const uint4 w =
-          *reinterpret_cast<const uint4*>(tile.codes + CodeTile::chunk(first + t, lane / 4));
+          *reinterpret_cast<const uint4*>(tile.codes + CodeTile::chunk(first + t, lane / 4 % 2));
       found |= code[t] == 0 ? w.x | w.y | w.z | w.w : 0u;
     }
     return (found & 0x77777777u) != 0;
@@ -224,9 +236,8 @@ struct Square {
 
 // Leaves the units in rows[square], or the scales where the squares are not fast. The tile must
 // still hold the rows.
-__device__ __forceinline__ Square survey(CodeShared& tile, uint32_t band, bool pairs,
-                                         uint4 (&rows)[CodeTraits::kSquares][4]) {
-  const RowScales scales(tile, band);
+__device__ __forceinline__ Square survey(CodeShared& tile, bool pairs) {
+  const RowScales scales(tile);
   const uint32_t lane = ptx::lane_id();
   uint32_t largest = 0, smallest = 255, least = 255;  // smallest: but for zeros, less 1
 #pragma unroll
@@ -236,7 +247,7 @@ __device__ __forceinline__ Square survey(CodeShared& tile, uint32_t band, bool p
     smallest = min(smallest, (scales.code[t] - 1) & 0xFFu);
   }
   const bool hidden =
-      __any_sync(kAllLanes, least == 0) && __any_sync(kAllLanes, scales.hides_codes(tile, band));
+      __any_sync(kAllLanes, least == 0) && __any_sync(kAllLanes, scales.hides_codes(tile));
 #pragma unroll
   for (int lanes = 1; lanes < 4; lanes *= 2) {
     largest = max(largest, __shfl_xor_sync(kAllLanes, largest, lanes));
@@ -246,7 +257,7 @@ __device__ __forceinline__ Square survey(CodeShared& tile, uint32_t band, bool p
       largest == 0 || (smallest + 1 >= CodeTraits::kFirst && largest <= CodeTraits::kLast &&
                        largest - smallest - 1 <= CodeTraits::kBinades);
   const bool fast = __all_sync(kAllLanes, near) && !hidden && pairs;
-  rows[lane / 4][lane % 4] = fast ? scales.units(largest) : scales.packed();
+  tile.rows[lane / 4][lane % 4] = fast ? scales.units(largest) : scales.packed();
   return {largest, fast};
 }
 
@@ -343,110 +354,117 @@ __device__ __forceinline__ StripBlock round_values(const uint4& column, const ui
 
 // ---- kernel ----
 
-// A warp's band, in place: rows of codes to blocks of columns. at: of the tile.
-__device__ __forceinline__ void round_band(const QuantizeParams& p, const CodeGrid& g,
+// A tile, in place: rows of codes to blocks of columns.
+__device__ __forceinline__ void round_tile(const QuantizeParams& p, const CodeGrid& g,
                                            const CodePlace& at, const StripOperand& operand,
-                                           uint32_t band, CodeShared& tile) {
+                                           CodeShared& tile) {
   const uint32_t lane = ptx::lane_id();
-  const uint32_t k = at.row + 32 * band, kp = static_cast<uint32_t>(p.kp);
-  if (k >= kp) return;
-  uint4(&rows)[CodeTraits::kSquares][4] = tile.rows[band];
-  const Square square = survey(tile, band, g.pairs, rows);
-  transpose_codes(tile, band);
-  const uint32_t columns = ptx::shared_address(tile.codes) + CodeTile::column(band, lane, 0);
-  const uint32_t scales =
-      ptx::shared_address(tile.block_scales) + CodeTile::block_scale(band, lane, 0);
-  const uint32_t group = (at.column + lane * CodeTile::kColumns) * (kp / 32) + k / 32;
+  const Square square = survey(tile, g.pairs);
+  transpose_codes(tile);
+  const uint4(&rows)[4] = tile.rows[lane / 4];
+  const uint32_t columns = ptx::shared_address(tile.codes) + CodeTile::column(lane, 0);
+  const uint32_t scales = ptx::shared_address(tile.block_scales) + CodeTile::block_scale(lane, 0);
+  const uint32_t blocks = static_cast<uint32_t>(p.kp) / 32;
+  const uint32_t group = (at.column + lane % CodeTile::kLanes * CodeTile::kLaneColumns) * blocks +
+                         at.row / 32 + lane / CodeTile::kLanes;
   const auto each_column = [&](auto round) {
 #pragma unroll 1
-    for (uint32_t n = 0; n < CodeTile::kColumns; ++n) {
+    for (uint32_t n = 0; n < CodeTile::kLaneColumns; ++n) {
       const uint4 column = ptx::ld_shared_v4(columns ^ (n * 16));
       const StripBlock b = round(column, n);
       ptx::st_shared_v4(columns ^ (n * 16), b.codes.x, b.codes.y, b.codes.z, b.codes.w);
-      ptx::st_shared_u8(scales + CodeTile::block_scale(0, 0, n), b.scale);
+      ptx::st_shared_u8(scales + CodeTile::block_scale(0, n), b.scale);
     }
   };
   if (square.fast) {
     uint32_t units[16];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const uint4 u = rows[lane / 4][i];
+      const uint4 u = rows[i];
       units[4 * i] = u.x, units[4 * i + 1] = u.y, units[4 * i + 2] = u.z, units[4 * i + 3] = u.w;
     }
     each_column([&](const uint4& column, uint32_t n) {
-      return round_codes(column, units, square.largest, operand.keys, group + n * (kp / 32));
+      return round_codes(column, units, square.largest, operand.keys, group + n * blocks);
     });
   } else {
     each_column([&](const uint4& column, uint32_t n) {
-      return round_values(column, rows[lane / 4], p, operand, group + n * (kp / 32));
+      return round_values(column, rows, p, operand, group + n * blocks);
     });
   }
 }
 
-// 8 lanes write the 8 blocks of an operand row.
+// 4 lanes write the 4 blocks of an operand row.
 __device__ __forceinline__ void store_codes(const QuantizeParams& p, const CodePlace& at,
-                                            uint32_t thread, CodeShared& tile) {
-  const uint32_t band = thread % CodeTile::kBands, first = thread / CodeTile::kBands;
-  const uint32_t k = at.row + 32 * band, row = at.column + first;
+                                            CodeShared& tile) {
+  const uint32_t lane = ptx::lane_id();
+  const uint32_t block = at.row / 32 + lane % CodeTile::kBands,
+                 row = at.column + lane / CodeTile::kBands;
   const uint32_t rows = static_cast<uint32_t>(p.rows), blocks = static_cast<uint32_t>(p.kp) / 32;
-  const uint32_t left = k / 32 < blocks && row < rows ? rows - row : 0;
-  const uint32_t from = ptx::opaque(ptx::shared_address(tile.codes) + CodeTile::stored(thread));
-  uint8_t* to = p.data + (static_cast<uint64_t>(row) * blocks + k / 32) * 16;
-  const uint64_t pitch = static_cast<uint64_t>(blocks) * (16 * CodeTile::kStep);
-  const auto store = [&](uint32_t i) {
-    *reinterpret_cast<uint4*>(to + i * pitch) =
-        ptx::ld_shared_v4(CodeTile::stored_further(from, i));
+  const uint32_t left = block < blocks && row < rows ? rows - row : 0;
+  const uint32_t from = ptx::shared_address(tile.codes) + CodeTile::stored(lane);
+  uint8_t* to = p.data + (static_cast<uint64_t>(row) * blocks + block) * 16;
+  const uint64_t pitch = static_cast<uint64_t>(blocks) * (16 * CodeTile::kStoreColumns);
+  const auto store = [&](uint32_t j) {
+    *reinterpret_cast<uint4*>(to + j * pitch) =
+        ptx::ld_shared_v4(CodeTile::stored_further(from, j));
   };
-  if (left > (CodeTile::kSteps - 1) * CodeTile::kStep) {
+  if (left > (CodeTile::kStores - 1) * CodeTile::kStoreColumns) {
 #pragma unroll
-    for (uint32_t i = 0; i < CodeTile::kSteps; ++i) store(i);
+    for (uint32_t j = 0; j < CodeTile::kStores; ++j) store(j);
     return;
   }
 #pragma unroll 1
-  for (uint32_t i = 0; i * CodeTile::kStep < left; ++i) store(i);
+  for (uint32_t j = 0; j * CodeTile::kStoreColumns < left; ++j) store(j);
 }
 
-// A thread writes the 8 scales of an operand row.
+// A lane writes the 4 scales of two operand rows.
 __device__ __forceinline__ void store_scales(const QuantizeParams& p, const CodeGrid& g,
-                                             const CodePlace& at, uint32_t thread,
-                                             const uint8_t* block_scales) {
-  const uint32_t row = at.column + CodeTile::scaled_column(thread);
+                                             const CodePlace& at, const CodeShared& tile) {
   const uint32_t kp = static_cast<uint32_t>(p.kp);
-  if (row >= static_cast<uint32_t>(p.rows)) return;
-  const uint8_t* from = block_scales + thread * CodeTile::kBands;
-  uint8_t* to = p.scale + (static_cast<uint64_t>(row) * (kp / 32) + at.row / 32);
-  if (g.stores8) {
-    *reinterpret_cast<uint2*>(to) = *reinterpret_cast<const uint2*>(from);
-    return;
-  }
+#pragma unroll
+  for (uint32_t i = 0; i < CodeTile::kColumns / 32; ++i) {
+    const uint32_t word = i * 32 + ptx::lane_id();
+    const uint32_t row = at.column + CodeTile::scaled_column(word);
+    if (row >= static_cast<uint32_t>(p.rows)) continue;
+    const uint8_t* from = tile.block_scales + word * CodeTile::kBands;
+    uint8_t* to = p.scale + (static_cast<uint64_t>(row) * (kp / 32) + at.row / 32);
+    if (g.stores4) {
+      *reinterpret_cast<uint32_t*>(to) = *reinterpret_cast<const uint32_t*>(from);
+      continue;
+    }
 #pragma unroll 1
-  for (uint32_t b = 0; b < CodeTile::kBands; ++b) {
-    const uint32_t k = at.row + 32 * b;
-    if (k < kp) *(p.swizzled ? scale_at<Mxfp4>(p, row, k) : to + b) = from[b];
+    for (uint32_t b = 0; b < CodeTile::kBands; ++b) {
+      const uint32_t k = at.row + 32 * b;
+      if (k < kp) *(p.swizzled ? scale_at<Mxfp4>(p, row, k) : to + b) = from[b];
+    }
   }
 }
 
-__global__ void __launch_bounds__(CodeTile::kThreads, CodeTraits::kCtas)
+__global__ void __launch_bounds__(CodeTraits::kMostWarps * 32, 1)
     requantize_codes_kernel(const QuantizeParams p, const StripPlan plan, const CodeGrid g) {
   MXT_DYNAMIC_SHARED(memory, 128);
-  CodeShared& shared = *reinterpret_cast<CodeShared*>(memory);
+  __shared__ uint32_t taken;  // how many of the CTA's tiles have been begun
+  if (threadIdx.x == 0) taken = blockDim.x / 32;
   const PhiloxSchedule keys = uniform_schedule(p);
   const StripOperand operand = {plan, keys, nullptr};
-  const uint32_t step = gridDim.x, warp = uniform(threadIdx.x / 32);
-  if (blockIdx.x < g.tiles) copy_tile(p, g, blockIdx.x, thread_id(warp), shared);
+  __syncthreads();
+  const uint32_t warp = uniform(threadIdx.x / 32);
+  CodeShared& tile = reinterpret_cast<CodeShared*>(memory)[warp];
+  uint32_t index = blockIdx.x + gridDim.x * warp;
 #pragma unroll 1
-  for (uint32_t index = blockIdx.x; index < g.tiles;) {
+  while (index < g.tiles) {
     const CodePlace at(g, index);
-    index += step;
+    copy_codes(g, at, tile);
+    copy_scales(p, g, at, tile);
+    index = blockIdx.x + gridDim.x * uniform(ptx::lane_id() == 0 ? atomicAdd(&taken, 1u) : 0u);
+    if (index < g.tiles) fetch_tile(p, g, index);
     ptx::cp_async_wait_all();
-    __syncthreads();
-    if (index < g.tiles) fetch_tile(p, g, index, thread_id(warp));
-    round_band(p, g, at, operand, warp, shared);
-    __syncthreads();
-    store_codes(p, at, thread_id(warp), shared);
-    store_scales(p, g, at, thread_id(warp), shared.block_scales);
-    __syncthreads();
-    if (index < g.tiles) copy_tile(p, g, index, thread_id(warp), shared);
+    __syncwarp();
+    round_tile(p, g, at, operand, tile);
+    __syncwarp();
+    store_codes(p, at, tile);
+    store_scales(p, g, at, tile);
+    __syncwarp();
   }
 }
 
@@ -457,10 +475,10 @@ __global__ void __launch_bounds__(CodeTile::kThreads, CodeTraits::kCtas)
 // As can_strip_columns says, without a rotation.
 cudaError_t launch_requantize_codes(const QuantizeParams& p, cudaStream_t stream) {
   const auto narrow = [](int64_t n) { return static_cast<uint32_t>(n); };
-  const int64_t across = (p.rows + CodeTile::kSize - 1) / CodeTile::kSize,
-                down = (p.kp + CodeTile::kSize - 1) / CodeTile::kSize;
-  const auto words8 = [](const uint8_t* scales, int64_t in_row) {
-    return in_row % 8 == 0 && reinterpret_cast<uintptr_t>(scales) % 8 == 0;
+  const int64_t across = (p.rows + CodeTile::kColumns - 1) / CodeTile::kColumns,
+                down = (p.kp + CodeTile::kRows - 1) / CodeTile::kRows;
+  const auto words = [](const uint8_t* scales, int64_t in_row, int64_t size) {
+    return in_row % size == 0 && reinterpret_cast<uintptr_t>(scales) % size == 0;
   };
   const CodeGrid g = {static_cast<const uint8_t*>(p.x),
                       narrow(p.cols),
@@ -468,14 +486,14 @@ cudaError_t launch_requantize_codes(const QuantizeParams& p, cudaStream_t stream
                       narrow(across * down),
                       Divisor::of(across),
                       p.prescale == 1.0f,
-                      words8(p.in_scale, p.in_blocks),
-                      !p.swizzled && words8(p.scale, p.kp / 32)};
-  int sms = 0;
-  const cudaError_t error = count_multiprocessors(&sms);
+                      words(p.in_scale, p.in_blocks, CodeTile::kBlocks),
+                      !p.swizzled && words(p.scale, p.kp / 32, CodeTile::kBands)};
+  SharedTiles share;
+  const cudaError_t error =
+      share_tiles(g.tiles, sizeof(CodeShared), sizeof(uint32_t), CodeTraits::kMostWarps, &share);
   if (error != cudaSuccess) return error;
-  const uint32_t most = sms * CodeTraits::kCtas;
-  return launch_with_shared(requantize_codes_kernel, g.tiles < most ? g.tiles : most,
-                            CodeTile::kThreads, sizeof(CodeShared), stream, p,
+  return launch_with_shared(requantize_codes_kernel, share.ctas, share.warps * 32,
+                            share.warps * static_cast<int>(sizeof(CodeShared)), stream, p,
                             make_plan<Strip::kStochastic>(p), g);
 }
 
