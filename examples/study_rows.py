@@ -100,7 +100,7 @@ MAIN = [
     add(Row("gpt/mxfp8", "mxfp8")),
 ]
 
-# ---- Q-EMA: how much of the run its average may remember, and from when it acts ----
+# ---- Q-EMA: how many steps its average may remember, and from when it acts ----
 
 
 def _ema(name: str, task: str = "gpt", options: str = GPT, **changes: object) -> str:
@@ -109,10 +109,10 @@ def _ema(name: str, task: str = "gpt", options: str = GPT, **changes: object) ->
     return add(Row(f"{task}/{name}", recipe, options=options, watch=True, group="ema"))
 
 
-# The recipe `tetrajet_ema` has ema_at_half = 0.0005.
+# The recipe `tetrajet_ema` has ema_at_half = 0.03.
+_AT_HALF = (0.01, 0.1, 0.3)
 EMA = [
-    _ema("ema_at_half_0.001", ema_at_half=0.001),
-    _ema("ema_at_half_0.004", ema_at_half=0.004),
+    *(_ema(f"ema_at_half_{steps:g}", ema_at_half=steps) for steps in _AT_HALF),
     _ema("ema_0.9_late", ema_beta=0.9, ema_warmup=1224 * 9 // 10),
     _ema("ema_0.998"),  # the paper's, for 100 times the steps
 ]
@@ -141,8 +141,7 @@ def _small_ema(steps: int, lr: float) -> list[str]:
     return [
         *names,
         ema("ema_0.998"),
-        ema("ema_at_half_0.001", ema_at_half=0.001),
-        ema("ema_at_half_0.004", ema_at_half=0.004),
+        *(ema(f"ema_at_half_{bound:g}", ema_at_half=bound) for bound in _AT_HALF),
         ema("ema_0.9_late", ema_beta=0.9, ema_warmup=steps * 9 // 10),
     ]
 
@@ -257,7 +256,7 @@ LLAMAS = [
 
 # ---- plans ----
 
-_FIRST = [*MAIN[:5], *EMA[:3], *HALVES[:5], *WHOLE[:5], MAIN[5], EMA[3], *WHOLE[5:], *MAIN[6:9],
+_FIRST = [*MAIN[:5], *EMA[:4], *HALVES[:5], *WHOLE[:5], MAIN[5], EMA[4], *WHOLE[5:], *MAIN[6:9],
           *HALVES[5:], *MAIN[9:]]  # fmt: skip
 PLANS["explore"] = runs(_FIRST, [0])
 PLANS["main"] = runs(MAIN, [0, 1, 2])

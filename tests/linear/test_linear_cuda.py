@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,7 +12,7 @@ from torch._dynamo.utils import counters
 from torch.optim import AdamW
 
 import mxtrain
-from mxtrain import reference, weight_cache
+from mxtrain import draws, reference, weight_cache
 from mxtrain.env import gemm_backend_here
 from mxtrain.linear import MXLinear, linear
 from mxtrain.recipe import RECIPES, Recipe
@@ -50,11 +48,10 @@ def check_product(call: tuple, result: torch.Tensor) -> None:
 @pytest.mark.parametrize("recipe", ALL, ids=lambda r: r.name)
 def test_operands_are_those_of_the_cpu(recipe, dtype, monkeypatch):
     """Byte for byte, forward and backward, from the same draws; products within their bound."""
-    layer = sys.modules["mxtrain.linear"]
     rng, signs = mxtrain.draw_rng(3), mxtrain.draw_signs(256, 3)
-    monkeypatch.setattr(layer, "draw_rng", lambda n, device: rng[:n].to(device))
+    monkeypatch.setattr(draws, "draw_rng", lambda n, device: rng[:n].to(device))
     monkeypatch.setattr(
-        layer, "draw_signs", lambda g, n, device: signs[:n, :g].contiguous().to(device)
+        draws, "draw_signs", lambda g, n, device: signs[:n, :g].contiguous().to(device)
     )
     ops, results = [], []
     for device in ("cpu", "cuda"):

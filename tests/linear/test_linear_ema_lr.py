@@ -31,9 +31,9 @@ def step(layer, optimizer, seed=0, lr=None):
     optimizer.step()
 
 
-def amount(n, cooled, share=0.25, beta=0.9):
+def amount(n, cooled, at_half=0.25, beta=0.9):
     """How far update n + 1 goes, by the definition."""
-    return 1.0 if n == 0 else max(1 - beta, 1 / (1 + share * n * cooled))
+    return 1.0 if n == 0 else max(1 - beta, 1 / (1 + at_half * cooled))
 
 
 @pytest.mark.parametrize("kind", [SGD, torch.optim.AdamW, mxtrain.optim.AdamW])
@@ -55,7 +55,7 @@ def test_the_memory_follows_the_learning_rate(kind, as_tensor, device):
 
 
 def test_the_shorter_memory_counts():
-    recipe = RECIPE.replace(ema_beta=0.98, ema_fraction=0.5)
+    recipe = RECIPE.replace(ema_beta=0.98, ema_fraction=0.5, ema_at_half=12.0)
     layer, steps = MXLinear(32, 32, recipe=recipe), []
     optimizer = SGD(layer.parameters(), lr=1.0)
     for i in range(60):
@@ -65,17 +65,18 @@ def test_the_shorter_memory_counts():
         steps.append(layer.ema_step)
         layer._ema_updates += 1
     assert steps[:20] == [1.0] * 20
-    assert steps[20:40] == [1 / (1 + 0.25 * n) for n in range(20, 40)]  # ema_at_half
-    assert steps[40:] == [1 / (1 + 0.5 * n) for n in range(40, 60)]  # ema_fraction; not 1.75 n
+    # ema_fraction up to update 24 and at an eighth of the peak, where ema_at_half has 84
+    assert steps[20:40] == [1 / (1 + min(0.5 * n, 12.0)) for n in range(20, 40)]
+    assert steps[40:] == [1 / (1 + 0.5 * n) for n in range(40, 60)]
 
 
-def test_a_long_run_has_the_paper_s_beta():
-    """The default after 100,000 steps, at a tenth of the peak and below."""
+def test_what_the_default_remembers():
+    """The same after any number of steps; the paper's beta where lr is next to nothing."""
     layer = MXLinear(32, 32, recipe="tetrajet_ema")
     layer.see_lr(1e-3)
     for updates, lr, memory in (
-        (100, 5e-4, 0.05), (1000, 5e-4, 0.5), (1000, 1e-4, 4.5), (100_000, 1e-4, 450.0),
-        (112_000, 1e-5, 499.0), (100_000, 1e-3, 0.0),
+        (100, 5e-4, 0.03), (100_000, 5e-4, 0.03), (1000, 1e-4, 0.27), (1000, 1e-5, 2.97),
+        (1000, 1e-9, 499.0), (1000, 0.0, 499.0), (100_000, 1e-3, 0.0),
     ):  # fmt: skip
         layer._ema_updates = updates
         layer.see_lr(lr)
@@ -106,7 +107,7 @@ def test_groups_have_their_own_learning_rates():
         optimizer.param_groups[1]["lr"] = 0.5
         step(net, optimizer)
         assert net[0].ema_step == 1.0
-        assert net[1].ema_step == 1 / (1 + 0.25 * net[1]._ema_updates)
+        assert net[1].ema_step == 1 / (1 + 0.25)
 
 
 def test_an_optimizer_without_a_learning_rate_is_at_its_peak():
@@ -143,7 +144,7 @@ def test_the_peak_is_saved_and_goes_on_bitwise(tmp_path):
     again.load_state_dict(state, strict=True)
     for m in (layer, again, copy.deepcopy(layer)):
         step(m, SGD(m.parameters(), lr=0.1), 9)
-        assert m.ema_step == max(0.1, 1 / (1 + 0.25 * 4 * (0.5 / 0.1 - 1)))
+        assert m.ema_step == 1 / (1 + 0.25 * (0.5 / 0.1 - 1))
         assert torch.equal(m.weight_ema, layer.weight_ema)
 
 
