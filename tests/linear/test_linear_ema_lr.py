@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from linear_common import run, tensors
@@ -126,6 +127,47 @@ def test_an_optimizer_without_a_learning_rate_is_at_its_peak():
         step(layer, Odd(layer.parameters()), i)
         assert torch.equal(layer.weight_ema, layer.weight)
     assert layer._ema_updates == 4
+
+
+# ---- stability ----
+
+MU = 0.9
+EDGE = 2 * (1 + MU) / (1 - MU)  # of the step times the curvature, without an average: 38
+
+
+def growth(eta_h, b):
+    """Largest |eigenvalue| of a step of momentum MU on a quadratic whose gradient is that of the
+    average: m' = MU m + (1 - MU) a, w' = w - eta_h m', a' = b a + (1 - b) w'.
+    """
+    w, m, a = np.eye(3)
+    m = MU * m + (1 - MU) * a
+    w = w - eta_h * m
+    a = b * a + (1 - b) * w
+    return np.abs(np.linalg.eigvals([w, m, a])).max()
+
+
+def test_an_average_is_stable_up_to_1_over_mu_b_less_1():
+    assert growth(0.999 * EDGE, 0.0) < 1 < growth(1.001 * EDGE, 0.0)
+    for b in (0.03, 0.1, 0.5, 0.9, 0.998):
+        bound = 1 / (MU * b) - 1
+        assert growth(0.999 * bound, b) < 1 < growth(1.001 * bound, b)
+        polynomial = np.poly([1, MU, b]) + np.array([0, bound * (1 - MU) * (1 - b), 0, 0])
+        assert np.abs(np.roots(polynomial)).max() == pytest.approx(1, abs=1e-9)
+
+
+def test_the_default_is_stable_on_what_is_stable_at_the_peak():
+    """Where the curvature is at the edge for the peak; and it is within a tenth of the bound."""
+    layer, shares = MXLinear(32, 32, recipe="tetrajet_ema"), []
+    layer.see_lr(1.0)
+    layer._ema_updates = 100
+    for r in np.geomspace(1e-6, 0.999, 400):
+        layer.see_lr(float(r))
+        b = 1 - layer.ema_step
+        assert growth(EDGE * r, b) < 1
+        shares.append(b * MU * (EDGE * r + 1))
+        if r > 0.03:
+            assert b / (1 - b) * r < (1 - MU) / (2 * MU * (1 + MU))
+    assert 0.9 < max(shares) < 1
 
 
 # ---- state ----
