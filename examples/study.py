@@ -314,6 +314,9 @@ def check(args: argparse.Namespace) -> None:
         if row not in ROWS or not seed.isdigit():
             must = "--runs must be a row of `study.py list`, @ and a seed"
             raise BadInput(f"{must}, got {run}. Example: gpt/bf16@0.")
+        if ROWS[row].recipe is None:
+            must = "--runs must be of rows that have a recipe"
+            raise BadInput(f"{must}, got {run}. The package no longer has what that row had.")
     if not args.runs:
         raise BadInput("--plan or --runs must name a run, got neither. See `study.py list`.")
     for name in ("per_gpu", "budget", "expect"):
@@ -331,7 +334,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.command == "list":
             for name, row in ROWS.items():
-                recipe = row.recipe if isinstance(row.recipe, str) else row.recipe.describe()
+                recipe = row.recipe or "(trained with what the package no longer has)"
+                recipe = recipe if isinstance(recipe, str) else recipe.describe()
                 print(name, recipe, sep="\n    " if "\n" in recipe else "  ")
             for name, runs in PLANS.items():
                 print(f"plan {name}: {len(runs)} runs")

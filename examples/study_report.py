@@ -179,6 +179,7 @@ def write_figure(rows: dict[str, list[Fields]], path: str) -> None:
     figure = Figure(figsize=(13, 5), layout="constrained")
     left, right = figure.subplots(1, 2)
     baseline = {r["seed"]: r for r in next(iter(rows.values()))}
+    scale = "linear"
     for i, (name, records) in enumerate(rows.items()):
         good = [r for r in records if finished(r)]
         if not good:
@@ -193,8 +194,10 @@ def write_figure(rows: dict[str, list[Fields]], path: str) -> None:
             gaps.append(statistics.fmean(known) if known else None)
         if all(gap is not None for gap in gaps):
             right.plot(steps, gaps, colour[1], color=colour[0])
+            if max(map(abs, gaps)) > 5:
+                scale = "symlog"
     left.set(xlabel="step", ylabel="validation loss", yscale="log")
-    right.set(xlabel="step", ylabel="validation loss above BF16, %", yscale="symlog")
+    right.set(xlabel="step", ylabel="validation loss above BF16, %", yscale=scale)
     right.axhline(0, color="black", linewidth=0.5)
     left.legend(fontsize="small")
     figure.savefig(path, dpi=110)

@@ -35,7 +35,7 @@ class Row:
 
     Attributes:
         name: "task/row".
-        recipe: what convert takes.
+        recipe: what convert takes; None where the package no longer has what it was trained with.
         script: the module of examples/ with the task, and its class.
         options: of the script, as on its command line.
         optimizer: "adamw", or "qramping", calibrated at the start of each quarter of the run.
@@ -45,7 +45,7 @@ class Row:
     """
 
     name: str
-    recipe: str | Recipe | Mix
+    recipe: str | Recipe | Mix | None
     script: tuple[str, str] = ("train_gpt", "PythonSource")
     options: str = GPT
     optimizer: str = "adamw"
@@ -100,7 +100,7 @@ MAIN = [
     add(Row("gpt/mxfp8", "mxfp8")),
 ]
 
-# ---- Q-EMA: how much of the run its average may remember, and from when it acts ----
+# ---- Q-EMA: how many steps its average may remember, and from when it acts ----
 
 
 def _ema(name: str, task: str = "gpt", options: str = GPT, **changes: object) -> str:
@@ -109,10 +109,16 @@ def _ema(name: str, task: str = "gpt", options: str = GPT, **changes: object) ->
     return add(Row(f"{task}/{name}", recipe, options=options, watch=True, group="ema"))
 
 
-# The recipe `tetrajet_ema` has ema_at_half = 0.0005.
+def _ema_share(share: float, task: str = "gpt", options: str = GPT) -> str:
+    """`tetrajet_ema` with the bound that it had first: share (t - 1) (peak / lr - 1) steps."""
+    row = Row(f"{task}/ema_share_{share:g}", None, options=options, watch=True, group="ema")
+    return add(row)
+
+
+# The recipe `tetrajet_ema` has ema_at_half = 0.03.
+_AT_HALF = (0.01, 0.1, 0.3)
 EMA = [
-    _ema("ema_at_half_0.001", ema_at_half=0.001),
-    _ema("ema_at_half_0.004", ema_at_half=0.004),
+    *(_ema(f"ema_at_half_{steps:g}", ema_at_half=steps) for steps in _AT_HALF),
     _ema("ema_0.9_late", ema_beta=0.9, ema_warmup=1224 * 9 // 10),
     _ema("ema_0.998"),  # the paper's, for 100 times the steps
 ]
@@ -122,6 +128,7 @@ HARMFUL_EMA = [
     _ema("ema_of_3%", ema_fraction=0.03),
     _ema("ema_of_1%", ema_fraction=0.01),
     _ema("ema_0.97", ema_beta=0.97),
+    _ema_share(0.0005),
 ]
 # The same on a CPU, on a small model in runs of several lengths: seconds to minutes each.
 SMALL_GPT = (
@@ -138,11 +145,12 @@ def _small_ema(steps: int, lr: float) -> list[str]:
     for name in ("tetrajet", "tetrajet_ema"):
         names.append(add(Row(f"{task}/{name}", name, options=options, watch=True, group="ema")))
     ema = partial(_ema, task=task, options=options)
+    for share in (0.0005, 0.001, 0.004):
+        _ema_share(share, task, options)
     return [
         *names,
         ema("ema_0.998"),
-        ema("ema_at_half_0.001", ema_at_half=0.001),
-        ema("ema_at_half_0.004", ema_at_half=0.004),
+        *(ema(f"ema_at_half_{bound:g}", ema_at_half=bound) for bound in _AT_HALF),
         ema("ema_0.9_late", ema_beta=0.9, ema_warmup=steps * 9 // 10),
     ]
 
@@ -257,7 +265,7 @@ LLAMAS = [
 
 # ---- plans ----
 
-_FIRST = [*MAIN[:5], *EMA[:3], *HALVES[:5], *WHOLE[:5], MAIN[5], EMA[3], *WHOLE[5:], *MAIN[6:9],
+_FIRST = [*MAIN[:5], *EMA[:4], *HALVES[:5], *WHOLE[:5], MAIN[5], EMA[4], *WHOLE[5:], *MAIN[6:9],
           *HALVES[5:], *MAIN[9:]]  # fmt: skip
 PLANS["explore"] = runs(_FIRST, [0])
 PLANS["main"] = runs(MAIN, [0, 1, 2])

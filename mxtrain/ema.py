@@ -2,13 +2,12 @@
 
 - Formula, with W the weight after step t: A_1 = W_1, then A_t = A_(t-1).lerp(W_t, s) in float32,
   whatever the dtype of W, with s = max(1 - ema_beta, 1 / (1 + m)) and m the memory in steps that
-  the recipe allows: at most ema_fraction (t - 1), and at most ema_at_half (t - 1) (peak / lr - 1),
-  where lr is the learning rate of step t and peak the largest so far; a bound that the recipe has
-  not (None) is infinite, and with neither s = 1 - ema_beta. An average that lags the weights by a
-  good part of a step of their grid harms them (results.md). With ema_at_half the lag stays small
-  against what the weights have moved, and there is none while the learning rate is at its peak,
-  where A = W. Rounding "toward" takes, of the two grid values around an element of W, the one
-  nearer to that of A (numerics.md).
+  the recipe allows: at most ema_fraction (t - 1), and at most ema_at_half (peak / lr - 1), where lr
+  is the learning rate of step t and peak the largest so far; a bound that the recipe has not (None)
+  is infinite, and with neither s = 1 - ema_beta. Gradients taken at an average lag the weights, and
+  a lag too long for the learning rate makes training unstable (results.md): with ema_at_half it
+  shortens as the learning rate rises, and there is none at the peak, where A = W. Rounding "toward"
+  takes, of the two grid values around an element of W, the one nearer to that of A (numerics.md).
 - When: one update after every `step()` of an optimizer that holds the weight and trains it, from a
   hook on all optimizers that the first such layer installs; mxtrain.optim.AdamW does it within its
   step, to the same bits. `update_weight_ema` does one by hand. The learning rate is that of the
@@ -96,7 +95,7 @@ class EmaLinear(nn.Linear):
         beta, fraction = self._recipe.ema_beta, self._recipe.ema_fraction
         memory = math.inf if fraction is None else fraction * self._ema_updates
         if self._recipe.ema_at_half is not None:
-            memory = min(memory, self._recipe.ema_at_half * self._ema_updates * self._cooled)
+            memory = min(memory, self._recipe.ema_at_half * self._cooled)
         return max(1.0 - beta, 1.0 / (1.0 + memory))
 
     @property

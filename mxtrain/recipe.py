@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -68,10 +69,9 @@ class Recipe:
         ema_fraction: of the updates so far that the average remembers at most: update n + 1 goes
             max(1 - ema_beta, 1 / (1 + ema_fraction * n)) of the way to the weight. 1 makes it their
             mean, less a shorter memory; None leaves ema_beta alone.
-        ema_at_half: of the updates so far that the average remembers at most where the learning
-            rate is half its peak: ema_at_half * n * (peak / lr - 1) steps in general, so at the
-            peak, and during a warm-up, it is the weight itself. None: the learning rate does not
-            matter (the paper).
+        ema_at_half: the steps that the average remembers at most where the learning rate is half
+            its peak: ema_at_half * (peak / lr - 1) in general, so at the peak, and during a
+            warm-up, it is the weight itself. None: the learning rate does not matter (the paper).
         accumulate: "fp32", or "fast" where a GEMM backend may accumulate in fewer bits.
         fallback: the rule of the threshold, where a quantizer has a fallback.
         reference: where the recipe was published.
@@ -114,16 +114,17 @@ class Recipe:
         condition = "be set if and only if fprop_w rounds 'toward'"
         advice = f"Set both or neither: fprop_w.rounding is {self.fprop_w.rounding!r}."
         self._refuse_unless(toward == (beta is not None), "ema_beta", condition, beta, advice)
-        for name, advice in (
-            ("ema_fraction", "Try 0.02, or None for the memory of ema_beta alone."),
-            ("ema_at_half", "Try 0.0005, or None: the learning rate does not bound the memory."),
-        ):
-            share = getattr(self, name)
-            if share is not None:
-                ok = is_number(share) and 0.0 < share <= 1.0
-                self._refuse_unless(ok, name, "lie in (0, 1]", share, advice)
+        for name, most, interval, advice in (
+            ("ema_fraction", 1.0, "(0, 1]", "Try 0.02, or None for the memory of ema_beta alone."),
+            ("ema_at_half", sys.float_info.max, "(0, inf)",
+             "Try 0.03, or None: the learning rate does not bound the memory."),
+        ):  # fmt: skip
+            bound = getattr(self, name)
+            if bound is not None:
+                ok = is_number(bound) and 0.0 < bound <= most
+                self._refuse_unless(ok, name, f"lie in {interval}", bound, advice)
                 condition, advice = "be None without ema_beta", "There is no average to remember."
-                self._refuse_unless(beta is not None, name, condition, share, advice)
+                self._refuse_unless(beta is not None, name, condition, bound, advice)
         advice = "Pass a mxtrain.recipe.Fallback."
         ok = isinstance(self.fallback, Fallback)
         self._refuse_unless(ok, "fallback", "be a Fallback", self.fallback, advice)
@@ -273,7 +274,7 @@ class Recipe:
             if self.ema_fraction is not None:
                 memory += f", at most {self.ema_fraction:.3g} of the steps so far"
             if self.ema_at_half is not None:
-                memory += f", at most {self.ema_at_half:g} (peak lr / lr - 1) of the steps so far"
+                memory += f", at most {self.ema_at_half:g} (peak lr / lr - 1) steps"
             parts.append(f"EMA of W: {memory}, used after {self.ema_warmup} steps")
         return separator.join(parts)
 
@@ -351,7 +352,7 @@ _TABLE: dict[str, tuple[tuple[Quantizer, ...], dict[str, Any], str]] = {
     ),
     "tetrajet_ema": (
         (_CEIL, _CEIL_EMA, _CEIL_SR, _CEIL_SR_AGAIN, _CEIL_SR, _CEIL_SR_AGAIN),
-        {"ema_beta": 0.998, "ema_at_half": 0.0005},
+        {"ema_beta": 0.998, "ema_at_half": 0.03},
         "Chen et al., Q-EMA in the same paper, arXiv 2502.20853",
     ),
     "mxfp4_backward": (

@@ -67,7 +67,7 @@ def test_tetrajet_ema_differs_from_tetrajet_in_the_weight_quantizer_only():
     recipe = RECIPES["tetrajet_ema"]
     ema = recipe.ema_beta, recipe.ema_fraction, recipe.ema_warmup
     assert recipe.fprop_w.rounding == "toward" and ema == (0.998, None, 10)
-    assert recipe.ema_at_half == 0.0005
+    assert recipe.ema_at_half == 0.03
     tetrajet = RECIPES["tetrajet"]
     assert tetrajet == recipe.replace(
         name="tetrajet", fprop_w=tetrajet.fprop_w, ema_beta=None, ema_fraction=None,
@@ -371,7 +371,7 @@ BAD_RECIPES = [
     ({"ema_at_half": 1.0}, r"ema_at_half must be None without ema_beta, got 1.0"),
     (
         {"fprop_w": TOWARD, "ema_beta": 0.9, "ema_at_half": 0.0},
-        r"ema_at_half must lie in \(0, 1\], got 0.0",
+        r"ema_at_half must lie in \(0, inf\), got 0.0",
     ),
     ({"fprop_w": TOWARD, "ema_beta": 1.0}, r"ema_beta must lie in \(0, 1\), got 1.0"),
     ({"fprop_w": TOWARD, "ema_beta": 0.0}, r"ema_beta must lie in \(0, 1\), got 0.0"),

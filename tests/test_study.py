@@ -318,6 +318,10 @@ def test_the_budget_ends_it(tmp_path, capsys):
             "--runs must be a row of `study.py list`, @ and a seed, got gpt",
         ),
         (["--runs", "gpt/bf16"], "--runs must be a row"),
+        (
+            ["--runs", "gpt/ema_share_0.0005@0"],
+            "--runs must be of rows that have a recipe, got gpt",
+        ),
         ([], "--plan or --runs must name a run"),
         (["--plan", "repeat", "--per-gpu", "0"], "--per-gpu must be positive, got 0"),
         (["--plan", "repeat", "--budget", "-1"], "--budget must be positive, got -1"),

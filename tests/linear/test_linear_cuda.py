@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,7 +12,7 @@ from torch._dynamo.utils import counters
 from torch.optim import AdamW
 
 import mxtrain
-from mxtrain import reference, weight_cache
+from mxtrain import draws, reference, weight_cache
 from mxtrain.env import gemm_backend_here
 from mxtrain.linear import MXLinear, linear
 from mxtrain.recipe import RECIPES, Recipe
@@ -46,15 +44,26 @@ def check_product(call: tuple, result: torch.Tensor) -> None:
     assert ((result.cpu().double() - exact).abs() <= bound).all()
 
 
+def written(name: str, result: torch.Tensor | tuple) -> list[torch.Tensor]:
+    """What an op returned, with zeros in the blocks of a residual that it does not write."""
+    parts = [result] if isinstance(result, torch.Tensor) else list(result)
+    if name == "int8_quantize_fallback":
+        mask = parts[6]
+        for i, grid in ((3, mask), (4, mask.t())):
+            if parts[i].numel():
+                rows = grid.repeat_interleave(128, 0)[: len(parts[i])]
+                parts[i] = torch.where(rows.repeat_interleave(128, 1).bool(), parts[i], 0)
+    return parts
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("recipe", ALL, ids=lambda r: r.name)
 def test_operands_are_those_of_the_cpu(recipe, dtype, monkeypatch):
     """Byte for byte, forward and backward, from the same draws; products within their bound."""
-    layer = sys.modules["mxtrain.linear"]
     rng, signs = mxtrain.draw_rng(3), mxtrain.draw_signs(256, 3)
-    monkeypatch.setattr(layer, "draw_rng", lambda n, device: rng[:n].to(device))
+    monkeypatch.setattr(draws, "draw_rng", lambda n, device: rng[:n].to(device))
     monkeypatch.setattr(
-        layer, "draw_signs", lambda g, n, device: signs[:n, :g].contiguous().to(device)
+        draws, "draw_signs", lambda g, n, device: signs[:n, :g].contiguous().to(device)
     )
     ops, results = [], []
     for device in ("cpu", "cuda"):
@@ -73,8 +82,7 @@ def test_operands_are_those_of_the_cpu(recipe, dtype, monkeypatch):
             check_product(call, ours)
             check_product(twin, theirs)
             continue
-        pair = ((ours,), (theirs,)) if isinstance(ours, torch.Tensor) else (ours, theirs)
-        for got, expected in zip(*pair, strict=True):
+        for got, expected in zip(written(name, ours), written(name, theirs), strict=True):
             assert_same_bytes(got.cpu(), expected, name)
     for got, expected in zip(*reversed(results), strict=True):
         assert relative(got, expected) < (1e-3 if dtype == torch.float32 else 1e-2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from linear_common import run, tensors
@@ -31,9 +32,9 @@ def step(layer, optimizer, seed=0, lr=None):
     optimizer.step()
 
 
-def amount(n, cooled, share=0.25, beta=0.9):
+def amount(n, cooled, at_half=0.25, beta=0.9):
     """How far update n + 1 goes, by the definition."""
-    return 1.0 if n == 0 else max(1 - beta, 1 / (1 + share * n * cooled))
+    return 1.0 if n == 0 else max(1 - beta, 1 / (1 + at_half * cooled))
 
 
 @pytest.mark.parametrize("kind", [SGD, torch.optim.AdamW, mxtrain.optim.AdamW])
@@ -55,7 +56,7 @@ def test_the_memory_follows_the_learning_rate(kind, as_tensor, device):
 
 
 def test_the_shorter_memory_counts():
-    recipe = RECIPE.replace(ema_beta=0.98, ema_fraction=0.5)
+    recipe = RECIPE.replace(ema_beta=0.98, ema_fraction=0.5, ema_at_half=12.0)
     layer, steps = MXLinear(32, 32, recipe=recipe), []
     optimizer = SGD(layer.parameters(), lr=1.0)
     for i in range(60):
@@ -65,17 +66,18 @@ def test_the_shorter_memory_counts():
         steps.append(layer.ema_step)
         layer._ema_updates += 1
     assert steps[:20] == [1.0] * 20
-    assert steps[20:40] == [1 / (1 + 0.25 * n) for n in range(20, 40)]  # ema_at_half
-    assert steps[40:] == [1 / (1 + 0.5 * n) for n in range(40, 60)]  # ema_fraction; not 1.75 n
+    # ema_fraction up to update 24 and at an eighth of the peak, where ema_at_half has 84
+    assert steps[20:40] == [1 / (1 + min(0.5 * n, 12.0)) for n in range(20, 40)]
+    assert steps[40:] == [1 / (1 + 0.5 * n) for n in range(40, 60)]
 
 
-def test_a_long_run_has_the_paper_s_beta():
-    """The default after 100,000 steps, at a tenth of the peak and below."""
+def test_what_the_default_remembers():
+    """The same after any number of steps; the paper's beta where lr is next to nothing."""
     layer = MXLinear(32, 32, recipe="tetrajet_ema")
     layer.see_lr(1e-3)
     for updates, lr, memory in (
-        (100, 5e-4, 0.05), (1000, 5e-4, 0.5), (1000, 1e-4, 4.5), (100_000, 1e-4, 450.0),
-        (112_000, 1e-5, 499.0), (100_000, 1e-3, 0.0),
+        (100, 5e-4, 0.03), (100_000, 5e-4, 0.03), (1000, 1e-4, 0.27), (1000, 1e-5, 2.97),
+        (1000, 1e-9, 499.0), (1000, 0.0, 499.0), (100_000, 1e-3, 0.0),
     ):  # fmt: skip
         layer._ema_updates = updates
         layer.see_lr(lr)
@@ -106,7 +108,7 @@ def test_groups_have_their_own_learning_rates():
         optimizer.param_groups[1]["lr"] = 0.5
         step(net, optimizer)
         assert net[0].ema_step == 1.0
-        assert net[1].ema_step == 1 / (1 + 0.25 * net[1]._ema_updates)
+        assert net[1].ema_step == 1 / (1 + 0.25)
 
 
 def test_an_optimizer_without_a_learning_rate_is_at_its_peak():
@@ -127,6 +129,47 @@ def test_an_optimizer_without_a_learning_rate_is_at_its_peak():
     assert layer._ema_updates == 4
 
 
+# ---- stability ----
+
+MU = 0.9
+EDGE = 2 * (1 + MU) / (1 - MU)  # of the step times the curvature, without an average: 38
+
+
+def growth(eta_h, b):
+    """Largest |eigenvalue| of a step of momentum MU on a quadratic whose gradient is that of the
+    average: m' = MU m + (1 - MU) a, w' = w - eta_h m', a' = b a + (1 - b) w'.
+    """
+    w, m, a = np.eye(3)
+    m = MU * m + (1 - MU) * a
+    w = w - eta_h * m
+    a = b * a + (1 - b) * w
+    return np.abs(np.linalg.eigvals([w, m, a])).max()
+
+
+def test_an_average_is_stable_up_to_1_over_mu_b_less_1():
+    assert growth(0.999 * EDGE, 0.0) < 1 < growth(1.001 * EDGE, 0.0)
+    for b in (0.03, 0.1, 0.5, 0.9, 0.998):
+        bound = 1 / (MU * b) - 1
+        assert growth(0.999 * bound, b) < 1 < growth(1.001 * bound, b)
+        polynomial = np.poly([1, MU, b]) + np.array([0, bound * (1 - MU) * (1 - b), 0, 0])
+        assert np.abs(np.roots(polynomial)).max() == pytest.approx(1, abs=1e-9)
+
+
+def test_the_default_is_stable_on_what_is_stable_at_the_peak():
+    """Where the curvature is at the edge for the peak; and it is within a tenth of the bound."""
+    layer, shares = MXLinear(32, 32, recipe="tetrajet_ema"), []
+    layer.see_lr(1.0)
+    layer._ema_updates = 100
+    for r in np.geomspace(1e-6, 0.999, 400):
+        layer.see_lr(float(r))
+        b = 1 - layer.ema_step
+        assert growth(EDGE * r, b) < 1
+        shares.append(b * MU * (EDGE * r + 1))
+        if r > 0.03:
+            assert b / (1 - b) * r < (1 - MU) / (2 * MU * (1 + MU))
+    assert 0.9 < max(shares) < 1
+
+
 # ---- state ----
 
 
@@ -143,7 +186,7 @@ def test_the_peak_is_saved_and_goes_on_bitwise(tmp_path):
     again.load_state_dict(state, strict=True)
     for m in (layer, again, copy.deepcopy(layer)):
         step(m, SGD(m.parameters(), lr=0.1), 9)
-        assert m.ema_step == max(0.1, 1 / (1 + 0.25 * 4 * (0.5 / 0.1 - 1)))
+        assert m.ema_step == 1 / (1 + 0.25 * (0.5 / 0.1 - 1))
         assert torch.equal(m.weight_ema, layer.weight_ema)
 
 

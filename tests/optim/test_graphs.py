@@ -91,7 +91,7 @@ def test_a_capture_repeats_the_memory_of_the_last_learning_rate():
     lr.fill_(5e-3)
     optimizer.step()
     amount = net[0].ema_step
-    assert amount == 1 / (1 + 0.5 * 13)
+    assert amount == 1 / (1 + 0.5)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         optimizer.step()
