@@ -158,14 +158,12 @@ py::dict code_tile() {
   tile["chunk"] = table({Tile::kRows, Tile::kChunks}, [](uint32_t row, uint32_t, uint32_t chunk) {
     return Tile::chunk(row, chunk);
   });
-  tile["column"] = table({32, Tile::kLaneColumns},
-                         [](uint32_t lane, uint32_t, uint32_t n) { return Tile::column(lane, n); });
-  tile["stored"] = table({32, Tile::kStores}, [](uint32_t lane, uint32_t, uint32_t j) {
-    return Tile::stored_further(Tile::stored(lane), j);
-  });
-  tile["block_scale"] = table({32, Tile::kLaneColumns}, [](uint32_t lane, uint32_t, uint32_t n) {
-    return Tile::block_scale(lane, n);
-  });
+  tile["column"] = table({Tile::kBands, 32, Tile::kLaneColumns}, &Tile::column);
+  tile["stored"] =
+      table({Tile::kThreads, Tile::kStores}, [](uint32_t thread, uint32_t, uint32_t i) {
+        return Tile::stored_further(Tile::stored(thread), i);
+      });
+  tile["block_scale"] = table({Tile::kBands, 32, Tile::kLaneColumns}, &Tile::block_scale);
   tile["scaled_column"] = table({Tile::kColumns, 1}, [](uint32_t word, uint32_t, uint32_t) {
     return Tile::scaled_column(word);
   });

@@ -1,7 +1,7 @@
 """The kernel of csrc/cuda/requantize_codes.cu: mxfp4 to mxfp4, stochastic, byte for byte.
 
-A tile of 128 x 64 codes is rounded in place in shared memory, so what could go wrong is where its
-bytes lie (checked on any machine), its edges, the tiles that a warp takes one after the other, and
+A tile of 128 x 256 codes is rounded in place in shared memory, so what could go wrong is where its
+bytes lie (checked on any machine), its edges, more tiles than run at once, and
 squares that leave the fast path beside squares that do not. test_strips.py has its scales.
 """
 
@@ -55,36 +55,28 @@ def assert_each_bank_once(offsets: np.ndarray) -> None:
 
 
 def test_rows_and_columns_fill_the_same_bytes(tile):
-    """A band's 32 rows, then the columns of its 8 lanes."""
     rows, columns = tile["chunk"], tile["column"]
-    assert (np.sort(rows.ravel()) == np.arange(0, 128 * 32, 16)).all()
-    by_band = [np.sort(t.reshape(4, -1), axis=1) for t in (rows, columns)]
-    assert (by_band[0] == by_band[1]).all()
+    assert (rows.ravel() == np.arange(0, 128 * 128, 16)).all()
+    assert (np.sort(columns.reshape(4, -1), axis=1) == rows.reshape(4, -1)).all()  # by bands
     # A lane's columns lie in 128 bytes that are no other lane's.
-    assert (columns // 128 == np.arange(32)[:, None]).all()
-    assert_each_bank_once(columns.T.reshape(8, 4, 8))
-    assert_each_bank_once(rows.reshape(-1, 8))  # copies: 4 rows, both chunks
-
-
-def test_bands_read_words_of_their_rows_without_conflicts(tile):
-    lane, row = np.indices((32, 32))
-    words = tile["chunk"][lane // 8 * 32 + row, lane % 8 // 4] + lane % 4 * 4
-    assert (np.sort(words // 4 % 32, axis=0) == np.arange(32)[:, None]).all()
+    assert (columns // 128 == np.arange(128).reshape(4, 32, 1)).all()
+    assert_each_bank_once(columns.transpose(0, 2, 1).reshape(4, 8, 4, 8))
+    assert_each_bank_once(rows)
 
 
 def test_stores_take_every_block_once(tile):
-    lane, step = np.indices((32, 8))
-    column, band = lane // 4 + 8 * step, lane % 4
-    assert (tile["stored"] == tile["column"][band * 8 + column // 8, column % 8]).all()
-    assert len(np.unique(tile["stored"])) == 256
-    assert_each_bank_once(tile["stored"].T.reshape(8, 4, 8))
+    thread, step = np.indices((128, 8))
+    column, band = thread // 4 + 32 * step, thread % 4
+    assert (tile["stored"] == tile["column"][band, column // 8, column % 8]).all()
+    assert len(np.unique(tile["stored"])) == 1024
+    assert_each_bank_once(tile["stored"].T.reshape(8, 16, 8))
 
 
 def test_scales_of_a_column_are_a_word(tile):
     scales, column = tile["block_scale"], tile["scaled_column"][:, 0]
-    assert (np.sort(column) == np.arange(64)).all()
-    words = scales.reshape(4, 8, 8)[:, column // 8, column % 8].T  # [word, band]
-    assert (words == np.arange(256).reshape(64, 4)).all()
+    assert (np.sort(column) == np.arange(256)).all()
+    words = scales[:, column // 8, column % 8].T  # [word, band]
+    assert (words == np.arange(1024).reshape(256, 4)).all()
 
 
 # ---- the kernel ----
@@ -92,7 +84,7 @@ def test_scales_of_a_column_are_a_word(tile):
 
 @pytest.mark.parametrize("swizzle", [False, True])
 @pytest.mark.parametrize(
-    "shape", [(128, 64), (127, 65), (129, 63), (512, 768), (33, 1000), (1000, 33), (700, 520)]
+    "shape", [(128, 256), (127, 257), (129, 255), (512, 768), (33, 1000), (1000, 33), (700, 520)]
 )
 def test_edges_of_tiles(shape, swizzle, device):
     data, scale, _ = random_operand(*shape)
@@ -127,12 +119,12 @@ def test_operands_that_start_anywhere(which, shift, device):
 
 
 def test_more_tiles_than_run_at_once(device):
-    """So that a warp takes a third into the place of its first; against the CPU's kernel."""
+    """Against the CPU's kernel."""
     sms = 2
     if torch.device(device).type == "cuda":
         sms = torch.cuda.get_device_properties(device).multi_processor_count
-    # 32 warps a multiprocessor, 20 tiles below one another.
-    rows, cols = 128 * 20 - 3, 64 * -(-3 * 32 * sms // 20) + 16
+    # 8 CTAs a multiprocessor, 20 tiles below one another.
+    rows, cols = 128 * 20 - 3, 256 * -(-2 * 8 * sms // 20) + 64
     data, scale, _ = random_operand(rows, cols)
     scale[::997, ::3] = 60
     made = [

@@ -12,10 +12,10 @@
 // largest element, and no element exceeds 6 S. Squares of other scales, NaN, and prescales go
 // element by element (strip.cuh).
 //
-// Every warp works for itself, on a tile of 128 rows x 64 columns of x in shared memory
-// (code_tile.h says how it lies there), where it is rounded in place; meanwhile the next is fetched
-// into the L2. A CTA has all warps of a multiprocessor; they take its tiles, every gridDim.x-th,
-// one by one, as those of quantize_strips.cu do. While one warp copies, the others round.
+// A CTA has one tile, 128 rows x 256 columns of x: rows come in as lines of 128 bytes, and rows of
+// the result leave by 64. It is rounded in place in shared memory; code_tile.h says how it lies
+// there. While one CTA copies, the other seven of its multiprocessor round, and the hardware gives
+// the next tile to the multiprocessor that is first done with one.
 #include "cuda/code_tile.h"
 #include "cuda/divide.cuh"
 #include "cuda/launch.cuh"
@@ -29,7 +29,7 @@ namespace {
 // ---- traits ----
 
 struct CodeTraits {
-  static constexpr int kMostWarps = 32;    // of a CTA, as many as registers allow
+  static constexpr int kCtas = 8;          // of an SM, as many as registers allow
   static constexpr uint32_t kSquares = 8;  // 32 x 32, of a warp, each of 4 lanes
   // Scales that neither under- nor overflow on the way, and how far they may lie apart.
   static constexpr uint32_t kFirst = 16, kLast = 250, kBinades = 9;
@@ -38,10 +38,10 @@ struct CodeTraits {
 // The packed operand: `height` rows of `blocks` blocks. across: tiles in a row of tiles.
 struct CodeGrid {
   const uint8_t* x;
-  uint32_t height, blocks, tiles;
+  uint32_t height, blocks;
   Divisor across;
   bool pairs;            // no prescale
-  bool loads2, stores4;  // rows of scales are aligned words of 2 and 4
+  bool loads8, stores4;  // rows of scales are aligned words of 8 and 4
 };
 
 struct CodePlace {
@@ -55,79 +55,56 @@ struct CodePlace {
 
 struct alignas(128) CodeShared {
   uint8_t codes[CodeTile::kBytes];
-  uint16_t scales[CodeTile::kRows];  // of a row's two blocks
-  uint8_t block_scales[CodeTile::kBlockScaleBytes];
-  uint4 rows[CodeTraits::kSquares][4];  // of a square: see survey
+  uint8_t scales[CodeTile::kScaleBytes];
+  uint8_t block_scales[CodeTile::kScaleBytes];
+  uint4 rows[CodeTile::kBands][CodeTraits::kSquares][4];  // of a square: see survey
 };
 
-static_assert(sizeof(uint16_t) == CodeTile::kBlocks && sizeof(uint32_t) == CodeTile::kBands,
-              "scales of a row come, and those of a column leave, as one word");
-static_assert(CodeTraits::kMostWarps * sizeof(CodeShared) <= 226 * 1024,
-              "what a CTA may have on 9.0, less what it counts in");
+static_assert(CodeTraits::kCtas * (sizeof(CodeShared) + 1024) <= 228 * 1024,
+              "what a multiprocessor of 9.0 has, of which a CTA costs 1 KiB more");
+static_assert(CodeTile::kThreads == CodeTile::kRows, "a thread copies the scales of a row");
+
+// threadIdx.x, found where it stands, so that nothing of it waits in registers.
+__device__ __forceinline__ uint32_t thread_id(uint32_t warp) { return warp * 32 + ptx::lane_id(); }
 
 // ---- in ----
 
 // Start copying the codes of a tile, with zeros outside of x.
-__device__ __forceinline__ void copy_codes(const CodeGrid& g, const CodePlace& at,
+__device__ __forceinline__ void copy_codes(const CodeGrid& g, const CodePlace& at, uint32_t thread,
                                            CodeShared& tile) {
-  const uint32_t lane = ptx::lane_id();
-  const uint32_t chunk = lane % CodeTile::kChunks, first = lane / CodeTile::kChunks;
+  const uint32_t chunk = thread % CodeTile::kChunks, first = thread / CodeTile::kChunks;
   const uint32_t block = at.column / 32 + chunk, row = at.row + first;
   const uint8_t* from = g.x + (static_cast<uint64_t>(row) * g.blocks + block) * 16;
   const uint64_t pitch = static_cast<uint64_t>(g.blocks) * (16 * CodeTile::kCopyRows);
   const uint32_t to = ptx::shared_address(tile.codes) + CodeTile::chunk(first, chunk);
-  // As chunk() has it: a copy's rows are half a band, whose number turns those of a line.
-  const auto place = [&](uint32_t i) {
-    return (to ^ i / 2 * CodeTile::kRowBytes) + i * (CodeTile::kCopyRows * CodeTile::kRowBytes);
-  };
   if (at.row + CodeTile::kRows <= g.height && at.column + CodeTile::kColumns <= g.blocks * 32) {
 #pragma unroll
     for (uint32_t i = 0; i < CodeTile::kCopies; ++i, from += pitch)
-      ptx::cp_async_16(place(i), from, 16);
+      ptx::cp_async_16(to + CodeTile::chunk(i * CodeTile::kCopyRows, 0), from, 16);
     return;
   }
 #pragma unroll 1
-  for (uint32_t i = 0; i < CodeTile::kCopies; ++i, from += pitch) {
-    const bool inside = row + i * CodeTile::kCopyRows < g.height && block < g.blocks;
-    ptx::cp_async_16(place(i), inside ? from : g.x, inside ? 16 : 0);
+  for (uint32_t i = 0; i < CodeTile::kRows; i += CodeTile::kCopyRows, from += pitch) {
+    const bool inside = row + i < g.height && block < g.blocks;
+    ptx::cp_async_16(to + CodeTile::chunk(i, 0), inside ? from : g.x, inside ? 16 : 0);
   }
 }
 
-// The scales of a tile's rows, two of each.
+// The same of their scales: a thread takes the 8 of a row.
 __device__ __forceinline__ void copy_scales(const QuantizeParams& p, const CodeGrid& g,
-                                            const CodePlace& at, CodeShared& tile) {
-  const uint32_t block = at.column / 32;
-  uint32_t pair[CodeTile::kRows / 32];
+                                            const CodePlace& at, uint32_t thread,
+                                            CodeShared& tile) {
+  const uint32_t row = at.row + thread, block = at.column / 32;
+  const uint32_t blocks = row < g.height ? g.blocks - block : 0;
+  const uint8_t* from = p.in_scale;
+  if (blocks != 0) from += static_cast<uint64_t>(row) * g.blocks + block;
+  const uint32_t to = ptx::shared_address(tile.scales) + thread * 8;
+  if (g.loads8) return ptx::cp_async_8(to, from, blocks != 0 ? 8 : 0);
+  uint32_t word[2] = {0, 0};
 #pragma unroll
-  for (uint32_t i = 0; i < CodeTile::kRows / 32; ++i) {
-    const uint32_t row = at.row + i * 32 + ptx::lane_id();
-    const uint32_t blocks = row < g.height ? g.blocks - block : 0;
-    const uint8_t* from = p.in_scale + static_cast<uint64_t>(row) * g.blocks + block;
-    pair[i] = 0;
-    if (blocks != 0 && g.loads2) {
-      pair[i] = *reinterpret_cast<const uint16_t*>(from);
-    } else if (blocks != 0) {
-      pair[i] = from[0] | (blocks > 1 ? from[1] << 8 : 0);
-    }
-  }
-#pragma unroll
-  for (uint32_t i = 0; i < CodeTile::kRows / 32; ++i)
-    tile.scales[i * 32 + ptx::lane_id()] = static_cast<uint16_t>(pair[i]);
-}
-
-// Ask the L2 for a tile, by its sectors of 32 bytes: one of a row's codes, and one of its scales.
-__device__ __forceinline__ void fetch_tile(const QuantizeParams& p, const CodeGrid& g,
-                                           uint32_t index) {
-  const CodePlace at(g, index);
-  const uint32_t block = at.column / 32;
-#pragma unroll
-  for (uint32_t i = 0; i < CodeTile::kRows / 32; ++i) {
-    const uint32_t row = at.row + i * 32 + ptx::lane_id();
-    const uint64_t from = static_cast<uint64_t>(row) * g.blocks + block;
-    if (row >= g.height) continue;
-    ptx::prefetch_global_l2(g.x + from * 16);
-    ptx::prefetch_global_l2(p.in_scale + from);
-  }
+  for (uint32_t s = 0; s < 8; ++s)
+    if (s < blocks) word[s / 4] |= ptx::ld_global_nc_u8(from + s) << (8 * (s % 4));
+  ptx::st_shared_v2(to, word[0], word[1]);
 }
 
 // ---- transposed ----
@@ -151,26 +128,21 @@ __device__ __forceinline__ void transpose_nibbles(const uint32_t (&w)[8], uint32
   }
 }
 
-// A lane's 32 x 8 codes, from its band's rows to its columns. When a lane writes a column, which it
+// A lane's 32 x 8 codes, from a band's rows to its columns. When a lane writes a column, which it
 // alone reads, all have left the rows.
-__device__ __forceinline__ void transpose_codes(CodeShared& tile) {
-  const uint32_t lane = ptx::lane_id(), band = lane / CodeTile::kLanes;
-  const uint32_t base = ptx::shared_address(tile.codes);
-  const uint32_t from = base + CodeTile::chunk(32 * band, 0) + lane % CodeTile::kLanes * 4;
-  uint32_t line[4];  // rows 0 to 3; every 4 rows are a line of 128 bytes further
-#pragma unroll
-  for (uint32_t j = 0; j < 4; ++j) line[j] = from ^ (j * CodeTile::kRowBytes);
+__device__ __forceinline__ void transpose_codes(CodeShared& tile, uint32_t band) {
+  const uint32_t lane = ptx::lane_id();
+  const uint32_t from = ptx::shared_address(tile.codes) + CodeTile::chunk(32 * band, 0) + lane * 4;
   uint32_t columns[4][8];
 #pragma unroll
-  for (uint32_t i = 0; i < 4; ++i) {
+  for (int i = 0; i < 4; ++i) {
     uint32_t w[8];
 #pragma unroll
-    for (uint32_t j = 0; j < 8; ++j)
-      w[j] = ptx::ld_shared_b32(line[j % 4] + (8 * i + j) / 4 * (4 * CodeTile::kRowBytes));
+    for (int j = 0; j < 8; ++j) w[j] = ptx::ld_shared_b32(from + CodeTile::chunk(8 * i + j, 0));
     transpose_nibbles(w, columns[i]);
   }
   __syncwarp();
-  const uint32_t to = base + CodeTile::column(lane, 0);
+  const uint32_t to = ptx::shared_address(tile.codes) + CodeTile::column(band, lane, 0);
 #pragma unroll
   for (int n = 0; n < 8; ++n)
     ptx::st_shared_v4(to ^ (n * 16), columns[0][n], columns[1][n], columns[2][n], columns[3][n]);
@@ -178,31 +150,25 @@ __device__ __forceinline__ void transpose_codes(CodeShared& tile) {
 
 // ---- scales of the source ----
 
-// Of 8 rows: lane 4 s + i takes rows 8 i to 8 i + 7 of square s, whose 4 lanes all need them. Two
-// squares are side by side in a band.
+// Of 8 rows: lane 4 s + i takes rows 8 i to 8 i + 7 of square s, whose 4 lanes all need them.
 struct RowScales {
   uint32_t code[8];
 
-  __device__ __forceinline__ static uint32_t first_row(uint32_t lane) {
-    return lane / CodeTile::kLanes * 32 + lane % 4 * 8;
-  }
-
-  __device__ __forceinline__ explicit RowScales(CodeShared& tile) {
-    const uint32_t lane = ptx::lane_id(), odd = lane / 4 % 2;
-    const uint4 pairs = *reinterpret_cast<const uint4*>(tile.scales + first_row(lane));
-    const uint32_t w[4] = {pairs.x, pairs.y, pairs.z, pairs.w};
+  __device__ __forceinline__ RowScales(CodeShared& tile, uint32_t band) {
+    const uint32_t lane = ptx::lane_id();
+    const uint8_t* from = tile.scales + (32 * band + lane % 4 * 8) * 8 + lane / 4;
 #pragma unroll
-    for (int t = 0; t < 8; ++t) code[t] = __byte_perm(w[t / 2], 0, 0x4440 + t % 2 * 2 + odd);
+    for (int t = 0; t < 8; ++t) code[t] = from[8 * t];
   }
 
   // Whether some of the rows whose scale is 0 hold other codes than zeros.
-  __device__ __forceinline__ bool hides_codes(CodeShared& tile) const {
-    const uint32_t lane = ptx::lane_id(), first = first_row(lane);
+  __device__ __forceinline__ bool hides_codes(CodeShared& tile, uint32_t band) const {
+    const uint32_t lane = ptx::lane_id(), first = 32 * band + lane % 4 * 8;
     uint32_t found = 0;
 #pragma unroll
     for (int t = 0; t < 8; ++t) {
       const uint4 w =
-          *reinterpret_cast<const uint4*>(tile.codes + CodeTile::chunk(first + t, lane / 4 % 2));
+          *reinterpret_cast<const uint4*>(tile.codes + CodeTile::chunk(first + t, lane / 4));
       found |= code[t] == 0 ? w.x | w.y | w.z | w.w : 0u;
     }
     return (found & 0x77777777u) != 0;
@@ -236,8 +202,9 @@ struct Square {
 
 // Leaves the units in rows[square], or the scales where the squares are not fast. The tile must
 // still hold the rows.
-__device__ __forceinline__ Square survey(CodeShared& tile, bool pairs) {
-  const RowScales scales(tile);
+__device__ __forceinline__ Square survey(CodeShared& tile, uint32_t band, bool pairs,
+                                         uint4 (&rows)[CodeTraits::kSquares][4]) {
+  const RowScales scales(tile, band);
   const uint32_t lane = ptx::lane_id();
   uint32_t largest = 0, smallest = 255, least = 255;  // smallest: but for zeros, less 1
 #pragma unroll
@@ -247,7 +214,7 @@ __device__ __forceinline__ Square survey(CodeShared& tile, bool pairs) {
     smallest = min(smallest, (scales.code[t] - 1) & 0xFFu);
   }
   const bool hidden =
-      __any_sync(kAllLanes, least == 0) && __any_sync(kAllLanes, scales.hides_codes(tile));
+      __any_sync(kAllLanes, least == 0) && __any_sync(kAllLanes, scales.hides_codes(tile, band));
 #pragma unroll
   for (int lanes = 1; lanes < 4; lanes *= 2) {
     largest = max(largest, __shfl_xor_sync(kAllLanes, largest, lanes));
@@ -257,7 +224,7 @@ __device__ __forceinline__ Square survey(CodeShared& tile, bool pairs) {
       largest == 0 || (smallest + 1 >= CodeTraits::kFirst && largest <= CodeTraits::kLast &&
                        largest - smallest - 1 <= CodeTraits::kBinades);
   const bool fast = __all_sync(kAllLanes, near) && !hidden && pairs;
-  tile.rows[lane / 4][lane % 4] = fast ? scales.units(largest) : scales.packed();
+  rows[lane / 4][lane % 4] = fast ? scales.units(largest) : scales.packed();
   return {largest, fast};
 }
 
@@ -354,79 +321,79 @@ __device__ __forceinline__ StripBlock round_values(const uint4& column, const ui
 
 // ---- kernel ----
 
-// A tile, in place: rows of codes to blocks of columns.
-__device__ __forceinline__ void round_tile(const QuantizeParams& p, const CodeGrid& g,
+// A warp's band, in place: rows of codes to blocks of columns. at: of the tile.
+__device__ __forceinline__ void round_band(const QuantizeParams& p, const CodeGrid& g,
                                            const CodePlace& at, const StripOperand& operand,
-                                           CodeShared& tile) {
+                                           uint32_t band, CodeShared& tile) {
   const uint32_t lane = ptx::lane_id();
-  const Square square = survey(tile, g.pairs);
-  transpose_codes(tile);
-  const uint4(&rows)[4] = tile.rows[lane / 4];
-  const uint32_t columns = ptx::shared_address(tile.codes) + CodeTile::column(lane, 0);
-  const uint32_t scales = ptx::shared_address(tile.block_scales) + CodeTile::block_scale(lane, 0);
-  const uint32_t blocks = static_cast<uint32_t>(p.kp) / 32;
-  const uint32_t group = (at.column + lane % CodeTile::kLanes * CodeTile::kLaneColumns) * blocks +
-                         at.row / 32 + lane / CodeTile::kLanes;
+  const uint32_t k = at.row + 32 * band, kp = static_cast<uint32_t>(p.kp);
+  if (k >= kp) return;
+  uint4(&rows)[CodeTraits::kSquares][4] = tile.rows[band];
+  const Square square = survey(tile, band, g.pairs, rows);
+  transpose_codes(tile, band);
+  const uint32_t columns = ptx::shared_address(tile.codes) + CodeTile::column(band, lane, 0);
+  const uint32_t scales =
+      ptx::shared_address(tile.block_scales) + CodeTile::block_scale(band, lane, 0);
+  const uint32_t group = (at.column + lane * CodeTile::kLaneColumns) * (kp / 32) + k / 32;
   const auto each_column = [&](auto round) {
 #pragma unroll 1
     for (uint32_t n = 0; n < CodeTile::kLaneColumns; ++n) {
       const uint4 column = ptx::ld_shared_v4(columns ^ (n * 16));
       const StripBlock b = round(column, n);
       ptx::st_shared_v4(columns ^ (n * 16), b.codes.x, b.codes.y, b.codes.z, b.codes.w);
-      ptx::st_shared_u8(scales + CodeTile::block_scale(0, n), b.scale);
+      ptx::st_shared_u8(scales + CodeTile::block_scale(0, 0, n), b.scale);
     }
   };
   if (square.fast) {
     uint32_t units[16];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const uint4 u = rows[i];
+      const uint4 u = rows[lane / 4][i];
       units[4 * i] = u.x, units[4 * i + 1] = u.y, units[4 * i + 2] = u.z, units[4 * i + 3] = u.w;
     }
     each_column([&](const uint4& column, uint32_t n) {
-      return round_codes(column, units, square.largest, operand.keys, group + n * blocks);
+      return round_codes(column, units, square.largest, operand.keys, group + n * (kp / 32));
     });
   } else {
     each_column([&](const uint4& column, uint32_t n) {
-      return round_values(column, rows, p, operand, group + n * blocks);
+      return round_values(column, rows[lane / 4], p, operand, group + n * (kp / 32));
     });
   }
 }
 
 // 4 lanes write the 4 blocks of an operand row.
 __device__ __forceinline__ void store_codes(const QuantizeParams& p, const CodePlace& at,
-                                            CodeShared& tile) {
-  const uint32_t lane = ptx::lane_id();
-  const uint32_t block = at.row / 32 + lane % CodeTile::kBands,
-                 row = at.column + lane / CodeTile::kBands;
+                                            uint32_t thread, CodeShared& tile) {
+  const uint32_t block = at.row / 32 + thread % CodeTile::kBands,
+                 row = at.column + thread / CodeTile::kBands;
   const uint32_t rows = static_cast<uint32_t>(p.rows), blocks = static_cast<uint32_t>(p.kp) / 32;
   const uint32_t left = block < blocks && row < rows ? rows - row : 0;
-  const uint32_t from = ptx::shared_address(tile.codes) + CodeTile::stored(lane);
+  const uint32_t from = ptx::opaque(ptx::shared_address(tile.codes) + CodeTile::stored(thread));
   uint8_t* to = p.data + (static_cast<uint64_t>(row) * blocks + block) * 16;
   const uint64_t pitch = static_cast<uint64_t>(blocks) * (16 * CodeTile::kStoreColumns);
-  const auto store = [&](uint32_t j) {
-    *reinterpret_cast<uint4*>(to + j * pitch) =
-        ptx::ld_shared_v4(CodeTile::stored_further(from, j));
+  const auto store = [&](uint32_t i) {
+    *reinterpret_cast<uint4*>(to + i * pitch) =
+        ptx::ld_shared_v4(CodeTile::stored_further(from, i));
   };
   if (left > (CodeTile::kStores - 1) * CodeTile::kStoreColumns) {
 #pragma unroll
-    for (uint32_t j = 0; j < CodeTile::kStores; ++j) store(j);
+    for (uint32_t i = 0; i < CodeTile::kStores; ++i) store(i);
     return;
   }
 #pragma unroll 1
-  for (uint32_t j = 0; j * CodeTile::kStoreColumns < left; ++j) store(j);
+  for (uint32_t i = 0; i * CodeTile::kStoreColumns < left; ++i) store(i);
 }
 
-// A lane writes the 4 scales of two operand rows.
+// A thread writes the 4 scales of two operand rows.
 __device__ __forceinline__ void store_scales(const QuantizeParams& p, const CodeGrid& g,
-                                             const CodePlace& at, const CodeShared& tile) {
+                                             const CodePlace& at, uint32_t thread,
+                                             const uint8_t* block_scales) {
   const uint32_t kp = static_cast<uint32_t>(p.kp);
 #pragma unroll
-  for (uint32_t i = 0; i < CodeTile::kColumns / 32; ++i) {
-    const uint32_t word = i * 32 + ptx::lane_id();
+  for (uint32_t word = thread; word < CodeTile::kColumns; word += CodeTile::kThreads) {
     const uint32_t row = at.column + CodeTile::scaled_column(word);
     if (row >= static_cast<uint32_t>(p.rows)) continue;
-    const uint8_t* from = tile.block_scales + word * CodeTile::kBands;
+    const uint8_t* from = block_scales + word * CodeTile::kBands;
     uint8_t* to = p.scale + (static_cast<uint64_t>(row) * (kp / 32) + at.row / 32);
     if (g.stores4) {
       *reinterpret_cast<uint32_t*>(to) = *reinterpret_cast<const uint32_t*>(from);
@@ -440,32 +407,21 @@ __device__ __forceinline__ void store_scales(const QuantizeParams& p, const Code
   }
 }
 
-__global__ void __launch_bounds__(CodeTraits::kMostWarps * 32, 1)
+__global__ void __launch_bounds__(CodeTile::kThreads, CodeTraits::kCtas)
     requantize_codes_kernel(const QuantizeParams p, const StripPlan plan, const CodeGrid g) {
-  MXT_DYNAMIC_SHARED(memory, 128);
-  __shared__ uint32_t taken;  // how many of the CTA's tiles have been begun
-  if (threadIdx.x == 0) taken = blockDim.x / 32;
+  __shared__ CodeShared tile;
+  const CodePlace at(g, blockIdx.x);
+  const uint32_t warp = uniform(threadIdx.x / 32);
+  copy_codes(g, at, thread_id(warp), tile);
+  copy_scales(p, g, at, thread_id(warp), tile);
   const PhiloxSchedule keys = uniform_schedule(p);
   const StripOperand operand = {plan, keys, nullptr};
+  ptx::cp_async_wait_all();
   __syncthreads();
-  const uint32_t warp = uniform(threadIdx.x / 32);
-  CodeShared& tile = reinterpret_cast<CodeShared*>(memory)[warp];
-  uint32_t index = blockIdx.x + gridDim.x * warp;
-#pragma unroll 1
-  while (index < g.tiles) {
-    const CodePlace at(g, index);
-    copy_codes(g, at, tile);
-    copy_scales(p, g, at, tile);
-    index = blockIdx.x + gridDim.x * uniform(ptx::lane_id() == 0 ? atomicAdd(&taken, 1u) : 0u);
-    if (index < g.tiles) fetch_tile(p, g, index);
-    ptx::cp_async_wait_all();
-    __syncwarp();
-    round_tile(p, g, at, operand, tile);
-    __syncwarp();
-    store_codes(p, at, tile);
-    store_scales(p, g, at, tile);
-    __syncwarp();
-  }
+  round_band(p, g, at, operand, warp, tile);
+  __syncthreads();
+  store_codes(p, at, thread_id(warp), tile);
+  store_scales(p, g, at, thread_id(warp), tile.block_scales);
 }
 
 }  // namespace
@@ -483,18 +439,12 @@ cudaError_t launch_requantize_codes(const QuantizeParams& p, cudaStream_t stream
   const CodeGrid g = {static_cast<const uint8_t*>(p.x),
                       narrow(p.cols),
                       narrow(p.in_blocks),
-                      narrow(across * down),
                       Divisor::of(across),
                       p.prescale == 1.0f,
-                      words(p.in_scale, p.in_blocks, CodeTile::kBlocks),
+                      words(p.in_scale, p.in_blocks, CodeTile::kColumns / 32),
                       !p.swizzled && words(p.scale, p.kp / 32, CodeTile::kBands)};
-  SharedTiles share;
-  const cudaError_t error =
-      share_tiles(g.tiles, sizeof(CodeShared), sizeof(uint32_t), CodeTraits::kMostWarps, &share);
-  if (error != cudaSuccess) return error;
-  return launch_with_shared(requantize_codes_kernel, share.ctas, share.warps * 32,
-                            share.warps * static_cast<int>(sizeof(CodeShared)), stream, p,
-                            make_plan<Strip::kStochastic>(p), g);
+  return launch(requantize_codes_kernel, narrow(across * down), CodeTile::kThreads, stream, p,
+                make_plan<Strip::kStochastic>(p), g);
 }
 
 }  // namespace mxtrain::cuda
