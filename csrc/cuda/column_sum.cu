@@ -111,6 +111,7 @@ __global__ void __launch_bounds__(ColumnRunsTraits::kThreads)
     column_runs_kernel(const ColumnRunsParams p) {
   constexpr int kRuns = ColumnRunsTraits::kStrips * kSumRuns;
   __shared__ float strips[ColumnRunsTraits::kStrips][32];
+  begin_early();
   const int lane = threadIdx.x % 32;
   const int64_t column = static_cast<int64_t>(blockIdx.x) * 32 + lane;
   float total = 0.0f;
@@ -133,8 +134,8 @@ __global__ void __launch_bounds__(ColumnRunsTraits::kThreads)
 cudaError_t launch_column_runs(const ColumnRunsParams& p, cudaStream_t stream) {
   if (p.cols == 0) return cudaSuccess;
   const int64_t ctas = ceil_div(p.cols, int64_t{32});
-  return launch(column_runs_kernel, static_cast<unsigned>(ctas), ColumnRunsTraits::kThreads, stream,
-                p);
+  return launch_early(column_runs_kernel, static_cast<unsigned>(ctas), ColumnRunsTraits::kThreads,
+                      0, stream, p);
 }
 
 template <class Source>

@@ -14,7 +14,6 @@
 #include "cuda/fold.h"
 #include "cuda/launch.cuh"
 #include "formats/e8m0.h"
-#include "ptx/cluster.cuh"
 #include "ptx/memory.cuh"
 
 namespace mxtrain::cuda {
@@ -71,7 +70,7 @@ template <bool kAligned>
 __global__ void __launch_bounds__(FoldTraits::kThreads, 2048 / FoldTraits::kThreads)
     fold_kernel(const FoldWork work, uint32_t* zero, int counters) {
   using T = FoldTraits;
-  ptx::griddepcontrol_launch_dependents();
+  begin_early();
   const int lane = threadIdx.x % 32;
   int warp = blockIdx.x * (T::kThreads / 32) + threadIdx.x / 32;
   const bool second = warp >= work.a_warps;
@@ -122,7 +121,7 @@ struct ShiftWork {
 
 // A warp a row.
 __global__ void __launch_bounds__(FoldTraits::kThreads) shift_kernel(const ShiftWork work) {
-  ptx::griddepcontrol_launch_dependents();
+  begin_early();
   const int lane = threadIdx.x % 32;
   int64_t row = static_cast<int64_t>(blockIdx.x) * (FoldTraits::kThreads / 32) + threadIdx.x / 32;
   const bool second = row >= work.a.rows;
@@ -154,7 +153,7 @@ cudaError_t launch_shifts(const ShiftParams& a, const ShiftParams& b, cudaStream
   if (rows == 0) return cudaSuccess;
   constexpr int kWarps = FoldTraits::kThreads / 32;
   const unsigned grid = static_cast<unsigned>((rows + kWarps - 1) / kWarps);
-  return launch(shift_kernel, grid, FoldTraits::kThreads, stream, w);
+  return launch_early(shift_kernel, grid, FoldTraits::kThreads, 0, stream, w);
 }
 
 cudaError_t launch_fold(const FoldParams& a, const FoldParams& b, uint32_t* zero, int counters,
@@ -171,8 +170,8 @@ cudaError_t launch_fold(const FoldParams& a, const FoldParams& b, uint32_t* zero
   const int64_t warps = int64_t{w.a_warps} + w.b_warps + ceil_div(counters, 32);
   if (warps == 0) return cudaSuccess;
   const unsigned grid = static_cast<unsigned>((warps + kWarps - 1) / kWarps);
-  return launch(aligned(a.data, b.data, 8) ? fold_kernel<true> : fold_kernel<false>, grid,
-                FoldTraits::kThreads, stream, w, zero, counters);
+  return launch_early(aligned(a.data, b.data, 8) ? fold_kernel<true> : fold_kernel<false>, grid,
+                      FoldTraits::kThreads, 0, stream, w, zero, counters);
 }
 
 }  // namespace mxtrain::cuda

@@ -8,6 +8,7 @@
 #include <algorithm>
 
 #include "cuda/quantize.h"
+#include "ptx/cluster.cuh"
 
 // What is CUDA's own in a launch, and in a kernel's dynamic shared memory; csrc/emulation has
 // others.
@@ -16,6 +17,7 @@
 #define MXT_DYNAMIC_SHARED(name, alignment) \
   extern __shared__ __align__(alignment)    \
   uint8_t name[]
+#define MXT_OVERLAPS  // launches may overlap
 #endif
 
 namespace mxtrain::cuda {
@@ -53,6 +55,13 @@ inline cudaError_t share_tiles(uint32_t tiles, int tile_bytes, int more_bytes, i
   return cudaSuccess;
 }
 
+// A kernel of launch_early calls it before it touches global memory: the kernel after it may start,
+// and what the kernels before it wrote is there.
+__device__ __forceinline__ void begin_early() {
+  ptx::griddepcontrol_launch_dependents();
+  ptx::griddepcontrol_wait();
+}
+
 // kernel<<<grid, block, 0, stream>>>(arguments...), and the error of it.
 template <class... P, class... A>
 static cudaError_t launch(void (*kernel)(P...), dim3 grid, unsigned block, cudaStream_t stream,
@@ -72,6 +81,36 @@ static cudaError_t launch_with_shared(void (*kernel)(P...), unsigned grid, unsig
   last_launch() = {grid, block};
   MXT_LAUNCH(kernel, grid, block, shared, stream)(arguments...);
   return cudaGetLastError();
+}
+
+// The same for a kernel that calls begin_early. From 9.0 on its blocks come to multiprocessors that
+// the kernel before has left, if that one is of these too, and wait there for its end.
+template <class... P, class... A>
+static cudaError_t launch_early(void (*kernel)(P...), dim3 grid, unsigned block, int shared,
+                                cudaStream_t stream, const A&... arguments) {
+#ifdef MXT_OVERLAPS
+  int device = 0, major = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess)
+    error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (error == cudaSuccess && shared > 48 * 1024)
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+  if (error != cudaSuccess) return error;
+  cudaLaunchAttribute overlap = {};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = dim3(block);
+  config.dynamicSmemBytes = shared;
+  config.stream = stream;
+  config.attrs = &overlap;
+  config.numAttrs = major >= 9 ? 1 : 0;
+  last_launch() = {grid.x * grid.y * grid.z, block};
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
+#else
+  return launch_with_shared(kernel, grid.x * grid.y * grid.z, block, shared, stream, arguments...);
+#endif
 }
 
 }  // namespace mxtrain::cuda

@@ -89,6 +89,7 @@ template <bool kFits>
 __global__ void __launch_bounds__(PairTraits::kThreads, PairTraits::kCtas)
     quantize_pairs_kernel(const QuantizeParams p, const PairGrid g) {
   __shared__ PairTile tile;
+  begin_early();
   const uint32_t row = blockIdx.x * PairTraits::kColumns, k = blockIdx.y * PairTraits::kTileK;
   const int block = threadIdx.x / 32, column = threadIdx.x % 32 * 2;
   const bool whole = k + PairTraits::kTileK <= g.cols && row + PairTraits::kColumns <= g.rows;
@@ -125,8 +126,8 @@ cudaError_t launch_column_pairs(const QuantizeParams& p, cudaStream_t stream) {
   const dim3 grid(narrow((p.rows + PairTraits::kColumns - 1) / PairTraits::kColumns),
                   narrow((p.kp + PairTraits::kTileK - 1) / PairTraits::kTileK));
   const bool fits = p.scale_rule == static_cast<int>(ScaleRule::kCeil);
-  return launch(fits ? quantize_pairs_kernel<true> : quantize_pairs_kernel<false>, grid,
-                PairTraits::kThreads, stream, p, g);
+  return launch_early(fits ? quantize_pairs_kernel<true> : quantize_pairs_kernel<false>, grid,
+                      PairTraits::kThreads, 0, stream, p, g);
 }
 
 }  // namespace mxtrain::cuda

@@ -83,6 +83,7 @@ __device__ __forceinline__ void load_toward(const QuantizeParams& p, GroupPlace 
 template <class Source, class F, Path kPath, bool kFlat>
 __global__ void __launch_bounds__(RowTraits::kThreads)
     quantize_rows_kernel(const QuantizeParams p, int64_t groups, bool vector) {
+  begin_early();
   constexpr int N = RowTraits::kGroups, kLanes = F::kBlock / 8;
   const int lane = threadIdx.x % 32;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * RowTraits::kGroupsPerCta + threadIdx.x;
@@ -199,20 +200,20 @@ static cudaError_t launch_layout(const QuantizeParams& p, int64_t groups, bool v
                                  unsigned grid, cudaStream_t stream) {
   if constexpr (kHasPairs<Source, F>) {
     if (choose_path<Source, F>(p) == Path::kPairs) {
-      return launch(quantize_rows_kernel<Source, F, Path::kPairs, kFlat>, grid, RowTraits::kThreads,
-                    stream, p, groups, vector);
+      return launch_early(quantize_rows_kernel<Source, F, Path::kPairs, kFlat>, grid,
+                          RowTraits::kThreads, 0, stream, p, groups, vector);
     }
   }
-  return launch(quantize_rows_kernel<Source, F, Path::kFloats, kFlat>, grid, RowTraits::kThreads,
-                stream, p, groups, vector);
+  return launch_early(quantize_rows_kernel<Source, F, Path::kFloats, kFlat>, grid,
+                      RowTraits::kThreads, 0, stream, p, groups, vector);
 }
 
 template <class Source, class F>
 static cudaError_t launch_path(const QuantizeParams& p, int64_t groups, bool vector, bool flat,
                                unsigned grid, cudaStream_t stream) {
   if (p.toward)
-    return launch(quantize_rows_kernel<Source, F, Path::kToward, false>, grid, RowTraits::kThreads,
-                  stream, p, groups, vector);
+    return launch_early(quantize_rows_kernel<Source, F, Path::kToward, false>, grid,
+                        RowTraits::kThreads, 0, stream, p, groups, vector);
   if (flat) return launch_layout<Source, F, true>(p, groups, vector, grid, stream);
   return launch_layout<Source, F, false>(p, groups, vector, grid, stream);
 }

@@ -92,6 +92,7 @@ __global__ void __launch_bounds__(strip_warps(kRow) * 32, 1)
   __shared__ StripStatic fixed;
   StripSigns &row_signs = fixed.row_signs, &col_signs = fixed.col_signs;
   if (threadIdx.x == 0) fixed.taken = blockDim.x / 32;
+  begin_early();
   fill_signs<kRow>(row_signs.word, row);
   fill_signs<kCol>(col_signs.word, col);
   PhiloxSchedule row_keys = {}, col_keys = {};
@@ -182,6 +183,7 @@ __global__ void __launch_bounds__(StripTraits::kThreads, requantize_ctas(kCol))
   __shared__ __align__(128) uint8_t tiles[StripTraits::kWarps][StripTraits::kTileBytes];
   __shared__ __align__(128) uint8_t packed[StripTraits::kWarps][PackedStrips::kBytes];
   __shared__ StripTables tables;
+  begin_early();
   fill_tables<kCol>(tables, p);
   __syncthreads();
   const uint32_t warp = uniform_warp(), step = gridDim.x * StripTraits::kWarps;
@@ -270,9 +272,9 @@ static cudaError_t launch_strips(const QuantizeParams& row, const QuantizeParams
   const cudaError_t error = share_tiles(grid.tiles, StripTraits::kTileBytes, sizeof(StripStatic),
                                         strip_warps(kRow), &share);
   if (error != cudaSuccess) return error;
-  return launch_with_shared(quantize_strips_kernel<kRow, kCol, kFlat, kRuns>, share.ctas,
-                            share.warps * 32, share.warps * StripTraits::kTileBytes, stream, row,
-                            col, make_plan<kRow>(row), make_plan<kCol>(col), grid);
+  return launch_early(quantize_strips_kernel<kRow, kCol, kFlat, kRuns>, share.ctas,
+                      share.warps * 32, share.warps * StripTraits::kTileBytes, stream, row, col,
+                      make_plan<kRow>(row), make_plan<kCol>(col), grid);
 }
 
 template <bool kFlat>
@@ -311,7 +313,8 @@ static cudaError_t launch_requantize_strips(const QuantizeParams& p, cudaStream_
   unsigned ctas = 0;
   const cudaError_t error = resident_ctas(grid, requantize_ctas(kCol), &ctas);
   if (error != cudaSuccess) return error;
-  return launch(requantize_strips_kernel<kCol>, ctas, StripTraits::kThreads, stream, p, grid);
+  return launch_early(requantize_strips_kernel<kCol>, ctas, StripTraits::kThreads, 0, stream, p,
+                      grid);
 }
 
 template <Strip kCol>

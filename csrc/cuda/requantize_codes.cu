@@ -410,6 +410,7 @@ __device__ __forceinline__ void store_scales(const QuantizeParams& p, const Code
 __global__ void __launch_bounds__(CodeTile::kThreads, CodeTraits::kCtas)
     requantize_codes_kernel(const QuantizeParams p, const StripPlan plan, const CodeGrid g) {
   __shared__ CodeShared tile;
+  begin_early();
   const CodePlace at(g, blockIdx.x);
   const uint32_t warp = uniform(threadIdx.x / 32);
   copy_codes(g, at, thread_id(warp), tile);
@@ -443,8 +444,8 @@ cudaError_t launch_requantize_codes(const QuantizeParams& p, cudaStream_t stream
                       p.prescale == 1.0f,
                       words(p.in_scale, p.in_blocks, CodeTile::kColumns / 32),
                       !p.swizzled && words(p.scale, p.kp / 32, CodeTile::kBands)};
-  return launch(requantize_codes_kernel, narrow(across * down), CodeTile::kThreads, stream, p,
-                make_plan<Strip::kStochastic>(p), g);
+  return launch_early(requantize_codes_kernel, narrow(across * down), CodeTile::kThreads, 0, stream,
+                      p, make_plan<Strip::kStochastic>(p), g);
 }
 
 }  // namespace mxtrain::cuda

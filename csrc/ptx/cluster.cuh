@@ -46,7 +46,9 @@ __device__ __forceinline__ void griddepcontrol_launch_dependents() {
 // griddepcontrol.wait: until the kernels that this one depends on have ended and their writes are
 // visible.
 __device__ __forceinline__ void griddepcontrol_wait() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
 }
 
 }  // namespace mxtrain::ptx

@@ -54,7 +54,8 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     if (args.boxes) ptx::prefetch_tensormap(&map_out);
   }
   __syncthreads();
-  sync_cluster<T>();           // no arrival and no copy before every block's barriers exist
+  sync_cluster<T>();  // no arrival and no copy before every block's barriers exist
+  ptx::griddepcontrol_launch_dependents();
   ptx::griddepcontrol_wait();  // the folded operands are there
   if (threadIdx.x < 128) {
     ptx::setmaxnreg_dec<T::kProducerRegisters>();
