@@ -73,12 +73,12 @@ static cudaError_t launch(void (*kernel)(P...), dim3 grid, unsigned block, cudaS
 
 // The same with `shared` bytes of dynamic shared memory; more than 48 KB must be asked for.
 template <class... P, class... A>
-static cudaError_t launch_with_shared(void (*kernel)(P...), unsigned grid, unsigned block,
-                                      int shared, cudaStream_t stream, const A&... arguments) {
+static cudaError_t launch_with_shared(void (*kernel)(P...), dim3 grid, unsigned block, int shared,
+                                      cudaStream_t stream, const A&... arguments) {
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
   if (error != cudaSuccess) return error;
-  last_launch() = {grid, block};
+  last_launch() = {grid.x * grid.y * grid.z, block};
   MXT_LAUNCH(kernel, grid, block, shared, stream)(arguments...);
   return cudaGetLastError();
 }
@@ -109,7 +109,7 @@ static cudaError_t launch_early(void (*kernel)(P...), dim3 grid, unsigned block,
   last_launch() = {grid.x * grid.y * grid.z, block};
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 #else
-  return launch_with_shared(kernel, grid.x * grid.y * grid.z, block, shared, stream, arguments...);
+  return launch_with_shared(kernel, grid, block, shared, stream, arguments...);
 #endif
 }
 
