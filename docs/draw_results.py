@@ -15,14 +15,20 @@ import numpy as np
 from matplotlib.figure import Figure
 
 HERE = Path(__file__).parent
-# Rows of q-ema.json by what bounds the memory of the average, from none to the paper's.
+# Rows of q-ema.json by what bounds the memory of the average: none, ema_at_half, a share of the run
+# (as it was tried first), the paper's.
 BOUNDS = {
-    "tetrajet": "no average",
-    "tetrajet_ema": "0.0005\n(default)",
-    "ema_at_half_0.001": "0.001",
-    "ema_at_half_0.004": "0.004",
-    "ema_0.998": "beta alone\n(paper)",
+    "tetrajet": "none",
+    "ema_at_half_0.01": "0.01",
+    "tetrajet_ema": "0.03\ndefault",
+    "ema_at_half_0.1": "0.1",
+    "ema_at_half_0.3": "0.3",
+    "ema_share_0.0005": "5e-4\nshare",
+    "ema_share_0.001": "1e-3\nshare",
+    "ema_share_0.004": "4e-3\nshare",
+    "ema_0.998": "paper",
 }
+GROUPS = (range(5), range(5, 8), range(8, 9))  # joined by lines
 HEADLINE = ("bf16", "mxfp4_baseline", "tetrajet")
 
 
@@ -36,8 +42,8 @@ def _steps(task: str) -> tuple[int, str]:
 
 
 def draw_q_ema() -> None:
-    """Loss above tetrajet's from the same seed, and oscillating weights, against the bound: a line
-    for each kind of run, the seeds' mean, and a point for each seed.
+    """Loss above tetrajet's from the same seed, and oscillating weights, against the bound:
+    for each kind of run a line of means, and a point for each seed.
     """
     with open(HERE / "q-ema.json") as file:
         records = {record["run"]: record for record in json.load(file)["records"]}
@@ -57,20 +63,26 @@ def draw_q_ema() -> None:
         label = task.removeprefix("small_").replace("_lr_", " steps, learning rate ")
         label += "" if "rate" in label else " steps"
         for k, axes in enumerate((loss, middle, end)):
-            at = sorted(points)
-            axes.plot(
-                at, [np.mean([p[k] for p in points[i]]) for i in at], f"C{colour}-", label=label
-            )
-            for i in at:
+            for group in GROUPS:
+                at = [i for i in group if i in points]
+                mean = [np.mean([p[k] for p in points[i]]) for i in at]
+                axes.plot(at, mean, f"C{colour}-", label=label if group is GROUPS[0] else None)
+            for i in points:
                 axes.plot([i] * len(points[i]), [p[k] for p in points[i]], f"C{colour}.", ms=5)
     loss.axhline(0, color="black", linewidth=0.5)
     loss.set(ylabel="validation loss above tetrajet's, %")
-    middle.set(ylabel="weights with R > 16 in the middle, %", xlabel="ema_at_half")
+    loss.set_yscale("symlog", linthresh=0.5)
+    loss.set_yticks((-0.5, -0.25, 0, 0.25, 0.5, 1, 2, 5))
+    loss.yaxis.set_major_formatter("{x:g}")
+    middle.set(ylabel="weights with R > 16 in the middle, %")
     end.set(ylabel="weights with R > 16 at the end, %")
     for axes in (loss, middle, end):
         axes.set_xticks(range(len(names)), BOUNDS.values(), fontsize=8)
         axes.grid(alpha=0.3)
     loss.legend(fontsize=8)
+    figure.supxlabel(
+        "memory at half of the peak learning rate: steps, or a share of the run", size=10
+    )
     figure.savefig(HERE / "q-ema.png", dpi=90)
 
 
