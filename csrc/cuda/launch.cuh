@@ -32,6 +32,25 @@ inline cudaError_t count_multiprocessors(int* count) {
   return cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device);
 }
 
+// The compute capability that this code is compiled for, as 90 for 9.0; 0 on the host.
+#ifdef __CUDA_ARCH__
+constexpr int kCodeArch = __CUDA_ARCH__ / 10;
+#else
+constexpr int kCodeArch = 0;
+#endif
+
+// That of the current device.
+inline cudaError_t device_arch(int* arch) {
+  int device = 0, major = 0, minor = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess)
+    error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (error == cudaSuccess)
+    error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  *arch = 10 * major + minor;
+  return error;
+}
+
 // Of kernels whose warps work for themselves, each on a tile in shared memory: a CTA for each
 // multiprocessor, which takes every ctas-th tile, and no more warps than there is room for, or than
 // there are tiles.
@@ -89,10 +108,8 @@ template <class... P, class... A>
 static cudaError_t launch_early(void (*kernel)(P...), dim3 grid, unsigned block, int shared,
                                 cudaStream_t stream, const A&... arguments) {
 #ifdef MXT_OVERLAPS
-  int device = 0, major = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess)
-    error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  int arch = 0;
+  cudaError_t error = device_arch(&arch);
   if (error == cudaSuccess && shared > 48 * 1024)
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
   if (error != cudaSuccess) return error;
@@ -105,7 +122,7 @@ static cudaError_t launch_early(void (*kernel)(P...), dim3 grid, unsigned block,
   config.dynamicSmemBytes = shared;
   config.stream = stream;
   config.attrs = &overlap;
-  config.numAttrs = major >= 9 ? 1 : 0;
+  config.numAttrs = arch >= 90 ? 1 : 0;
   last_launch() = {grid.x * grid.y * grid.z, block};
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 #else

@@ -76,15 +76,18 @@ __device__ __forceinline__ uint32_t uniform_warp() { return uniform(threadIdx.x 
 
 // ---- kernels ----
 
-// Warps of a CTA, as many as the registers allow without spilling.
-constexpr int strip_warps(Strip row) {
-  return row == Strip::kRotated64Nearest ? 20 : StripTraits::kMostWarps;
+// Warps of a CTA on an architecture: as many as there is shared memory for, and as registers allow
+// without spilling.
+constexpr int strip_warps(Strip row, int arch) {
+  return arch == 90 && row != Strip::kRotated64Nearest            ? StripTraits::kMostWarps
+         : arch == 80 || arch == 90 || arch == 100 || arch == 103 ? 20
+                                                                  : 12;
 }
 constexpr int requantize_ctas(Strip col) { return rotates64(col) ? 4 : 5; }
 
 // Either may be kNone. kRuns: col.runs is written.
 template <Strip kRow, Strip kCol, bool kFlat, bool kRuns>
-__global__ void __launch_bounds__(strip_warps(kRow) * 32, 1)
+__global__ void __launch_bounds__(strip_warps(kRow, kCodeArch) * 32, 1)
     quantize_strips_kernel(const QuantizeParams row, const QuantizeParams col,
                            const StripPlan row_plan, const StripPlan col_plan,
                            const StripGrid grid) {
@@ -268,9 +271,12 @@ static cudaError_t resident_ctas(const StripGrid& g, int per_sm, unsigned* ctas)
 template <Strip kRow, Strip kCol, bool kFlat = false, bool kRuns = false>
 static cudaError_t launch_strips(const QuantizeParams& row, const QuantizeParams& col,
                                  const StripGrid& grid, cudaStream_t stream) {
+  int arch = 0;
   SharedTiles share;
-  const cudaError_t error = share_tiles(grid.tiles, StripTraits::kTileBytes, sizeof(StripStatic),
-                                        strip_warps(kRow), &share);
+  cudaError_t error = device_arch(&arch);
+  if (error == cudaSuccess)
+    error = share_tiles(grid.tiles, StripTraits::kTileBytes, sizeof(StripStatic),
+                        strip_warps(kRow, arch), &share);
   if (error != cudaSuccess) return error;
   return launch_early(quantize_strips_kernel<kRow, kCol, kFlat, kRuns>, share.ctas,
                       share.warps * 32, share.warps * StripTraits::kTileBytes, stream, row, col,

@@ -34,7 +34,12 @@ enum cudaError_t {
   cudaErrorLaunchFailure = 719,
   cudaErrorNotSupported = 801,
 };
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin };
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin,
+  cudaDevAttrComputeCapabilityMajor,
+  cudaDevAttrComputeCapabilityMinor
+};
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 
 cudaError_t cudaGetLastError();
@@ -47,7 +52,8 @@ inline cudaError_t cudaGetDevice(int* device) {
 }
 constexpr size_t kMostShared = 227 * 1024;  // of a block, as on 9.0
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrMultiProcessorCount ? 2 : static_cast<int>(kMostShared);
+  constexpr int kValues[] = {2, static_cast<int>(kMostShared), 9, 0};
+  *value = kValues[attribute];
   return cudaSuccess;
 }
 template <class F>
