@@ -20,7 +20,17 @@ pytestmark = pytest.mark.ops(*OPS)
 ops = torch.ops.mxtrain
 BF16 = torch.bfloat16
 # Rows of less than a group, of one, ragged ones, and the longest; runs of 32 rows, strips of 256.
-SHAPES = [(1, 1), (3, 7), (5, 128), (33, 200), (70, 384), (300, 136), (2, 4100), (1, 16384)]
+SHAPES = [
+    (1, 1),
+    (3, 7),
+    (5, 128),
+    (33, 200),
+    (70, 384),
+    (300, 136),
+    (34, 4096),
+    (2, 4100),
+    (1, 16384),
+]
 
 
 def error(got, want):

@@ -4,9 +4,10 @@
 //              thread block takes a row and keeps it in registers
 //   backward   dy and the context give dx, and dw [cols] where it is wanted; a thread block
 //              takes 32 rows, one after another, and keeps their part of dw in registers. A second
-//              kernel adds the parts in the order of column_sum.
-// A thread holds kSteps chunks of 8 elements. The sums of a row's groups meet in shared memory and
-// are added by every thread alike.
+//              kernel adds the parts in the order of column_sum. In rows of up to 4096 a thread has
+//              one chunk, and reads the next row's while it works on one.
+// A thread holds kSteps (backward: 1 or kSteps) chunks of 8 elements. The sums of a row's groups
+// meet in shared memory and are added by every thread alike.
 #include "cuda/context.cuh"
 #include "cuda/launch.cuh"
 #include "formats/column_sum.h"
@@ -19,7 +20,8 @@ struct NormTraits {
   static constexpr int kSteps = 4;
   static constexpr int kMaxThreads = static_cast<int>(kNormMaxCols) / (8 * kSteps);
   static constexpr int kMaxGroups = static_cast<int>(kNormMaxCols) / kContextGroup;
-  static constexpr int kColumns = 32, kStrips = 32;  // of a block of the second kernel
+  static constexpr int kColumns = 32, kStrips = 32;   // of a block of the second kernel
+  static constexpr int kShortCols = 8 * kMaxThreads;  // a thread has one chunk of them in backward
   static_assert(kMaxThreads <= 512, "the registers of backward");
 };
 
@@ -106,6 +108,13 @@ struct NormGradient {
   Chunk<Source> dy;
   ContextChunk context;
 
+  template <bool kVector>
+  __device__ __forceinline__ void load(const NormRow<Source, kVector>& r, int step) {
+    const int k = r.column(step);
+    context = {};
+    dy.template load<kVector>(r.source(), k, r.p.cols);
+    if (k < r.p.kp) context.load(r.p.context, r.row * r.p.kp + k);
+  }
   // xn = value * rstd and wd = dy * w.
   __device__ __forceinline__ void unpack(float rstd, const float (&w)[8], float (&xn)[8],
                                          float (&d)[8], float (&wd)[8]) const {
@@ -123,60 +132,78 @@ struct NormGradient {
   }
 };
 
-template <class Source, bool kVector>
+// The chunks of a row, and of the next one where there is one of each thread.
+template <class Source, bool kVector, int kSteps>
+struct NormRows {
+  static constexpr bool kAhead = kSteps == 1;
+  NormGradient<Source> now[kSteps], next[kSteps];
+  float rstd, next_rstd;
+
+  __device__ __forceinline__ void fetch(const RmsNormParams& p, int64_t row) {
+    const NormRow<Source, kVector> r = {p, row};
+    next_rstd = __ldg(p.rstd + row);
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) next[s].load(r, s);
+  }
+  // Row `row` is now, and the one after it is asked for, if there is one below `end`.
+  __device__ __forceinline__ void advance(const RmsNormParams& p, int64_t row, int64_t end) {
+    if (!kAhead) fetch(p, row);
+    rstd = next_rstd;
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) now[s] = next[s];
+    if (kAhead && row + 1 < end) fetch(p, row + 1);
+  }
+};
+
+template <class Source, bool kVector, int kSteps>
 __global__ void __launch_bounds__(NormTraits::kMaxThreads, 1)
     rms_norm_backward_kernel(const RmsNormParams p, bool weight_aligned) {
   using T = NormTraits;
   __shared__ float sums[2][T::kMaxGroups];  // of two rows in turn: one barrier a row
   const int lane = threadIdx.x % 32;
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * kSumRows;
-  const int rows = static_cast<int>(min(p.rows - first, static_cast<int64_t>(kSumRows)));
-  float dw[T::kSteps][8] = {};
-  for (int i = 0; i < rows; ++i) {
-    const NormRow<Source, kVector> r = {p, first + i};
-    NormGradient<Source> g[T::kSteps];
-    const float rstd = __ldg(p.rstd + r.row);
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kSumRows,
+                end = min(p.rows, first + kSumRows);
+  float dw[kSteps][8] = {};
+  NormRows<Source, kVector, kSteps> rows;
+  if (rows.kAhead) rows.fetch(p, first);
+  for (int64_t row = first; row < end; ++row) {
+    const NormRow<Source, kVector> r = {p, row};
+    float* sum_of = sums[row % 2];
+    rows.advance(p, row, end);
 #pragma unroll
-    for (int s = 0; s < T::kSteps; ++s) {
-      const int k = r.column(s);
-      g[s].context = {};
-      g[s].dy.template load<kVector>(r.source(), k, p.cols);
-      if (k < p.kp) g[s].context.load(p.context, r.row * p.kp + k);
-    }
-#pragma unroll
-    for (int s = 0; s < T::kSteps; ++s) {
+    for (int s = 0; s < kSteps; ++s) {
       const int k = r.column(s);
       if (k - 8 * lane >= p.kp) break;  // the warp alike
       float xn[8], d[8], wd[8], w[8] = {}, sum = 0.0f;
       if (k < p.cols) r.weight(k, weight_aligned, w);
-      g[s].unpack(rstd, w, xn, d, wd);
+      rows.now[s].unpack(rows.rstd, w, xn, d, wd);
 #pragma unroll
       for (int e = 0; e < 8; ++e) sum += wd[e] * xn[e];
       sum = half_warp_sum(sum);
-      if (k < p.kp && lane % kContextLanes == 0) sums[i % 2][k / kContextGroup] = sum;
+      if (k < p.kp && lane % kContextLanes == 0) sum_of[k / kContextGroup] = sum;
     }
     __syncthreads();
-    const float total = add_groups(sums[i % 2], static_cast<int>(p.kp) / kContextGroup);
+    const float total = add_groups(sum_of, static_cast<int>(p.kp) / kContextGroup);
     const float c = total / static_cast<float>(p.cols);
 #pragma unroll
-    for (int s = 0; s < T::kSteps; ++s) {
+    for (int s = 0; s < kSteps; ++s) {
       const int k = r.column(s);
       if (k >= p.cols) break;
       float xn[8], d[8], wd[8], w[8];
-      g[s].forget();
+      rows.now[s].forget();
       r.weight(k, weight_aligned, w);
-      g[s].unpack(rstd, w, xn, d, wd);
+      rows.now[s].unpack(rows.rstd, w, xn, d, wd);
 #pragma unroll
       for (int e = 0; e < 8; ++e) {
         dw[s][e] += d[e] * xn[e];
-        wd[e] = (wd[e] - xn[e] * c) * rstd;
+        wd[e] = (wd[e] - xn[e] * c) * rows.rstd;
       }
       r.store(k, wd);
     }
   }
   if (!p.sums) return;
 #pragma unroll
-  for (int s = 0; s < T::kSteps; ++s) {
+  for (int s = 0; s < kSteps; ++s) {
     const int k = NormRow<Source, kVector>::column(s);
     if (k >= p.kp) break;
     store_floats8<FloatType::kFloat32>(p.sums, blockIdx.x * p.kp + k, dw[s], true, 8);
@@ -212,8 +239,8 @@ __global__ void __launch_bounds__(NormTraits::kColumns* NormTraits::kStrips)
 
 static bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
-static unsigned norm_threads(const RmsNormParams& p) {
-  return static_cast<unsigned>(ceil_div(p.kp, 8 * NormTraits::kSteps * 32) * 32);
+static unsigned norm_threads(const RmsNormParams& p, int steps) {
+  return static_cast<unsigned>(ceil_div(p.kp, 8 * steps * 32) * 32);
 }
 
 // Whether all 8 elements of every chunk exist, in x as in out.
@@ -227,16 +254,25 @@ static cudaError_t launch_forward(const RmsNormParams& p, cudaStream_t stream) {
   const auto kernel = whole_chunks(p) ? rms_norm_forward_kernel<Source, true>
                                       : rms_norm_forward_kernel<Source, false>;
   const bool weight = p.cols % 8 == 0 && aligned(p.weight);
-  return launch(kernel, static_cast<unsigned>(p.rows), norm_threads(p), stream, p, weight);
+  return launch(kernel, static_cast<unsigned>(p.rows), norm_threads(p, NormTraits::kSteps), stream,
+                p, weight);
+}
+
+template <class Source, int kSteps>
+static cudaError_t launch_backward_rows(const RmsNormParams& p, int parts, cudaStream_t stream) {
+  const auto kernel = whole_chunks(p) ? rms_norm_backward_kernel<Source, true, kSteps>
+                                      : rms_norm_backward_kernel<Source, false, kSteps>;
+  const bool weight = p.cols % 8 == 0 && aligned(p.weight);
+  return launch(kernel, parts, norm_threads(p, kSteps), stream, p, weight);
 }
 
 template <class Source>
 static cudaError_t launch_backward(const RmsNormParams& p, cudaStream_t stream) {
   const int parts = ceil_div(p.rows, kSumRows);
-  const auto kernel = whole_chunks(p) ? rms_norm_backward_kernel<Source, true>
-                                      : rms_norm_backward_kernel<Source, false>;
-  const bool weight = p.cols % 8 == 0 && aligned(p.weight);
-  const cudaError_t error = launch(kernel, parts, norm_threads(p), stream, p, weight);
+  const cudaError_t error =
+      p.kp <= NormTraits::kShortCols
+          ? launch_backward_rows<Source, 1>(p, parts, stream)
+          : launch_backward_rows<Source, NormTraits::kSteps>(p, parts, stream);
   if (error != cudaSuccess || !p.sums) return error;
   return launch(norm_weight_kernel, ceil_div(p.cols, NormTraits::kColumns),
                 NormTraits::kColumns * NormTraits::kStrips, stream, p, static_cast<int64_t>(parts));
