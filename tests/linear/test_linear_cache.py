@@ -6,6 +6,7 @@ The reference is the same layer with `keep_packed = False`.
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
 
@@ -34,6 +35,12 @@ QUANTIZE = {
     "bf16": (0, 0), "mxfp4_baseline": (2, 6), "tetrajet": (4, 6), "tetrajet_ema": (4, 6),
     "mxfp4_backward": (6, 6), "mxfp4_backward_mxfp8": (4, 6), "mxfp8": (2, 6), "nvfp4": (2, 6),
 }  # fmt: skip
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_sharded_modules():
+    """Nothing is kept while FSDP2 has modules in the process: those of other tests go first."""
+    gc.collect()
 
 
 @pytest.mark.parametrize("name", QUANTIZE)
