@@ -110,6 +110,19 @@ static bool has_sm120_emulated(Capability c) {
   return c.major == 9 && c.minor == 0 && built_as("90a");
 }
 
+// Whether the current GPU has code of cuda/sm120/mma_probe.cu: cudaErrorNotSupported where not.
+[[maybe_unused]] static cudaError_t check_probe() {
+  int device = 0;
+  Capability c;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess)
+    error = cudaDeviceGetAttribute(&c.major, cudaDevAttrComputeCapabilityMajor, device);
+  if (error == cudaSuccess)
+    error = cudaDeviceGetAttribute(&c.minor, cudaDevAttrComputeCapabilityMinor, device);
+  if (error != cudaSuccess) return error;
+  return has_sm120(c) || has_sm120_emulated(c) ? cudaSuccess : cudaErrorNotSupported;
+}
+
 // tcgen05.mma; its object is code for the family, so what was built for 100a runs on 10.3 too.
 static bool has_sm100(Capability c) {
 #ifdef MXT_HAVE_SM100
@@ -313,11 +326,14 @@ extern "C" __attribute__((visibility("default"))) const char* mxtrain_gemm_backe
 }
 
 // Not an op: one block-scaled instruction, or its emulation, for the tests of its register layout
-// (cuda/sm120/mma_probe.cu). Device pointers; returns a cudaError_t.
+// (cuda/sm120/mma_probe.cu). Device pointers; returns a cudaError_t, cudaErrorNotSupported where
+// the build has no code of it for the current GPU.
 extern "C" __attribute__((visibility("default"))) int mxtrain_mma_probe(
     int format, const int* selectors, int count, const uint32_t* a, const uint32_t* b,
     const uint32_t* scale_a, const uint32_t* scale_b, const float* c, float* d, void* stream) {
 #ifdef MXT_HAVE_SM120
+  const cudaError_t error = mxtrain::cuda::check_probe();
+  if (error != cudaSuccess) return error;
   const mxtrain::cuda::sm120::MmaProbeParams p = {a,
                                                   b,
                                                   scale_a,
