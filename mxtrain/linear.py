@@ -193,9 +193,9 @@ def _forward(
             keep_x = compacted(keep_x, recipe.fallback.kept_share)
     if need_x:
         keep_w = weight if dw.source == "original" else w_row if w_col is None else w_col
-    if x.dim() != 2:
-        # As F.linear does it: no in-place op may follow if a Function returns a view.
-        y = torch.ops.aten._unsafe_view(y, [*x.shape[:-1], weight.shape[0]])
+    # As F.linear does it: no in-place op may follow if a Function returns a view. In two dimensions
+    # too: the torch.compile of 2.11 gives backward zeros for what F.linear itself returned.
+    y = torch.ops.aten._unsafe_view(y, [*x.shape[:-1], weight.shape[0]])
     return y, keep_x, keep_w, counts
 
 

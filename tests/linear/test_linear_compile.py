@@ -56,6 +56,19 @@ def test_compiled_under_autocast_equals_eager(device, name):
     assert [n for n, a, b in pairs if not torch.equal(a, b)] == []
 
 
+@pytest.mark.parametrize("name", [n for n in RECIPES if RECIPES[n].fprop_x.format is None])
+def test_compiled_in_two_dimensions_with_an_unquantized_forward(device, name):
+    """The compiler of torch 2.11 gave backward zeros for dY there."""
+    torch._dynamo.reset()
+    x, _, _, dy = tensors(128, device=device)
+    layer = MXLinear(128, 128, device=device, recipe=name)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    eager = run(lambda x, w, b: layer(x), x, layer.weight, layer.bias, dy)
+    got = run(lambda x, w, b: compiled(x), x, layer.weight, layer.bias, dy)
+    for a, b in zip(got, eager, strict=True):
+        torch.testing.assert_close(a, b, rtol=2.0**-20, atol=2.0**-20 * float(b.abs().max()))
+
+
 def test_a_compiled_layer_draws_anew_and_the_seed_decides(device):
     """With Inductor's own random numbers, drawn in the graph."""
     torch._dynamo.reset()
