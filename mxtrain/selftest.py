@@ -11,7 +11,8 @@ JSON.
 
 Exit status: 0 where everything that ran passed, 1 where a part failed, 2 where FILE cannot be
 written. What cannot run here is listed as not run, with the reason, and fails nothing; but a build
-that lacks the GEMM which the GPU has tensor cores for fails gemm:cuda:auto, with what to build.
+that has no code for a visible GPU fails the part build, and one that lacks the GEMM which the GPU
+has tensor cores for fails gemm:cuda:auto, both with what to build.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -425,20 +427,35 @@ def _bench(cuda: bool) -> dict:
     return part
 
 
-def run(path: Path, report: dict, cuda: bool, bench: bool = True) -> int:
-    """Run everything, print a line a part, write the JSON; the exit status."""
+def _build(unserved: Sequence[str]) -> dict:
+    """Whether the build has code for every visible GPU; unserved names each that it lacks."""
+    results = [{"name": text, "status": FAILED} for text in unserved]
+    detail = "; ".join(unserved) or "has code for every visible GPU"
+    status = FAILED if unserved else PASSED
+    return {"part": "build", "status": status, "seconds": 0.0, "results": results, "detail": detail}
+
+
+def run(
+    path: Path, report: dict, cuda: bool, bench: bool = True, unserved: Sequence[str] = ()
+) -> int:
+    """Run everything, print a line a part, write the JSON; the exit status.
+
+    cuda: whether the build has code for the GPU that "cuda" means; unserved: what to build for each
+    visible GPU that it has none for, which is a failure.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.open("a").close()
     except OSError as error:
         print(f"mxtrain.env: --selftest cannot write {path}: {error.strerror}", file=sys.stderr)
         return 2
-    names = part_names(cuda)
-    print(f"\nself test, {len(names) + bench} parts")
-    parts = []
-    for name in [*names, *(["bench:quick"] if bench else [])]:
+    names = [*(["build"] if report["gpus"] else []), *part_names(cuda)]
+    names += ["bench:quick"] if bench else []
+    print(f"\nself test, {len(names)} parts")
+    here, parts = {"build": lambda: _build(unserved), "bench:quick": lambda: _bench(cuda)}, []
+    for name in names:
         print(f"  {name:<26}", end="", flush=True)
-        part = _bench(cuda) if name.startswith("bench") else _in_a_process(name)
+        part = here[name]() if name in here else _in_a_process(name)
         parts.append(part)
         print(f"{part['status'].upper():<9}{part['seconds']:>6} s  {part['detail']}", flush=True)
         data = {"schema": SCHEMA, "report": report, "parts": parts}

@@ -12,6 +12,11 @@ import torch
 import mxtrain
 from mxtrain import env, selftest
 
+# mxtrain.env then asks the library what the GPUs take.
+needs_cuda_build = pytest.mark.skipif(
+    not env.CATALOGUE["build"]["cuda_archs"], reason="a build with CUDA chooses"
+)
+
 
 @pytest.fixture
 def quick(monkeypatch):
@@ -125,6 +130,75 @@ def test_the_json_and_the_exit_status(tmp_path, capsys, monkeypatch):
     assert [p["part"] for p in data["parts"]] == ["quantize:cpu", "gemm:cpu:cpu"]
     status, _, text = write_report(tmp_path, capsys, monkeypatch, lambda name: part(name, "failed"))
     assert status == 1 and "FAILED: quantize:cpu, gemm:cpu:cpu" in text
+
+
+def passes(name: str) -> dict:
+    results = [{"name": "x", "status": "passed"}]
+    return dict(part=name, status="passed", detail="1 of 1", seconds=0.1, results=results)
+
+
+def fake_gpus(monkeypatch, archs: str, *capabilities: str) -> None:
+    """GPUs of these compute capabilities, and a build for archs."""
+    found = [
+        dict(name=f"GPU{i}", compute_capability=c, memory_gib=1.0, sms=148)
+        for i, c in enumerate(capabilities)
+    ]
+    build = {**env.CATALOGUE["build"], "cuda_archs": archs}
+    monkeypatch.setattr(env, "CATALOGUE", {**env.CATALOGUE, "build": build})
+    monkeypatch.setattr(env, "gpus", lambda: found)
+
+
+@needs_cuda_build
+@pytest.mark.parametrize("capability, arch", [("12.0", "120a"), ("10.3", "103a"), ("8.6", "86")])
+@pytest.mark.parametrize("archs", ["90a", ""])
+def test_a_gpu_that_the_build_has_no_code_for_is_a_failure(
+    tmp_path, capsys, monkeypatch, capability, arch, archs
+):
+    fake_gpus(monkeypatch, archs, capability)
+    status, data, text = write_report(tmp_path, capsys, monkeypatch, passes)
+    assert status == 1 and "FAILED: build; all figures" in text
+    assert [p["part"] for p in data["parts"]] == ["build", "quantize:cpu", "gemm:cpu:cpu"]
+    advice = f"MXTRAIN_CUDA_ARCHS={arch} pip install -e ."
+    assert data["parts"][0]["status"] == "failed" and advice in data["parts"][0]["detail"]
+    assert f"GPU0 is {capability}, this build has code for {archs or 'no GPU'}: {advice}" in text
+
+
+@needs_cuda_build
+def test_the_build_is_judged_for_every_visible_gpu(tmp_path, capsys, monkeypatch):
+    fake_gpus(monkeypatch, "90a", "9.0")
+    status, data, _ = write_report(tmp_path, capsys, monkeypatch, passes)
+    assert status == 0 and data["parts"][0]["status"] == "passed"
+    assert "gemm:cuda:auto" in [p["part"] for p in data["parts"]]
+    fake_gpus(monkeypatch, "90a", "9.0", "12.0")
+    status, data, _ = write_report(tmp_path, capsys, monkeypatch, passes)
+    assert status == 1 and data["parts"][0]["detail"].startswith("GPU1 is 12.0")
+
+
+@needs_cuda_build
+def test_the_short_one_leaves_a_gpu_without_code_alone(capsys, monkeypatch):
+    fake_gpus(monkeypatch, "90a", "12.0")
+    assert env.main([]) == 0
+    text = capsys.readouterr().out
+    assert "none: built for 90a, the GPU is 12.0 (MXTRAIN_CUDA_ARCHS=120a" in text
+    assert "PASS  cpu gemm mxfp4" in text and "cuda quantize" not in text
+
+
+@needs_cuda_build
+def test_what_is_not_built_says_what_it_needs(monkeypatch):
+    fake_gpus(monkeypatch, "100a")
+    lacks = "dequant: decode to BF16, cuBLAS; sm100 needs a build with "
+    needs = {10: "CUTLASS: third_party/README.md", 12: "120a, the suffix included: ..."}
+    monkeypatch.setattr(env, "gemm_backend", lambda major, minor, f: lacks + needs.get(major, ""))
+    lines = {line.split()[0]: line for line in env.gemm_by_architecture()}
+    for capability in ("10.0", "10.3"):
+        assert lines[capability].endswith("not built (needs CUTLASS: third_party/README.md)")
+    assert lines["12.0"].endswith("not built (MXTRAIN_CUDA_ARCHS=120a)")
+    monkeypatch.setattr(env, "gemm_backend", lambda *a: "sm100: block-scaled tensor cores")
+    lines = {line.split()[0]: line for line in env.gemm_by_architecture()}
+    assert (
+        lines["10.0"].endswith("; built") and "dequantized: mxfp6_e3m2, mxfp6_e2m3" in lines["10.0"]
+    )
+    assert "dequantized: mxfp6_e3m2, mxfp6_e2m3, mxfp8_e4m3" in lines["8.9"]
 
 
 def test_a_file_that_cannot_be_written_is_said_before_minutes_pass(tmp_path, capsys):
