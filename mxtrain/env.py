@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import re
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -62,6 +63,29 @@ def gpus() -> list[dict]:
             }
         )
     return found
+
+
+def _answer(*command: str) -> str:
+    """What a command prints, or "" where it cannot be run or fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.strip()
+
+
+def commit() -> str:
+    """The commit of the checkout that this runs in, or the version's local part, or ""."""
+    root, found = Path(__file__).parent.parent, ""
+    if (root / ".git").exists():
+        found = _answer("git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12")
+    return found or __version__.partition("+")[2]
+
+
+def driver() -> str:
+    """The version of the GPU's driver, or "" where there is none to ask."""
+    query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return _answer(*query).partition("\n")[0] if gpus() else ""
 
 
 def built_for(capability: str, archs: str) -> bool:
@@ -175,9 +199,14 @@ def gemm_by_architecture() -> list[str]:
 
 
 def report() -> dict:
-    """Everything that `python -m mxtrain.env` prints, but the self test."""
+    """Everything that `python -m mxtrain.env` prints, but the self test.
+
+    The keys commit and driver are there only where they are known.
+    """
+    known = {"commit": commit(), "driver": driver()}
     return {
         "mxtrain": __version__,
+        **{key: text for key, text in known.items() if text},
         "torch": torch.__version__,
         "torch_cuda": torch.version.cuda,
         "python": platform.python_version(),
@@ -229,8 +258,9 @@ def self_test() -> list[tuple[str, bool, str]]:
 
 
 def _print_report(data: dict) -> None:
+    at = f" ({data['commit']})" if "commit" in data else ""
     print(
-        f"mxtrain {data['mxtrain']}   torch {data['torch']}   "
+        f"mxtrain {data['mxtrain']}{at}   torch {data['torch']}   "
         f"Python {data['python']}   {data['platform']}"
     )
     build = data["build"]
@@ -246,10 +276,11 @@ def _print_report(data: dict) -> None:
     if re.search(r"\b10\d[af]", archs):
         text = f"CUTLASS {build['cutlass']}" if build["cutlass"] else WITHOUT_CUTLASS
         print(f"        {text}")
+    driven = f", driver {data['driver']}" if "driver" in data else ""
     for gpu in data["gpus"] or [None]:
         text = (
             f"{gpu['name']}, compute capability {gpu['compute_capability']}, "
-            f"{gpu['memory_gib']} GiB"
+            f"{gpu['memory_gib']} GiB{driven}"
             if gpu
             else "none visible"
         )

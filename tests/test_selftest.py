@@ -323,6 +323,36 @@ def test_what_is_not_built_says_what_it_needs(monkeypatch):
     assert "dequantized: mxfp6_e3m2, mxfp6_e2m3, mxfp8_e4m3" in lines["8.9"]
 
 
+def test_the_report_has_commit_and_driver_where_they_are_known(tmp_path, capsys, monkeypatch):
+    def answer(*command):
+        return "v1-2-gabc-dirty" if command[0] == "git" else "580.65.06\n580.65.06"
+
+    (tmp_path / ".git").touch()
+    monkeypatch.setattr(env, "_answer", answer)
+    monkeypatch.setattr(env, "__file__", str(tmp_path / "mxtrain/env.py"))
+    fake_gpus(monkeypatch, env.CATALOGUE["build"]["cuda_archs"], "7.5", "7.5")
+    data = env.report()
+    assert (data["commit"], data["driver"]) == ("v1-2-gabc-dirty", "580.65.06")
+    env._print_report(data)
+    text = capsys.readouterr().out
+    assert "(v1-2-gabc-dirty)   torch" in text and "GiB, driver 580.65.06" in text
+    monkeypatch.setattr(env, "_answer", lambda *command: "")
+    monkeypatch.setattr(env, "__version__", "0.1.0+g123")
+    assert env.report()["commit"] == "g123" and "driver" not in env.report()
+    monkeypatch.setattr(env, "__version__", "0.1.0")
+    assert "commit" not in env.report()
+    monkeypatch.setattr(env, "_answer", answer)
+    (tmp_path / ".git").unlink()
+    monkeypatch.setattr(env, "gpus", lambda: [])
+    assert not {"commit", "driver"} & set(env.report())
+
+
+def test_a_command_that_cannot_run_answers_nothing():
+    assert env._answer(sys.executable, "-c", "print(5)") == "5"
+    assert env._answer(sys.executable, "-c", "print(5); exit(1)") == ""
+    assert env._answer("/nowhere/nvidia-smi") == ""
+
+
 def test_a_file_that_cannot_be_written_is_said_before_minutes_pass(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert env.main(["--selftest", str(tmp_path / "file/out.json")]) == 2
