@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import re
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -64,6 +65,29 @@ def gpus() -> list[dict]:
     return found
 
 
+def _answer(*command: str) -> str:
+    """What a command prints, or "" where it cannot be run or fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.strip()
+
+
+def commit() -> str:
+    """The commit of the checkout that this runs in, or the version's local part, or ""."""
+    root, found = Path(__file__).parent.parent, ""
+    if (root / ".git").exists():
+        found = _answer("git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12")
+    return found or __version__.partition("+")[2]
+
+
+def driver() -> str:
+    """The version of the GPU's driver, or "" where there is none to ask."""
+    query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return _answer(*query).partition("\n")[0] if gpus() else ""
+
+
 def built_for(capability: str, archs: str) -> bool:
     """Whether one of the built architectures ("80;90a") runs on a compute capability ("9.0").
 
@@ -82,6 +106,31 @@ def built_for(capability: str, archs: str) -> bool:
     return False
 
 
+def arch_of(capability: str) -> str:
+    """The architecture to build for: "120a" for "12.0", with the suffix from 9.0 on."""
+    return capability.replace(".", "") + ("a" if int(capability.split(".")[0]) >= 9 else "")
+
+
+def unserved() -> list[str]:
+    """What to build for each visible GPU that this build has no code for."""
+    archs = CATALOGUE["build"]["cuda_archs"]
+    return [
+        f"{gpu['name']} is {gpu['compute_capability']}, this build has code for "
+        f"{archs or 'no GPU'}: MXTRAIN_CUDA_ARCHS={arch_of(gpu['compute_capability'])} "
+        "pip install -e ."
+        for gpu in gpus()
+        if not built_for(gpu["compute_capability"], archs)
+    ]
+
+
+def cuda_here() -> bool:
+    """Whether this build has code for the first GPU, the one that "cuda" means."""
+    found = gpus()
+    return bool(found) and built_for(
+        found[0]["compute_capability"], CATALOGUE["build"]["cuda_archs"]
+    )
+
+
 def backends(op: str) -> dict[str, str]:
     """What serves an op on the CPU and on the first GPU, and why."""
     isa = CATALOGUE["build"]["cpu_isa"]
@@ -97,10 +146,9 @@ def backends(op: str) -> dict[str, str]:
         chosen["cuda"] = f"built for {archs}; no GPU is visible"
     elif not built_for(found[0]["compute_capability"], archs):
         capability = found[0]["compute_capability"]
-        arch = capability.replace(".", "") + ("a" if int(capability.split(".")[0]) >= 9 else "")
         chosen["cuda"] = (
-            f"none: built for {archs}, the GPU is {capability} (MXTRAIN_CUDA_ARCHS={arch} pip "
-            "install .)"
+            f"none: built for {archs}, the GPU is {capability} "
+            f"(MXTRAIN_CUDA_ARCHS={arch_of(capability)} pip install .)"
         )
     else:
         chosen["cuda"] = f"portable kernel, for {archs}"
@@ -113,10 +161,9 @@ def backends(op: str) -> dict[str, str]:
 
 def gemm_backend_here(format: str) -> str:
     """The backend that gemm takes for a format on the first GPU ("fold", "dequant"), or ""."""
-    archs, found = CATALOGUE["build"]["cuda_archs"], gpus()
-    if not found or not built_for(found[0]["compute_capability"], archs):
+    if not cuda_here():
         return ""
-    major, minor = (int(part) for part in found[0]["compute_capability"].split("."))
+    major, minor = (int(part) for part in gpus()[0]["compute_capability"].split("."))
     return gemm_backend(major, minor, formats.FORMATS[format].code).split(":")[0]
 
 
@@ -136,20 +183,30 @@ def gemm_by_architecture() -> list[str]:
     mxfp4, lines = formats.FORMATS["mxfp4"].code, []
     for row in formats.GEMM_ROWS:
         served = ", ".join(name for name in formats.FORMATS if name in row["formats"])
+        others = ", ".join(name for name in formats.FORMATS if name not in row["formats"])
         major, minor = (int(part) for part in row["capability"].split("."))
-        built = CATALOGUE["build"]["cuda_archs"] and (
-            gemm_backend(major, minor, mxfp4).split(":")[0] == row["backend"]
-        )
-        here = "built" if built else f"not built (MXTRAIN_CUDA_ARCHS={row['arch']})"
+        archs = CATALOGUE["build"]["cuda_archs"]
+        chosen = gemm_backend(major, minor, mxfp4) if archs else ""
+        here = f"not built (MXTRAIN_CUDA_ARCHS={row['arch']})"
+        if chosen.split(":")[0] == row["backend"]:
+            here = "built"
+        elif "CUTLASS" in chosen:  # the architecture is built
+            here = "not built (needs CUTLASS: third_party/README.md)"
         where = f"{row['capability']}  {row['gpus']}"
-        lines.append(f"{where:<34}{row['kind']}: {served}; {row['proof']}; {here}")
+        kinds = f"{row['kind']}: {served}; dequantized: {others}"
+        lines.append(f"{where:<34}{kinds}; {row['proof']}; {here}")
     return [*lines, f"{'all else':<34}dequantized to BF16: every format"]
 
 
 def report() -> dict:
-    """Everything that `python -m mxtrain.env` prints, but the self test."""
+    """Everything that `python -m mxtrain.env` prints, but the self test.
+
+    The keys commit and driver are there only where they are known.
+    """
+    known = {"commit": commit(), "driver": driver()}
     return {
         "mxtrain": __version__,
+        **{key: text for key, text in known.items() if text},
         "torch": torch.__version__,
         "torch_cuda": torch.version.cuda,
         "python": platform.python_version(),
@@ -169,7 +226,7 @@ def self_test() -> list[tuple[str, bool, str]]:
     x = torch.randn(64, 256, generator=generator).bfloat16()
     rng = torch.tensor([1, 2])
     results = []
-    devices = ["cpu"] + (["cuda"] if gpus() and has_kernel("quantize", "CUDA") else [])
+    devices = ["cpu", "cuda"] if cuda_here() else ["cpu"]
     for device in devices:
         for name in formats.FORMATS:
             got = quantize(x.to(device), name, rounding="stochastic", rng=rng.to(device))
@@ -201,8 +258,9 @@ def self_test() -> list[tuple[str, bool, str]]:
 
 
 def _print_report(data: dict) -> None:
+    at = f" ({data['commit']})" if "commit" in data else ""
     print(
-        f"mxtrain {data['mxtrain']}   torch {data['torch']}   "
+        f"mxtrain {data['mxtrain']}{at}   torch {data['torch']}   "
         f"Python {data['python']}   {data['platform']}"
     )
     build = data["build"]
@@ -218,10 +276,11 @@ def _print_report(data: dict) -> None:
     if re.search(r"\b10\d[af]", archs):
         text = f"CUTLASS {build['cutlass']}" if build["cutlass"] else WITHOUT_CUTLASS
         print(f"        {text}")
+    driven = f", driver {data['driver']}" if "driver" in data else ""
     for gpu in data["gpus"] or [None]:
         text = (
             f"{gpu['name']}, compute capability {gpu['compute_capability']}, "
-            f"{gpu['memory_gib']} GiB"
+            f"{gpu['memory_gib']} GiB{driven}"
             if gpu
             else "none visible"
         )
@@ -257,11 +316,9 @@ def main(argv: list[str] | None = None) -> int:
     data = report()
     if options.selftest:
         _print_report(data)
-        found = data["gpus"]
-        cuda = bool(found) and built_for(
-            found[0]["compute_capability"], data["build"]["cuda_archs"]
+        return selftest.run(
+            Path(options.selftest), data, cuda_here(), not options.no_bench, unserved()
         )
-        return selftest.run(Path(options.selftest), data, cuda, bench=not options.no_bench)
     if options.json:
         print(json.dumps(data, indent=2))
         return 0

@@ -160,3 +160,10 @@ def wide_range(rows: int, cols: int, seed: int = 0) -> torch.Tensor:
             torch.arange(x.view(-1)[::397].numel()) % 4
         ].bfloat16()
     return x
+
+
+def prefer_pair(m: int, n: int, multiprocessors: int) -> bool:
+    """prefer_pair of csrc/cuda/sm100/gemm.h; tests/sm100/test_sm100_gemm.py compares the two."""
+    pair = -(-(-(-m // 256) * -(-n // 256)) // (multiprocessors // 2))
+    single = -(-(-(-m // 128) * -(-n // 128)) // multiprocessors)
+    return pair * 20 <= single * 12

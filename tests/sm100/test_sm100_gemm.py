@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import ctypes
 import random
+import re
+import shutil
+import subprocess
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from common import assert_same_bytes, operand, refuses
+from common import assert_same_bytes, operand, prefer_pair, refuses
 from test_gemm_sweep import Call, backend, check
 
 import mxtrain
@@ -25,6 +29,7 @@ HAS_SM100 = torch.cuda.is_available() and gemm_backend_here("mxfp4") == "sm100"
 on_sm100 = pytest.mark.skipif(not HAS_SM100, reason="no GPU that this build has sm100 for")
 needs_cuda_build = pytest.mark.skipif(ARCHS == [""], reason="a build with CUDA chooses")
 PARTS, CALLS = 4, 50
+PAIR_SHAPES = [(2048, 2048, 512), (2047, 2300, 288), (4099, 3001, 1040)]
 
 
 @needs_cuda_build
@@ -136,7 +141,7 @@ def test_random_calls(part):
 
 @on_sm100
 @pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("shape", [(2048, 2048, 512), (2304, 2056, 288), (4099, 3001, 1040)])
+@pytest.mark.parametrize("shape", PAIR_SHAPES)
 def test_the_pair_and_the_single_agree(format, shape):
     """bfloat16 out takes the pair's tile here, float32 the single's: one rounding apart."""
     m, n, k = shape
@@ -147,6 +152,34 @@ def test_the_pair_and_the_single_agree(format, shape):
     magnitude = a.dequantize().abs().double() @ b.dequantize().abs().double().T
     slack = 2 * k * 2.0**-24 * 0.7 * magnitude + 2.0**-8 * wide.abs().double()
     assert ((narrow.double() - wide.double()).abs() <= slack).all()
+
+
+def test_these_shapes_take_the_pair_at_148_152_and_160_multiprocessors():
+    for m, n, _ in PAIR_SHAPES:
+        assert all(prefer_pair(m, n, count) for count in (148, 152, 160)), (m, n)
+    assert not any(prefer_pair(2304, 2056, count) for count in (148, 152, 160))
+
+
+GEMM_H = Path(__file__).parents[2] / "csrc/cuda/sm100/gemm.h"
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+def test_the_rule_of_the_tests_is_the_dispatchs(tmp_path):
+    """common.prefer_pair against prefer_pair of csrc/cuda/sm100/gemm.h, compiled here."""
+    (rule,) = re.findall(r"^inline (bool prefer_pair\(.*?^})", GEMM_H.read_text(), re.M | re.S)
+    source = tmp_path / "rule.cpp"
+    source.write_text(f'#include <cstdint>\nextern "C" {rule}\n')
+    library = tmp_path / "rule.so"
+    subprocess.run(["c++", "-shared", "-fPIC", "-o", str(library), str(source)], check=True)
+    compiled = ctypes.CDLL(str(library)).prefer_pair
+    compiled.argtypes, compiled.restype = (
+        [ctypes.c_int64, ctypes.c_int64, ctypes.c_int],
+        ctypes.c_bool,
+    )
+    r = random.Random(3)
+    drawn = [(r.randint(1, 9000), r.randint(1, 9000), r.randint(2, 170)) for _ in range(5000)]
+    assert all(compiled(*one) == prefer_pair(*one) for one in drawn)
+    assert 500 < sum(prefer_pair(*one) for one in drawn) < 4500
 
 
 @on_sm100
