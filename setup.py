@@ -26,6 +26,12 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 ALL_ARCHS = "80;89;90a;100a;103a;120a;121a"
+# What csrc has kernels for: from 9.0 on with a suffix, without which nvcc leaves out the
+# instructions of tensor cores; f is the family of minor versions.
+KNOWN_ARCHS = (
+    *("80", "86", "87", "88", "89", "90a"),
+    *(number + suffix for number in ("100", "103", "110", "120", "121") for suffix in "af"),
+)
 GIB_PER_JOB = 2  # what one compile job may take
 GIB_PER_CUTLASS_JOB = 5.5  # one of csrc/cuda/sm100
 
@@ -68,6 +74,17 @@ def gpu_archs() -> list[str]:
     return sorted(n + ("a" if int(n) >= 90 else "") for n in numbers if n.isdigit())
 
 
+def right_spelling(arch: str) -> str:
+    """What to ask for in place of an architecture that is none: sm_120, 12.0, 120 -> 120a."""
+    number = re.fullmatch(r"(?:sm_?|compute_?)?(\d+)\.?(\d)([a-z]?)", arch)
+    if number:
+        bare, suffix = number[1] + number[2], number[3]
+        for known in (bare + suffix, bare + "a", bare):
+            if known in KNOWN_ARCHS:
+                return f"Use {known}."
+    return 'Other values: "native", "all", "none".'
+
+
 def cuda_archs() -> str:
     """The CUDA architectures to build; empty for a CPU build. Says loudly what was decided."""
     asked = os.environ.get("MXTRAIN_CUDA_ARCHS", "").strip().lower()
@@ -77,28 +94,26 @@ def cuda_archs() -> str:
         return ALL_ARCHS
     if asked and asked != "native":
         archs = [a for a in re.split(r"[;,\s]+", asked) if a]
-        bad = [a for a in archs if not re.fullmatch(r"\d{2,3}[af]?", a)]
-        if bad:
-            raise SystemExit(
-                "mxtrain: MXTRAIN_CUDA_ARCHS must list architectures such as 90a or 80;90a, "
-                f"got {bad[0]!r}. "
-                'Other values: "native", "all", "none".'
-            )
-        bare = [a for a in archs if a.isdigit() and int(a) >= 90]
-        if bare:
-            raise SystemExit(
-                "mxtrain: MXTRAIN_CUDA_ARCHS must name 9.0 and newer with their suffix, without "
-                f"which there are no tensor-core kernels, got {bare[0]!r}. Use {bare[0]}a."
-            )
+        for arch in archs:
+            if arch not in KNOWN_ARCHS:
+                raise SystemExit(
+                    "mxtrain: MXTRAIN_CUDA_ARCHS must list architectures of "
+                    f"{', '.join(KNOWN_ARCHS)} (from 9.0 on with the suffix: there are no "
+                    f"tensor-core kernels without it), got {arch!r}. {right_spelling(arch)}"
+                )
         return ";".join(archs)
-    archs = gpu_archs()
+    visible = gpu_archs()
+    archs = [a for a in visible if a in KNOWN_ARCHS]
     if archs and (asked or shutil.which(os.environ.get("CUDACXX", "nvcc"))):
         return ";".join(archs)
+    none = f"no GPU of {', '.join(KNOWN_ARCHS)} is visible, only {', '.join(visible)}"
+    none = none if visible else "no GPU is visible"
     if asked:
         raise SystemExit(
-            'mxtrain: MXTRAIN_CUDA_ARCHS=native needs a visible GPU. Name the architecture: "90a".'
+            f"mxtrain: MXTRAIN_CUDA_ARCHS=native needs a visible GPU that has kernels, but {none}. "
+            'Name the architecture: "90a".'
         )
-    why = "nvcc was not found" if archs else "no GPU is visible"
+    why = "nvcc was not found" if archs else none
     print(
         f"mxtrain: CPU-ONLY BUILD, because {why}. For CUDA: MXTRAIN_CUDA_ARCHS=90a pip install .",
         file=sys.stderr,

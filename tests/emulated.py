@@ -73,16 +73,25 @@ def op_names() -> list[str]:
 
 
 @contextlib.contextmanager
-def emulated():
-    """Within it, the kernels of csrc/cuda serve CPU tensors."""
+def emulated(gemm_backend: str | None = None):
+    """Within it, the kernels of csrc/cuda serve CPU tensors.
+
+    gemm and gemm_add_ too where it names the backend, fold_mma or sm120_emulated.
+    """
     assert library() is not None, f"{LIBRARY} has not been built"
+    from mxtrain.operand import GEMM_BACKENDS
+
+    names = op_names() + (["gemm", "gemm_add_"] if gemm_backend else [])
+    backend = GEMM_BACKENDS[gemm_backend or "auto"]
     override = torch.library.Library("mxtrain", "IMPL")
+    before = library().mxtrain_set_gemm_backend(backend)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of kernels that are overridden
-            for name in op_names():
+            for name in names:
                 override.impl(name, getattr(torch.ops.mxtrain_emulated, name).default, "CPU",
                               allow_override=True)  # fmt: skip
         yield
     finally:
+        library().mxtrain_set_gemm_backend(before)
         override._destroy()

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Host code only: CUTLASS's own layout objects against csrc/formats, offset by offset. Prints the
-// number of offsets compared; exit status 1 and the first difference where one differs.
+// Host code only: CUTLASS's own layout objects against csrc/formats, offset by offset, and its
+// elements against what csrc/cpu packs. Prints the number of comparisons; exit status 1 and the
+// first difference where one differs.
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -10,6 +11,9 @@
 #include "cutlass/detail/sm100_blockscaled_layout.hpp"
 #include "cutlass/numeric_types.h"
 #include "formats/layout.h"
+// The CPU's quantize, for its pack(); the CUDA kernels' bytes are compared with it elsewhere.
+#define MXT_ISA layout
+#include "cpu/quantize.cpp"
 
 namespace {
 
@@ -49,23 +53,27 @@ void compare_shape(int m, int n, int k) {
   compare_scales("SFB", Config::tile_atom_to_shape_SFB(shape), n, k, kBlock);
 }
 
-// A row-major matrix of packed 4-bit elements written through cute: the byte and nibble of each.
-void compare_packing(int rows, int k) {
-  std::vector<uint8_t> bytes(size_t(rows) * k / 2);
-  const auto layout = cute::make_layout(cute::make_shape(rows, k), cute::make_stride(k, cute::_1{}));
-  const auto tensor =
-      cute::make_tensor(cute::subbyte_iterator<cutlass::float_e2m1_t>(bytes.data()), layout);
+// Rows of codes that our quantize packed, as CUTLASS reads a row-major matrix of its element type.
+template <class F, class Element>
+void compare_packing(const char* what, int rows, int k) {
+  const int row_bytes = k * F::kBits / 8;
+  std::vector<uint8_t> codes(size_t(rows) * k), bytes(size_t(rows) * row_bytes);
+  uint32_t state = 1;  // of a generator of any codes
+  for (auto& code : codes) {
+    state = state * 1664525u + 1013904223u;
+    code = uint8_t(state >> (32 - F::kBits));
+  }
+  for (int r = 0; r < rows; ++r)
+    for (int i = 0; i < k; i += F::kBlock)
+      mxtrain::cpu::MXT_ISA::pack<F::kBits, F::kBlock>(
+          &codes[size_t(r) * k + i], &bytes[size_t(r) * row_bytes + i * F::kBits / 8]);
+  const auto layout =
+      cute::make_layout(cute::make_shape(rows, k), cute::make_stride(k, cute::_1{}));
+  const auto tensor = cute::make_tensor(cute::recast_ptr<Element>(bytes.data()), layout);
   for (int r = 0; r < rows; ++r)
     for (int i = 0; i < k; ++i) {
-      tensor(r, i) = cutlass::float_e2m1_t::bitcast(0xF);
-      int64_t nibble = -1;
-      for (size_t j = 0; j < bytes.size(); ++j) {
-        if (bytes[j] == 0x0F) nibble = 2 * int64_t(j);
-        if (bytes[j] == 0xF0) nibble = 2 * int64_t(j) + 1;
-      }
-      // The even k is the low nibble.
-      same("packing", rows, k, r, i, nibble, (int64_t(r) * (k / 2) + i / 2) * 2 + i % 2);
-      tensor(r, i) = cutlass::float_e2m1_t::bitcast(0);
+      const Element theirs = tensor(r, i);
+      same(what, rows, k, r, i, theirs.raw(), codes[size_t(r) * k + i]);
     }
 }
 
@@ -97,7 +105,12 @@ int main() {
       compare_shape<16>(m, 640 - m, k);
       compare_shape<16>(m, 640 - m, k + 16);  // an odd number of blocks
     }
-  for (const int k : {32, 96, 160}) compare_packing(5, k);
+  for (const int k : {32, 96, 160}) {
+    compare_packing<mxtrain::Mxfp4, cutlass::float_e2m1_t>("codes of mxfp4", 50, k);
+    compare_packing<mxtrain::Nvfp4, cutlass::float_e2m1_t>("codes of nvfp4", 50, k + 16);
+    compare_packing<mxtrain::Mxfp8E4M3, cutlass::float_e4m3_t>("codes of mxfp8_e4m3", 50, k);
+    compare_packing<mxtrain::Mxfp8E5M2, cutlass::float_e5m2_t>("codes of mxfp8_e5m2", 50, k);
+  }
   compare_codes();
   std::printf("%ld\n", long(g_compared));
 }

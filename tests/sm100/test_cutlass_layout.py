@@ -45,19 +45,23 @@ def test_every_offset_is_cutlass_own(tmp_path):
 
 @needs_headers
 @pytest.mark.parametrize(
-    "ours, other",
+    "file, ours, other",
     [
-        ("(in_tile % 32) * 16 + (in_tile / 32) * 4", "(in_tile % 32) * 4 + (in_tile / 32) * 128"),
-        ("(r / kTileRows) * col_tiles + c / kTileCols", "c / kTileCols * 3 + r / kTileRows"),
+        ("formats/layout.h", "(in_tile % 32) * 16 + (in_tile / 32) * 4",
+         "(in_tile % 32) * 4 + (in_tile / 32) * 128"),
+        ("formats/layout.h", "(r / kTileRows) * col_tiles + c / kTileCols",
+         "c / kTileCols * 3 + r / kTileRows"),
+        ("cpu/quantize.cpp", "codes[2 * i] | (codes[2 * i + 1] << 4)",
+         "codes[2 * i + 1] | (codes[2 * i] << 4)"),
+        ("cpu/quantize.cpp", "out[i] = codes[i]", "out[i ^ 1] = codes[i]"),
     ],
-    ids=["in a tile", "of the tiles"],
-)
-def test_another_layout_is_noticed(ours, other, tmp_path):
-    for name in ("layout.h", "host_device.h"):
-        (tmp_path / "formats").mkdir(exist_ok=True)
-        text = (ROOT / "csrc/formats" / name).read_text()
-        assert name != "layout.h" or ours in text
-        (tmp_path / "formats" / name).write_text(text.replace(ours, other))
+    ids=["in a tile", "of the tiles", "of 4-bit codes", "of 8-bit codes"],
+)  # fmt: skip
+def test_another_layout_is_noticed(file, ours, other, tmp_path):
+    text = (ROOT / "csrc" / file).read_text()
+    assert text.count(ours) == 1
+    (tmp_path / file).parent.mkdir()
+    (tmp_path / file).write_text(text.replace(ours, other))
     done = compare(tmp_path, tmp_path)
     assert done.returncode == 1 and "CUTLASS" in done.stdout
 

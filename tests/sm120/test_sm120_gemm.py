@@ -2,7 +2,8 @@
 
 On Hopper it is the backend sm120_emulated: every load, address, fragment, stage and store of the
 kernel, and in the place of its one instruction the emulation that test_mma_block_scale.py checks.
-On 12.x it is sm120. Under a memory and a race checker (--tool memcheck, --tool racecheck):
+On 12.x it is sm120. Random calls run on the CPU, too, where the CUDA kernels have been built for it
+(docs/emulation.md). Under a memory and a race checker (--tool memcheck, --tool racecheck):
 
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck \\
         --kernel-name kernel_substring=mxtrain \\
@@ -14,6 +15,7 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
+import emulated
 import pytest
 import torch
 from common import assert_same_bytes, refuses
@@ -27,7 +29,12 @@ from mxtrain.env import gemm_backend_here
 FORMATS = ["mxfp4", "nvfp4", "mxfp8_e4m3", "mxfp8_e5m2"]
 PARTS, CALLS = 8, 25  # of a part
 
+EMULATED = "sm120_emulated"
+
 needs_sm120 = pytest.mark.skipif(not SM120_BACKEND, reason="needs a GPU that runs sm120's kernels")
+needs_emulation = pytest.mark.skipif(
+    emulated.library() is None, reason=f"{emulated.LIBRARY} has not been built"
+)
 
 
 @pytest.fixture
@@ -95,16 +102,54 @@ def test_scales_of_another_size_are_refused_with_the_size_they_should_have():
 
 
 def draw(r: random.Random) -> Call:
-    return replace(Call.draw(r), format=r.choice(FORMATS), backend=SM120_BACKEND)
+    return replace(Call.draw(r), format=r.choice(FORMATS), backend=SM120_BACKEND or EMULATED)
+
+
+def check_part(part: int, device: str) -> None:
+    """Elementwise: a sum within K * 2^-24 |A||B|^T of float64, then float32 and D's rounding."""
+    r = random.Random(part)
+    for i in range(CALLS):
+        check(draw(r), 1000 * part + i, device)
+
+
+def check_tiles(format: str, multiprocessors: int, device: str) -> None:
+    """Random calls with a wide tile for each multiprocessor, with two, and with narrow ones."""
+    down = max(d for d in range(1, 17) if multiprocessors % d == 0)
+    r = random.Random(format)
+    for times, accumulate in [(1, "fp32"), (2, "fast"), (2, "exact")]:
+        m = 128 * down * times - r.randint(0, 127)
+        n = 256 * (multiprocessors // down) - r.randint(0, 127)
+        k = r.randint(1, 300)
+        check(replace(draw(r), m=m, n=n, k=k, format=format, accumulate=accumulate), times, device)
 
 
 @on_sm120
 @pytest.mark.parametrize("part", range(PARTS), ids=lambda part: f"part{part}")
 def test_random_calls(part):
-    """Elementwise within K * 2^-24 |A||B|^T of float64, before the rounding to D's type."""
-    r = random.Random(part)
-    for i in range(CALLS):
-        check(draw(r), 1000 * part + i, "cuda")
+    check_part(part, "cuda")
+
+
+@on_sm120
+@pytest.mark.parametrize("format", FORMATS)
+def test_random_calls_of_many_tiles(format):
+    check_tiles(format, torch.cuda.get_device_properties(0).multi_processor_count, "cuda")
+
+
+@needs_emulation
+@pytest.mark.parametrize(
+    "part", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in range(1, PARTS))]
+)
+def test_random_calls_on_the_cpu(part):
+    """Eight of them take two minutes."""
+    with emulated.emulated(EMULATED):
+        check_part(part, "cpu")
+
+
+@needs_emulation
+@pytest.mark.parametrize("format", FORMATS)
+def test_random_calls_of_many_tiles_on_the_cpu(format):
+    with emulated.emulated(EMULATED):
+        check_tiles(format, 2, "cpu")
 
 
 def test_the_calls_cover_every_option():
