@@ -5,8 +5,6 @@
 
 #include <cuda_runtime.h>
 
-#include <algorithm>
-
 #include "cuda/quantize.h"
 #include "ptx/cluster.cuh"
 
@@ -49,29 +47,6 @@ inline cudaError_t device_arch(int* arch) {
     error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
   *arch = 10 * major + minor;
   return error;
-}
-
-// Of kernels whose warps work for themselves, each on a tile in shared memory: a CTA for each
-// multiprocessor, which takes every ctas-th tile, and no more warps than there is room for, or than
-// there are tiles.
-struct SharedTiles {
-  unsigned ctas, warps;  // warps: of a CTA
-};
-
-// tile_bytes: of a warp; more_bytes: of the CTA beside these.
-inline cudaError_t share_tiles(uint32_t tiles, int tile_bytes, int more_bytes, int most_warps,
-                               SharedTiles* share) {
-  int device = 0, sms = 0, shared = 0;
-  cudaError_t error = count_multiprocessors(&sms);
-  if (error == cudaSuccess) error = cudaGetDevice(&device);
-  if (error == cudaSuccess)
-    error = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  if (error != cudaSuccess) return error;
-  const int room = (shared - more_bytes) / tile_bytes;
-  share->ctas = std::min(tiles, static_cast<uint32_t>(sms));
-  share->warps = std::min((tiles + share->ctas - 1) / share->ctas,
-                          static_cast<uint32_t>(std::min(room, most_warps)));
-  return cudaSuccess;
 }
 
 // A kernel of launch_early calls it before it touches global memory: the kernel after it may start,

@@ -8,6 +8,8 @@
 // long before others. The next tile is copied when the last blocks of one are in registers and few
 // enough to leave room for the copy's addresses. The copies are 16 bytes, so x must be aligned to
 // that, in both directions.
+#include <algorithm>
+
 #include "cuda/divide.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/strip_tile.cuh"
@@ -258,29 +260,40 @@ static StripGrid make_grid(const void* x, int64_t height, int64_t width, int64_t
 
 // As many CTAs as fit the GPU, and no more than there are tiles for their warps.
 static cudaError_t resident_ctas(const StripGrid& g, int per_sm, unsigned* ctas) {
-  int device = 0, sms = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess)
-    error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
+  int sms = 0;
+  const cudaError_t error = count_multiprocessors(&sms);
   const unsigned most = static_cast<unsigned>(sms * per_sm);
   const unsigned wanted = (g.tiles + StripTraits::kWarps - 1) / StripTraits::kWarps;
   *ctas = wanted < most ? wanted : most;
   return error;
 }
 
+// A CTA a multiprocessor, and no more warps of each than shared memory has room for tiles, or than
+// there are tiles.
+static cudaError_t share_tiles(const StripGrid& g, Strip row, unsigned* ctas, unsigned* warps) {
+  int device = 0, sms = 0, shared = 0, arch = 0;
+  cudaError_t error = device_arch(&arch);
+  if (error == cudaSuccess) error = count_multiprocessors(&sms);
+  if (error == cudaSuccess) error = cudaGetDevice(&device);
+  if (error == cudaSuccess)
+    error = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error != cudaSuccess) return error;
+  const int room = (shared - static_cast<int>(sizeof(StripStatic))) / StripTraits::kTileBytes;
+  *ctas = std::min(g.tiles, static_cast<uint32_t>(sms));
+  *warps = std::min((g.tiles + *ctas - 1) / *ctas,
+                    static_cast<uint32_t>(std::min(room, strip_warps(row, arch))));
+  return cudaSuccess;
+}
+
 template <Strip kRow, Strip kCol, bool kFlat = false, bool kRuns = false>
 static cudaError_t launch_strips(const QuantizeParams& row, const QuantizeParams& col,
                                  const StripGrid& grid, cudaStream_t stream) {
-  int arch = 0;
-  SharedTiles share;
-  cudaError_t error = device_arch(&arch);
-  if (error == cudaSuccess)
-    error = share_tiles(grid.tiles, StripTraits::kTileBytes, sizeof(StripStatic),
-                        strip_warps(kRow, arch), &share);
+  unsigned ctas = 0, warps = 0;
+  const cudaError_t error = share_tiles(grid, kRow, &ctas, &warps);
   if (error != cudaSuccess) return error;
-  return launch_early(quantize_strips_kernel<kRow, kCol, kFlat, kRuns>, share.ctas,
-                      share.warps * 32, share.warps * StripTraits::kTileBytes, stream, row, col,
-                      make_plan<kRow>(row), make_plan<kCol>(col), grid);
+  return launch_early(quantize_strips_kernel<kRow, kCol, kFlat, kRuns>, ctas, warps * 32,
+                      warps * StripTraits::kTileBytes, stream, row, col, make_plan<kRow>(row),
+                      make_plan<kCol>(col), grid);
 }
 
 template <bool kFlat>
