@@ -138,6 +138,9 @@ def command_run(args: argparse.Namespace) -> int:
     print(report.table(data))
     if args.json:
         report.write(args.json, data)
+    if outcome.interrupted:
+        print("bench: interrupted; the rows above are all that was measured", file=sys.stderr)
+        return INTERRUPTED
     if outcome.wrong or outcome.failed:
         names = [*outcome.wrong, *(name for name, _ in outcome.failed)]
         print(f"bench: wrong or failed: {', '.join(names)}", file=sys.stderr)

@@ -52,6 +52,7 @@ class Outcome:
     skipped: list[tuple[str, str]] = field(default_factory=list)
     failed: list[tuple[str, str]] = field(default_factory=list)
     peaks: dict[str, float | None] = field(default_factory=dict)
+    interrupted: bool = False
 
     @property
     def wrong(self) -> list[str]:
@@ -213,7 +214,18 @@ class Session:
         self.lost: str | None = None  # the row that broke the device
 
     def run(self) -> Outcome:
-        """Measure the cases in order."""
+        """Measure the cases in order. After an interrupt: what was measured until then."""
+        try:
+            self._measure_all()
+        except KeyboardInterrupt:
+            self.outcome.interrupted = True
+            for case in self.cases:
+                self._skip(case, "not run: interrupted")
+        self.outcome.rows = [self.rows[case.name] for case in self.cases if case.name in self.rows]
+        finish(self.outcome)
+        return self.outcome
+
+    def _measure_all(self) -> None:
         warm = self.timer.first_warm_seconds
         for case in self.cases:
             if case.name in self.done:
@@ -229,9 +241,6 @@ class Session:
                     self._refuse(entry.case, error)
             del entries
             self.timer.release()
-        self.outcome.rows = [self.rows[case.name] for case in self.cases if case.name in self.rows]
-        finish(self.outcome)
-        return self.outcome
 
     def _group(self, case: Case) -> list[Case]:
         """The case, the cases that are compared with the same rows, and these rows."""

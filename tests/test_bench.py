@@ -79,6 +79,18 @@ def run(chosen, timer=None, seconds=0.001) -> runner.Outcome:
     return runner.Session(chosen, timer or timing.CpuTimer(0), seconds, Quiet()).run()
 
 
+def test_an_interrupted_run_keeps_what_it_measured() -> None:
+    timer = FakeTimer()
+
+    def interrupt(x):
+        raise KeyboardInterrupt
+
+    stop = cases.Case("stop", lambda device: (torch.ones(4),), interrupt)
+    outcome = run([timer.case("first", 5.0), stop, timer.case("last", 5.0)], timer)
+    assert outcome.interrupted and [row["name"] for row in outcome.rows] == ["first"]
+    assert [name for name, _ in outcome.skipped] == ["stop", "last"] and not outcome.failed
+
+
 # ---- what is measured ----
 
 
