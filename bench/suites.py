@@ -187,7 +187,7 @@ SUITES: dict[str, tuple[tuple[Rows, Sequence[str]], ...]] = {
         (linears(("tetrajet",), (*LINEARS, *MODEL_LINEARS)), ("fwd+bwd",)),
         (linears(RECIPE_ROWS[1:], LINEARS[:1]), ("fwd+bwd",)),
         (FP8_LINEAR, (*LINEARS, MODEL_LINEARS[1])),
-        (TRAINING, ("step",)),
+        (TRAINING, ("step", "graph")),
     ),
     "cpu": (
         (COPIES[:1], ("4096x4096",)),

@@ -1,8 +1,9 @@
 """The rows of whole training steps, with their BF16 twins.
 
 train/gpt/RECIPE/LAYERSxWIDTH/SEQUENCESxCONTEXT/step is one step of a GPT: forward, backward and the
-optimizer, under torch.compile, as a user waits for it (no CUDA graph). 24x1024 is a GPT-2 medium,
-355 million parameters. RECIPE quantizes the four linear layers of each block; embeddings, attention
+optimizer, under torch.compile, launched kernel by kernel from Python; .../graph is the same step
+replayed from one CUDA graph, which no processor can hold up. 24x1024 is a GPT-2 medium, 355 million
+parameters. RECIPE quantizes the four linear layers of each block; embeddings, attention
 products, head and loss stay in BF16, as the whole of train/gpt/bf16/... does. Master weights and
 moments are float32.
 """
@@ -67,10 +68,20 @@ class GPT(nn.Module):
 
 
 class Trainer:
-    """A model, its optimizer and a batch; `step` trains once and returns the loss."""
+    """A model, its optimizer and a batch; `step` trains once and returns the loss.
+
+    capturable: whether a CUDA graph may hold steps.
+    """
 
     def __init__(
-        self, recipe: str, layers: int, width: int, batch: int, context: int, device: torch.device
+        self,
+        recipe: str,
+        layers: int,
+        width: int,
+        batch: int,
+        context: int,
+        device: torch.device,
+        capturable: bool = False,
     ) -> None:
         torch.manual_seed(0)
         self.model = GPT(layers, width, context).to(device)
@@ -81,7 +92,9 @@ class Trainer:
         for block in self.model.blocks:
             block.compile(**options)
         self.model.loss = torch.compile(self.model.loss, **options)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=3e-4, fused=True)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=3e-4, fused=True, capturable=capturable
+        )
         self.text = torch.randint(VOCABULARY, (batch, context + 1), device=device)
 
     def step(self) -> Tensor:
@@ -95,9 +108,9 @@ class Trainer:
 
 @family("train")
 def train(name: str, model: str, recipe: str, size: str, batch: str, unit: str) -> Case:
-    """train/gpt/RECIPE/LAYERSxWIDTH/SEQUENCESxCONTEXT/step."""
-    if model != "gpt" or unit != "step":
-        raise ValueError(f"a training row is train/gpt/.../step, got {name!r}")
+    """train/gpt/RECIPE/LAYERSxWIDTH/SEQUENCESxCONTEXT/step or graph."""
+    if model != "gpt" or unit not in ("step", "graph"):
+        raise ValueError(f"a training row is train/gpt/.../step or .../graph, got {name!r}")
     if recipe != "bf16" and recipe not in RECIPES:
         raise ValueError(f"a recipe must be bf16, {', '.join(RECIPES)}, got {recipe!r}")
     (layers, width), (sequences, context) = parse_shape(size), parse_shape(batch)
@@ -105,16 +118,18 @@ def train(name: str, model: str, recipe: str, size: str, batch: str, unit: str) 
         raise Unfit(f"heads of {HEAD} do not divide a width of {width}")
 
     def make(device: torch.device) -> tuple:
-        return (Trainer(recipe, layers, width, sequences, context, device),)
+        capturable = graph and device.type == "cuda"
+        return (Trainer(recipe, layers, width, sequences, context, device, capturable),)
 
     def check(inputs: tuple, got: Tensor, elements: int) -> float:
         """Before it has learned anything, a model's loss is about the logarithm of its classes."""
         return abs(float(got) / math.log(VOCABULARY) - 1)
 
+    graph = unit == "graph"
     tokens = sequences * context
     flops = 6 * tokens * width * (12 * layers * width + VOCABULARY)  # of the linear layers and head
     twin = None if recipe == "bf16" else f"train/gpt/bf16/{size}/{batch}/{unit}"
     op = None if recipe == "bf16" else "gemm"
     return Case(
-        name, make, Trainer.step, 0, flops, op, check, 0.05, bf16=twin, tokens=tokens, graph=False
+        name, make, Trainer.step, 0, flops, op, check, 0.05, bf16=twin, tokens=tokens, graph=graph
     )

@@ -66,7 +66,12 @@ def initial_threshold(x: Tensor, recipe: Recipe) -> Tensor:
     """
     middle = 1.0 - (recipe.fallback.low + recipe.fallback.high) / 2
     amax = block_amax(x).flatten()
-    threshold = torch.where(amax > 0, amax, torch.nan).nanquantile(middle).reshape(1)
+    counted = amax > 0  # Tensor.nanquantile is not traced on the CPU by every torch
+    ordered = torch.where(counted, amax, torch.nan).sort().values  # NaN last
+    rank = (middle * (counted.sum() - 1)).clamp(min=0).reshape(1)
+    below = rank.long()
+    low, high = ordered[below], ordered[(below + 1).clamp(max=len(ordered) - 1)]
+    threshold = torch.where(rank > below, torch.lerp(low, high, rank - below), low)
     return torch.where(threshold > 0, threshold.clamp(min=_LOWEST), 1.0)
 
 

@@ -268,11 +268,12 @@ def test_saved_bytes_are_those_of_the_activations():
     assert mine["saved_bytes"] == ours.saved(*inputs) and mine["saved_vs_bf16"] > 3.7
 
 
-def test_training_rows_train_every_layer_of_the_blocks(monkeypatch):
+@pytest.mark.parametrize("unit", ["step", "graph"])
+def test_training_rows_train_every_layer_of_the_blocks(unit, monkeypatch):
     """One step after another, the same model but for the linear layers; tokens are counted."""
     monkeypatch.setattr(training, "BACKEND", "aot_eager")
     torch._dynamo.reset()
-    names = [f"train/gpt/{recipe}/2x64/2x32/step" for recipe in ("tetrajet", "bf16")]
+    names = [f"train/gpt/{recipe}/2x64/2x32/{unit}" for recipe in ("tetrajet", "bf16")]
     chosen = [cases.build(name) for name in names]
     losses = []
     for case in chosen:
