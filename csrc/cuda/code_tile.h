@@ -13,15 +13,15 @@
 namespace mxtrain::cuda {
 
 struct CodeTile {
-  static constexpr uint32_t kRows = 128, kColumns = 256, kBands = kRows / 32;
+  static constexpr uint32_t kRows = 128, kColumns = 256, kBandRows = 32, kBands = kRows / kBandRows;
   static constexpr uint32_t kLaneColumns = kColumns / 32;
   static constexpr uint32_t kRowBytes = kColumns / 2, kChunks = kRowBytes / 16;
-  static constexpr uint32_t kBandBytes = 32 * kRowBytes, kBytes = kBands * kBandBytes;
+  static constexpr uint32_t kBandBytes = kBandRows * kRowBytes, kBytes = kBands * kBandBytes;
   static constexpr uint32_t kScaleBytes = kRows * (kColumns / 32);  // of its rows, or of its blocks
-  // A thread copies chunk thread % 8 of the rows thread / 8 + 16 i, and stores block thread % 4 of
-  // the operand rows thread / 4 + 32 i.
+  // A warp copies its band, a lane chunk lane % 8 of the rows lane / 8 + 4 i; a thread stores block
+  // thread % 4 of the operand rows thread / 4 + 32 i.
   static constexpr uint32_t kThreads = 32 * kBands;
-  static constexpr uint32_t kCopyRows = kThreads / kChunks, kCopies = kRows / kCopyRows;
+  static constexpr uint32_t kCopyRows = 32 / kChunks, kCopies = kBandRows / kCopyRows;
   static constexpr uint32_t kStoreColumns = kThreads / kBands, kStores = kColumns / kStoreColumns;
   static_assert(kLaneColumns * 16 == kRowBytes, "columns take the place of rows");
 

@@ -62,17 +62,18 @@ struct alignas(128) CodeShared {
 
 static_assert(CodeTraits::kCtas * (sizeof(CodeShared) + 1024) <= 228 * 1024,
               "what a multiprocessor of 9.0 has, of which a CTA costs 1 KiB more");
-static_assert(CodeTile::kThreads == CodeTile::kRows, "a thread copies the scales of a row");
+static_assert(CodeTile::kBandRows == 32, "a lane copies the scales of a row of its band");
 
 // threadIdx.x, found where it stands, so that nothing of it waits in registers.
 __device__ __forceinline__ uint32_t thread_id(uint32_t warp) { return warp * 32 + ptx::lane_id(); }
 
 // ---- in ----
 
-// Start copying the codes of a tile, with zeros outside of x.
-__device__ __forceinline__ void copy_codes(const CodeGrid& g, const CodePlace& at, uint32_t thread,
+// Start copying the codes of a warp's band, with zeros outside of x.
+__device__ __forceinline__ void copy_codes(const CodeGrid& g, const CodePlace& at, uint32_t band,
                                            CodeShared& tile) {
-  const uint32_t chunk = thread % CodeTile::kChunks, first = thread / CodeTile::kChunks;
+  const uint32_t lane = ptx::lane_id(), chunk = lane % CodeTile::kChunks;
+  const uint32_t first = band * CodeTile::kBandRows + lane / CodeTile::kChunks;
   const uint32_t block = at.column / 32 + chunk, row = at.row + first;
   const uint8_t* from = g.x + (static_cast<uint64_t>(row) * g.blocks + block) * 16;
   const uint64_t pitch = static_cast<uint64_t>(g.blocks) * (16 * CodeTile::kCopyRows);
@@ -84,13 +85,13 @@ __device__ __forceinline__ void copy_codes(const CodeGrid& g, const CodePlace& a
     return;
   }
 #pragma unroll 1
-  for (uint32_t i = 0; i < CodeTile::kRows; i += CodeTile::kCopyRows, from += pitch) {
+  for (uint32_t i = 0; i < CodeTile::kBandRows; i += CodeTile::kCopyRows, from += pitch) {
     const bool inside = row + i < g.height && block < g.blocks;
     ptx::cp_async_16(to + CodeTile::chunk(i, 0), inside ? from : g.x, inside ? 16 : 0);
   }
 }
 
-// The same of their scales: a thread takes the 8 of a row.
+// The same of their scales: a thread takes the 8 of a row, which is of its warp's band.
 __device__ __forceinline__ void copy_scales(const QuantizeParams& p, const CodeGrid& g,
                                             const CodePlace& at, uint32_t thread,
                                             CodeShared& tile) {
@@ -156,7 +157,7 @@ struct RowScales {
 
   __device__ __forceinline__ RowScales(CodeShared& tile, uint32_t band) {
     const uint32_t lane = ptx::lane_id();
-    const uint8_t* from = tile.scales + (32 * band + lane % 4 * 8) * 8 + lane / 4;
+    const uint8_t* from = tile.scales + (CodeTile::kBandRows * band + lane % 4 * 8) * 8 + lane / 4;
 #pragma unroll
     for (int t = 0; t < 8; ++t) code[t] = from[8 * t];
   }
@@ -413,12 +414,12 @@ __global__ void __launch_bounds__(CodeTile::kThreads, CodeTraits::kCtas)
   begin_early();
   const CodePlace at(g, blockIdx.x);
   const uint32_t warp = uniform(threadIdx.x / 32);
-  copy_codes(g, at, thread_id(warp), tile);
+  copy_codes(g, at, warp, tile);
   copy_scales(p, g, at, thread_id(warp), tile);
   const PhiloxSchedule keys = uniform_schedule(p);
   const StripOperand operand = {plan, keys, nullptr};
   ptx::cp_async_wait_all();
-  __syncthreads();
+  __syncwarp();  // a warp waits for its own rows only
   round_band(p, g, at, operand, warp, tile);
   __syncthreads();
   store_codes(p, at, thread_id(warp), tile);
