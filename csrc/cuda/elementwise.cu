@@ -145,9 +145,15 @@ __global__ void __launch_bounds__(ElementwiseTraits::kThreads)
   const int64_t i0 = group * 8, n = p.rows * p.cols;
   const float a = p.a_scale ? *p.a_scale : 1.0f, b = p.b_scale ? *p.b_scale : 1.0f;
   float v[8];
+  if (i0 + 8 <= n) {  // acc is 16-byte aligned, as all that torch allocates
+    const uint4 raw[2] = {ptx::ld_global_nc_v4(p.acc + i0), ptx::ld_global_nc_v4(p.acc + i0 + 4)};
+    Float32Source::unpack(raw, v);
+  } else {
+    for (int i = 0; i < 8; ++i) v[i] = i0 + i < n ? p.acc[i0 + i] : 0.0f;
+  }
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
-    v[i] = i0 + i < n ? p.acc[i0 + i] * a * b * p.alpha : 0.0f;
+    v[i] = v[i] * a * b * p.alpha;
     if (p.bias && i0 + i < n) v[i] += load_any(p.bias, p.bias_type, (i0 + i) % p.cols);
     if (p.add && i0 + i < n) v[i] += static_cast<const float*>(p.out)[i0 + i];
   }
