@@ -18,7 +18,7 @@ import statistics
 import sys
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from types import FrameType
 from typing import Any, Protocol
@@ -364,13 +364,19 @@ def write_plot(task: Task, records: list[Fields], path: str) -> None:
 # ---- a run of everything ----
 
 
+def checksum(data: Iterable[Tensor]) -> int:
+    """Of what a task loaded: another Python has another text for train_gpt.py."""
+    found = 0
+    for tensor in data:
+        found = zlib.crc32(tensor.cpu().contiguous().numpy(), found)
+    return found
+
+
 def train(task: Task, args: argparse.Namespace, checkpoint: Fields | None) -> int:
     """All runs, one after another. Returns the exit status."""
     torch.set_num_threads(args.threads)
     check_outputs(args)
-    data = 0  # a checksum: another Python has another text for train_gpt.py
-    for tensor in task.load(args):
-        data = zlib.crc32(tensor.cpu().contiguous().numpy(), data)
+    data = checksum(task.load(args))
     if checkpoint is not None and checkpoint["data"] != data:
         must = "--resume must name a checkpoint that was trained on the same data"
         raise BadInput(f"{must}, got {args.resume}. Use the Python and the packages of that run.")

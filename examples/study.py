@@ -2,14 +2,15 @@
 
     python examples/study.py run --plan main --gpus 0 1 2 3 --budget 540 --out runs/study
     python examples/study.py run --runs gpt/bf16@0 gpt/tetrajet@0 --out runs/study
-    python examples/study.py report --out runs/study
+    python examples/study.py report --out runs/study --against docs/study.json
     python examples/study.py list
 
 `run` keeps one process for each GPU (more with --per-gpu) and gives it one run after another, those
 of a row together. Every finished run is in DIR/results.json at once; runs that are in it already,
 or in a file of --done, are not made again. No run begins that would not end within --budget
 seconds, by the time that others took; at its end what still runs is stopped, and table.md is
-written. `report` writes it again, with a figure of the learning curves for each part of it.
+written. `report` writes it again, with a figure of the learning curves for each part of it; with
+--against it prints beside each run what another results file has.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from typing import Any, TextIO
 STARTED = time.monotonic()  # the budget counts from here: the imports take seconds
 
 from checkpoint import BadInput  # noqa: E402
-from study_report import read_results, write_report, write_results  # noqa: E402
+from study_report import comparison, read_results, write_report, write_results  # noqa: E402
 from study_rows import PLANS, ROWS  # noqa: E402
 
 Fields = dict[str, Any]
@@ -300,6 +301,7 @@ def make_parser() -> argparse.ArgumentParser:
     run.add_argument("--no-compile", action="store_true", help="eager, though a row says --compile")
     run.add_argument("--scratch", metavar="DIR", help="text and compiled kernels (a temporary one)")
     report = commands.add_parser("report", help="write the table and the figures")
+    report.add_argument("--against", metavar="FILE", help="results to set beside these")
     for command in (run, report):
         command.add_argument("--out", metavar="DIR", required=True)
         command.add_argument("--done", nargs="+", default=[], metavar="FILE", help="other results")
@@ -323,9 +325,15 @@ def check(args: argparse.Namespace) -> None:
         if getattr(args, name) <= 0:
             option, got = f"--{name.replace('_', '-')}", getattr(args, name)
             raise BadInput(f"{option} must be positive, got {got}. See --help.")
-    for path in args.done:
-        if not os.path.exists(path):
-            raise BadInput(f"--done must name results.json files, got {path}. It does not exist.")
+
+
+def check_files(args: argparse.Namespace) -> None:
+    against = getattr(args, "against", None)
+    for option, paths in (("done", args.done), ("against", [against] if against else [])):
+        for path in paths:
+            if not os.path.exists(path):
+                must = f"--{option} must name results.json files"
+                raise BadInput(f"{must}, got {path}. It does not exist.")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -340,6 +348,7 @@ def main(argv: list[str] | None = None) -> int:
             for name, runs in PLANS.items():
                 print(f"plan {name}: {len(runs)} runs")
             return 0
+        check_files(args)
         os.makedirs(args.out, exist_ok=True)
         if args.command == "run":
             check(args)
@@ -359,6 +368,8 @@ def main(argv: list[str] | None = None) -> int:
                         signal.signal(number, handler)
         records = read_results([os.path.join(args.out, "results.json"), *args.done])
         print(write_report(records, args.out, figures=args.command == "report"))
+        if getattr(args, "against", None):
+            print(f"beside {args.against}:\n\n{comparison(records, read_results([args.against]))}")
         return 0
     except (BadInput, OSError) as error:
         print(f"study: {error}", file=sys.stderr)

@@ -171,6 +171,35 @@ def write_report(records: list[Fields], folder: str, figures: bool = False) -> s
     return text
 
 
+def comparison(records: list[Fields], others: list[Fields]) -> str:
+    """A markdown table of the runs that others hold too: for results that were made again.
+
+    Seeds there: the gap's mean and spread over all of theirs, within which it should be. Losses
+    themselves are comparable where the data are the same: another environment has another text.
+    """
+    theirs = {r["run"]: r for r in others}
+    rows = [("run", "validation loss", "there", "above BF16", "there", "seeds there", "same data")]
+    rows.append(("---",) * len(rows[0]))
+    for mine in records:
+        if (other := theirs.get(mine["run"])) is None:
+            continue
+        losses = [f"{r['rows'][-1][2]:.4f}" if finished(r) else "-" for r in (mine, other)]
+        gaps = [gap_of(mine, records), gap_of(other, others)]
+        seeds = [gap_of(r, others) for r in others if row_of(r) == row_of(mine)]
+        data = mine.get("data"), other.get("data")  # older records do not say
+        same = "unknown" if None in data else "yes" if data[0] == data[1] else "no"
+        gaps = [spread(gap, "+.2f") + " %" * any(g is not None for g in gap)
+                for gap in ([gaps[0]], [gaps[1]], seeds)]  # fmt: skip
+        rows.append((mine["run"], *losses, *gaps, same))
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def gap_of(record: Fields, records: list[Fields]) -> float | None:
+    """loss_gap to the BF16 among the records."""
+    baseline = ROWS[row_of(record)].baseline
+    return loss_gap(record, {r["seed"]: r for r in records if row_of(r) == baseline})
+
+
 # ---- the figures ----
 
 

@@ -14,7 +14,7 @@ from functools import partial
 from mxtrain import Mix, Quantizer, Recipe, get_mix
 from mxtrain.recipe import RECIPES
 
-# Options of the tasks, as their scripts take them. The GPT has 25.4 million parameters; 1224 steps
+# Options of the tasks, as their scripts take them. The GPT has 25.7 million parameters; 1224 steps
 # of 128 windows of 512 bytes are 80.2 million.
 GPT = (
     "--text packages --megabytes 200 --windows 1024 --context 512 --batch 128 --steps 1224 "

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from harness import Run
+from harness import Run, checksum
 from llama import compress_contexts
 from options import make_parser
 from study_rows import ROWS, Row
@@ -222,6 +222,7 @@ class Worker:
     def __init__(self, device: str, folder: str) -> None:
         self.device, self.folder = device, folder
         self.loaded: tuple[Any, ...] | None = None  # key, task, args
+        self.data = 0  # its checksum
         self.compiled: str | None = None  # the row whose graphs are at hand
 
     def task(self, row: Row, options: list[str]) -> tuple[Any, Any]:
@@ -231,7 +232,7 @@ class Worker:
             self.loaded = None
             task, args = task_of(row, options, self.folder)
             args.device = self.device
-            task.load(args)
+            self.data = checksum(task.load(args))
             self.loaded = key, task, args
         return self.loaded[1:]
 
@@ -263,6 +264,7 @@ class Worker:
                 "steps": args.steps,
                 "units": args.steps * args.batch * task.units(args),
                 "compiled": args.compile,
+                "data": self.data,
                 "device": device_name(args.device),
                 "torch": torch.__version__,
             },

@@ -210,13 +210,14 @@ def model_cost(
     Args:
         model: of which each linear layer is taken to see every token once (of experts, a token sees
             a few: their share is smaller than it says).
-        context, hidden, attention_layers: of the attention products, which are no modules; 0 leaves
-            them out.
+        context, hidden, attention_layers: of the attention products, which are no modules; none of
+            them leaves these out.
         speeds, dgrad, tail: as for `relative_cost`.
 
     Raises:
         TypeError: for something else than a model.
-        ValueError: for a model without linear layers, and as `relative_cost`.
+        ValueError: for a model without linear layers, for some but not all of context, hidden and
+            attention_layers, and as `relative_cost`.
     """
     what = "model_cost"
     if not isinstance(model, nn.Module):
@@ -226,6 +227,11 @@ def model_cost(
     sizes = {"context": context, "hidden": hidden, "attention_layers": attention_layers}
     for name, value in sizes.items():
         check_int(what, name, value, low=0)
+    missing = [name for name, value in sizes.items() if value == 0]
+    if 0 < len(missing) < len(sizes):
+        given = ", ".join(f"{name} {value}" for name, value in sizes.items() if value)
+        condition, advice = "be positive where others of the three are", "Pass all three, or none."
+        raise ValueError(refusal(what, missing[0], condition, 0, given, advice))
     recipes: dict[str, Recipe] = {}
     flops: dict[str, float] = {}
     layers: dict[str, int] = {}

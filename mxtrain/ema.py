@@ -210,14 +210,32 @@ def averaging_layers(optimizer: torch.optim.Optimizer) -> dict[Tensor, list[EmaL
     """The layers that average a weight which the optimizer holds and trains, by that weight.
 
     In the order of the optimizer, which every rank shares.
+
+    Raises RuntimeError for a weight that is not in its shape, as FullyShardedDataParallel keeps it.
     """
     layers: dict[int, list[EmaLinear]] = {}
     for layer in _EMA_LAYERS:
         layers.setdefault(id(layer.weight), []).append(layer)
     if not layers:
         return {}
-    params = (p for group in optimizer.param_groups for p in group["params"])
-    return {p: layers[id(p)] for p in params if p.requires_grad and id(p) in layers}
+    params = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    held = {p: layers[id(p)] for p in params if id(p) in layers}
+    for p, mine in held.items():
+        if p.shape != mine[0].weight_ema.shape:
+            _refuse_flat(mine[0], p)
+    for p in params:
+        for part in getattr(p, "_param_infos", ()):  # of its flat parameters
+            if part.module in _EMA_LAYERS and part.param_name == "weight":
+                _refuse_flat(part.module, p)
+    return held
+
+
+def _refuse_flat(layer: EmaLinear, p: Tensor) -> None:
+    condition = f"be {list(layer.weight_ema.shape)} in the optimizer to be averaged"
+    context = f"recipe {layer._recipe.name!r}"
+    advice = "Shard by fully_shard (FSDP2); FullyShardedDataParallel flattens it."
+    message = refusal("MXLinear", "weight", condition, list(p.shape), context, advice)
+    raise RuntimeError(message)
 
 
 def see_learning_rates(

@@ -86,6 +86,19 @@ VS_BF16 = {
     "linear nvfp4, the same; it multiplies in BF16": "linear/nvfp4/8192x4096x4096/fwd+bwd",
 }
 
+SQUARE = "8192x8192"
+OPTIMIZERS = {
+    "AdamW": f"optim/adamw/{SQUARE}",
+    "AdamW with the average": f"optim/adamw+ema/{SQUARE}",
+    "AdamW with the average, BF16 weights": f"optim/adamw+ema+bf16/{SQUARE}",
+    "AdamW with the average and the sums of changes": f"optim/adamw+ema+changes/{SQUARE}",
+    "QRamping": f"optim/qramping/{SQUARE}",
+    "for comparison: torch's AdamW, fused": f"peer/torch_adamw/{SQUARE}",
+    "for comparison: torch's AdamW, fused, then a foreach lerp of the average": (
+        f"peer/torch_adamw+ema/{SQUARE}"
+    ),
+}
+
 
 def measured_table(file: str, title: str, column: str, rows: dict[str, str]) -> str:
     """Rows of a committed measurement, by the names that the README gives them."""
@@ -101,6 +114,9 @@ TABLES = {
     "recipes": recipe.table,
     "mixes": mix.table,
     "of_copy": lambda: measured_table("nvidia-h200-quantize.json", "of copy", "of_copy", OF_COPY),
+    "optimizers": lambda: measured_table(
+        "nvidia-h200-layers.json", "of copy", "of_copy", OPTIMIZERS
+    ),
     "vs_bf16": lambda: measured_table("nvidia-h200.json", "times BF16", "vs_bf16", VS_BF16),
 }
 

@@ -152,3 +152,7 @@ def test_errors():
         model_cost("model")
     with refuses(ValueError, "model must have a linear layer"):
         model_cost(nn.ReLU())
+    with refuses(ValueError, "hidden must be positive where others of the three are, got 0"):
+        model_cost(nn.Linear(2, 2), context=128)
+    with refuses(ValueError, "attention_layers must be positive where others of the three are"):
+        model_cost(nn.Linear(2, 2), context=128, hidden=64)

@@ -289,6 +289,7 @@ def test_run_resume_report(tmp_path, capsys, monkeypatch):
     records = study_report.read_results([str(tmp_path / "results.json")])
     assert [r["run"] for r in records] == DIGITS
     assert all(len(r["rows"]) == 2 and r["alone"] and r["steps"] == 12 for r in records)
+    assert records[0]["data"] == records[1]["data"] != 0
     assert set(records[1]["periods"]) == {"0", "3", "6", "9"}
     before = (tmp_path / "results.json").read_bytes()
 
@@ -348,6 +349,26 @@ def test_gaps_are_within_a_seed(tmp_path):
     assert "+3.50 ± 0.71 %" in rows["tetrajet"] and "| 500 | 0.50 |" in rows["tetrajet"]
     assert "- (1 diverged)" in rows["quartet"] and "R > 16" not in written
     assert (tmp_path / "gpt-main.png").stat().st_size > 0
+
+
+def test_a_repetition_is_set_beside_what_was_there(tmp_path, capsys):
+    there = [
+        record("gpt/bf16@0", 1.0, data=5), record("gpt/bf16@1", 2.0), record("gpt/mxfp8@0", 3.0),
+        record("gpt/tetrajet@0", 1.04, data=5), record("gpt/tetrajet@1", 2.06),
+    ]  # fmt: skip
+    mine = [record("gpt/bf16@0", 1.1, data=5), record("gpt/tetrajet@0", 1.155, data=6),
+            record("gpt/quartet@0", 1.0)]  # fmt: skip
+    for name, records in (("there.json", there), ("results.json", mine)):
+        study_report.write_results(str(tmp_path / name), records)
+    command = ["report", "--out", str(tmp_path), "--against"]
+    assert study.main([*command, str(tmp_path / "there.json")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2:] == [
+        "| gpt/bf16@0 | 1.1000 | 1.0000 | - | - | - | yes |",
+        "| gpt/tetrajet@0 | 1.1550 | 1.0400 | +5.00 % | +4.00 % | +3.50 ± 0.71 % | no |",
+    ]
+    assert study.main([*command, "nowhere"]) == 2
+    assert "--against must name results.json files, got nowhere" in capsys.readouterr().err
 
 
 def test_results_are_merged_run_by_run(tmp_path):

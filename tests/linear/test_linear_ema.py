@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import pickle
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
+from common import refuses
 from linear_common import compose, run, tensors
 from torch import nn
 from torch.optim import SGD, AdamW
@@ -223,6 +225,27 @@ def test_accumulated_gradients_are_one_update():
         optimizer.step()
         assert layer._ema_updates == updates + 1
         assert torch.equal(layer.weight_ema, average.lerp(layer.weight.detach(), 1 - 0.9))
+
+
+def test_a_flattened_weight_is_refused_and_a_bias_alone_is_not():
+    """As FullyShardedDataParallel keeps it between steps: a flat shard in place of the weight, or
+    in a parameter of many. mxtrain's optimizer refuses it before the step."""
+    layer = ema_layer()
+    layer.weight = nn.Parameter(torch.ones(32 * 64))
+    for kind in (SGD, mxtrain.optim.AdamW):
+        layer.weight.grad = torch.ones_like(layer.weight)
+        with refuses(RuntimeError, r"weight must be \[64, 64\] in the optimizer .*, got \[2048\]"):
+            kind([layer.weight], lr=0.5).step()
+    assert (layer.weight == 0.5).all()  # by SGD alone
+    layer, flat = ema_layer(), nn.Parameter(torch.ones(99))
+    for name in ("weight", "bias"):
+        flat._param_infos = [SimpleNamespace(module=layer, param_name=name)]
+        flat.grad = torch.ones_like(flat)
+        if name == "weight":
+            with refuses(RuntimeError, r"weight must be \[64, 64\] .*, got \[99\]"):
+                SGD([flat], lr=0.5).step()
+        else:
+            SGD([flat], lr=0.5).step()
 
 
 def test_dead_layers_leave():
