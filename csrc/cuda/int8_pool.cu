@@ -1,0 +1,116 @@
+// SPDX-License-Identifier: Apache-2.0
+// Residuals of int8_block, packed: those of few blocks in a pool of tiles of 16 KB, and back again.
+// Which blocks, and where each lies, formats/int8.h defines.
+//   one thread block a block of the grid -> how many come before it, by looking at all -> the tile
+// So it is one launch without a sort, atomics or a host that waits. A block that did not fall back
+// is done at once; each of the others reads the n scales and masks, from the L2: n = 2,048 blocks
+// of which a fifth fell back are 4 MB. It grows with n^2: from some 65,536 blocks on (10^9
+// elements), counting takes longer than moving the tiles.
+#include "cuda/int8.h"
+#include "cuda/launch.cuh"
+#include "formats/int8.h"
+#include "ptx/memory.cuh"
+
+namespace mxtrain::cuda {
+
+// ---- traits ----
+
+struct Int8Pool {
+  static constexpr int kThreads = 256, kWarps = kThreads / 32;
+  static constexpr int kUnits = kInt8Block / 16;         // of 16 bytes, in a row of a tile
+  static constexpr int kRowStep = kThreads / kUnits;     // rows between a thread's units
+  static constexpr int kLoads = kInt8Block / kRowStep;   // units of a thread
+  static constexpr int kTile = kInt8Block * kInt8Block;  // bytes
+};
+
+// ---- device helpers ----
+
+// The sum over the block, in every thread.
+__device__ __forceinline__ unsigned block_sum(unsigned partial) {
+  __shared__ unsigned sums[Int8Pool::kWarps];
+  const unsigned own = __reduce_add_sync(0xFFFFFFFFu, partial);
+  if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = own;
+  __syncthreads();
+  unsigned sum = 0;
+#pragma unroll
+  for (int i = 0; i < Int8Pool::kWarps; ++i) sum += sums[i];
+  return sum;
+}
+
+// How many blocks come before this thread block's, which has this scale.
+__device__ __forceinline__ unsigned count_before(const Int8PoolParams& p, float scale,
+                                                 unsigned across) {
+  using T = Int8Pool;
+  unsigned i = threadIdx.x / across, k = threadIdx.x % across, before = 0;
+  const unsigned down = T::kThreads / across, right = T::kThreads % across;
+#pragma unroll 4
+  for (unsigned t = threadIdx.x; t < gridDim.x; t += T::kThreads) {
+    const uint8_t mask = p.mask[i * p.mask_stride_row + k * p.mask_stride_k];
+    const float other = p.scale[i * p.scale_stride_row + k * p.scale_stride_k];
+    before += int8_packs_before(mask, other, t, scale, blockIdx.x);
+    i += down, k += right;
+    if (k >= across) k -= across, ++i;
+  }
+  return block_sum(before);
+}
+
+// ---- kernel ----
+
+template <bool kPack>
+__global__ void __launch_bounds__(Int8Pool::kThreads) int8_pool_kernel(const Int8PoolParams p) {
+  using T = Int8Pool;
+  const auto across = static_cast<unsigned>(p.kp / kInt8Block);
+  const int64_t i = blockIdx.x / across, k = blockIdx.x % across;
+  const float scale = p.scale[i * p.scale_stride_row + k * p.scale_stride_k];
+  const uint8_t mask = p.mask[i * p.mask_stride_row + k * p.mask_stride_k];
+  if (!int8_packs(mask, scale)) {
+    if (kPack && threadIdx.x == 0) p.kept[blockIdx.x] = 0;
+    return;
+  }
+  const int row = threadIdx.x / T::kUnits, col = threadIdx.x % T::kUnits * 16;
+  const int64_t r0 = i * kInt8Block + row, k0 = k * kInt8Block + col;
+  uint4 v[T::kLoads];
+  if (kPack) {  // on their way while the blocks are counted
+#pragma unroll
+    for (int j = 0; j < T::kLoads; ++j) {
+      const int64_t r = r0 + j * T::kRowStep;
+      v[j] = r < p.rows ? ptx::ld_global_nc_v4(p.from + r * p.kp + k0) : make_uint4(0, 0, 0, 0);
+    }
+  }
+  const int64_t slot = count_before(p, scale, across);
+  if (kPack && threadIdx.x == 0) p.kept[blockIdx.x] = slot < p.count;
+  if (slot >= p.count) return;
+  const int64_t tile = slot * T::kTile + row * kInt8Block + col;
+  if (!kPack) {
+#pragma unroll
+    for (int j = 0; j < T::kLoads; ++j)
+      v[j] = ptx::ld_global_nc_v4(p.from + tile + j * T::kRowStep * kInt8Block);
+  }
+#pragma unroll
+  for (int j = 0; j < T::kLoads; ++j) {
+    const int64_t r = r0 + j * T::kRowStep;
+    if (kPack)
+      *reinterpret_cast<uint4*>(p.to + tile + j * T::kRowStep * kInt8Block) = v[j];
+    else if (r < p.rows)
+      *reinterpret_cast<uint4*>(p.to + r * p.kp + k0) = v[j];
+  }
+}
+
+// ---- launchers ----
+
+template <bool kPack>
+static cudaError_t launch_pool(const Int8PoolParams& p, cudaStream_t stream) {
+  const int64_t down = (p.rows + kInt8Block - 1) / kInt8Block;
+  const auto grid = static_cast<unsigned>(down * (p.kp / kInt8Block));
+  return launch(int8_pool_kernel<kPack>, grid, Int8Pool::kThreads, stream, p);
+}
+
+cudaError_t launch_int8_pack(const Int8PoolParams& p, cudaStream_t stream) {
+  return launch_pool<true>(p, stream);
+}
+
+cudaError_t launch_int8_unpack(const Int8PoolParams& p, cudaStream_t stream) {
+  return launch_pool<false>(p, stream);
+}
+
+}  // namespace mxtrain::cuda
