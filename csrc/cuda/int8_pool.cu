@@ -3,9 +3,9 @@
 // Which blocks, and where each lies, formats/int8.h defines.
 //   one thread block a block of the grid -> how many come before it, by looking at all -> the tile
 // So it is one launch without a sort, atomics or a host that waits. A block that did not fall back
-// is done at once; each of the others reads the n scales and masks, from the L2: n = 2,048 blocks
-// of which a fifth fell back are 4 MB. It grows with n^2: from some 65,536 blocks on (10^9
-// elements), counting takes longer than moving the tiles.
+// is done at once; each of the others looks at the scales and the mask of all n, in some 30
+// instructions for each 32 of them. So the whole grows with n^2: by that count it takes a quarter of
+// the time that the tiles' bytes take for n = 2,048, and as long for n = 8,192 (16384 x 8192).
 #include "cuda/int8.h"
 #include "cuda/launch.cuh"
 #include "formats/int8.h"
@@ -20,6 +20,8 @@ struct Int8Pool {
   static constexpr int kUnits = kInt8Block / 16;         // of 16 bytes, in a row of a tile
   static constexpr int kRowStep = kThreads / kUnits;     // rows between a thread's units
   static constexpr int kLoads = kInt8Block / kRowStep;   // units of a thread
+  static constexpr int kBatch = 4;                       // blocks that a thread looks at in one go
+  static constexpr int kBlocks = 4;                      // on a multiprocessor: registers for these
   static constexpr int kTile = kInt8Block * kInt8Block;  // bytes
 };
 
@@ -37,19 +39,43 @@ __device__ __forceinline__ unsigned block_sum(unsigned partial) {
   return sum;
 }
 
+// Where the entries of a grid lie that a thread looks at: each kThreads blocks after the last.
+struct Int8Walk {
+  int64_t at, step, wrap;  // wrap: more, where a step ends beyond the last column
+
+  __device__ __forceinline__ Int8Walk(int64_t stride_row, int64_t stride_k, unsigned across) {
+    constexpr unsigned kStep = Int8Pool::kThreads;
+    at = threadIdx.x / across * stride_row + threadIdx.x % across * stride_k;
+    step = kStep / across * stride_row + kStep % across * stride_k;
+    wrap = stride_row - across * stride_k;
+  }
+  __device__ __forceinline__ void advance(bool wraps) { at += wraps ? step + wrap : step; }
+};
+
 // How many blocks come before this thread block's, which has this scale.
 __device__ __forceinline__ unsigned count_before(const Int8PoolParams& p, float scale,
                                                  unsigned across) {
   using T = Int8Pool;
-  unsigned i = threadIdx.x / across, k = threadIdx.x % across, before = 0;
-  const unsigned down = T::kThreads / across, right = T::kThreads % across;
-#pragma unroll 4
-  for (unsigned t = threadIdx.x; t < gridDim.x; t += T::kThreads) {
-    const uint8_t mask = p.mask[i * p.mask_stride_row + k * p.mask_stride_k];
-    const float other = p.scale[i * p.scale_stride_row + k * p.scale_stride_k];
-    before += int8_packs_before(mask, other, t, scale, blockIdx.x);
-    i += down, k += right;
-    if (k >= across) k -= across, ++i;
+  Int8Walk to_mask(p.mask_stride_row, p.mask_stride_k, across),
+      to_scale(p.scale_stride_row, p.scale_stride_k, across);
+  unsigned k = threadIdx.x % across, before = 0;
+  for (unsigned first = threadIdx.x; first < gridDim.x; first += T::kBatch * T::kThreads) {
+    uint8_t mask[T::kBatch];
+    float other[T::kBatch];
+#pragma unroll
+    for (int j = 0; j < T::kBatch; ++j) {  // all on their way before one is looked at
+      const bool inside = first + j * T::kThreads < gridDim.x;
+      mask[j] = inside ? p.mask[to_mask.at] : 0;
+      other[j] = inside ? p.scale[to_scale.at] : 0.0f;
+      k += T::kThreads % across;
+      const bool wraps = k >= across;
+      if (wraps) k -= across;
+      to_mask.advance(wraps);
+      to_scale.advance(wraps);
+    }
+#pragma unroll
+    for (int j = 0; j < T::kBatch; ++j)
+      before += int8_packs_before(mask[j], other[j], first + j * T::kThreads, scale, blockIdx.x);
   }
   return block_sum(before);
 }
@@ -57,7 +83,8 @@ __device__ __forceinline__ unsigned count_before(const Int8PoolParams& p, float 
 // ---- kernel ----
 
 template <bool kPack>
-__global__ void __launch_bounds__(Int8Pool::kThreads) int8_pool_kernel(const Int8PoolParams p) {
+__global__ void __launch_bounds__(Int8Pool::kThreads, Int8Pool::kBlocks)
+    int8_pool_kernel(const Int8PoolParams p) {
   using T = Int8Pool;
   const auto across = static_cast<unsigned>(p.kp / kInt8Block);
   const int64_t i = blockIdx.x / across, k = blockIdx.x % across;

@@ -72,7 +72,7 @@ MXT_HD bool int8_packs(uint8_t mask, float scale) { return mask != 0 && scale ==
 
 // Whether block i comes before block j, which packs.
 MXT_HD bool int8_packs_before(uint8_t mask_i, float scale_i, int64_t i, float scale_j, int64_t j) {
-  return mask_i != 0 && (scale_i > scale_j || (scale_i == scale_j && i < j));
+  return (mask_i != 0) & ((scale_i > scale_j) | ((scale_i == scale_j) & (i < j)));
 }
 
 // The float32 sum of a product, K in blocks of 128, ascending; a residual follows its block:
