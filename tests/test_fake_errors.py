@@ -83,10 +83,11 @@ def int8(
 
 
 POOL = torch.zeros(3, 128, 128, dtype=torch.int8)
+CODES = POOL.view(-1, 256)
 GRID, KEPT = torch.ones(2, 2), torch.ones(2, 2, dtype=torch.uint8)
 
 
-def pack(residual=POOL.view(-1, 256)[:150], scale=GRID, mask=KEPT, count=3):
+def pack(residual=CODES[:150], scale=GRID, mask=KEPT, count=3):
     return (residual, scale, mask, count)
 
 
@@ -353,9 +354,9 @@ BAD = {
     "int8_pack_residual": [
         pack(residual=POOL),
         pack(residual=POOL[0].float()),
-        pack(residual=POOL.view(-1, 256)[:, :200]),
-        pack(residual=POOL.view(-1, 256)[:, :0]),
-        pack(residual=POOL.view(-1, 256)[:100]),
+        pack(residual=CODES[:, :200]),
+        pack(residual=CODES[:, :0]),
+        pack(residual=CODES[:100]),
         pack(scale=GRID.double()),
         pack(scale=GRID[0]),
         pack(scale=torch.ones(2, 3)),
@@ -363,7 +364,7 @@ BAD = {
         pack(mask=KEPT[:1]),
         pack(count=-1),
         pack(count=5),
-        pack(residual=POOL.view(-1, 256)[:0], scale=GRID[:0], mask=KEPT[:0], count=1),
+        pack(residual=CODES[:0], scale=GRID[:0], mask=KEPT[:0], count=1),
     ],
     "int8_unpack_residual": [
         unpack(pool=POOL.byte()),

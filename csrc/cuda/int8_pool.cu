@@ -4,8 +4,8 @@
 //   one thread block a block of the grid -> how many come before it, by looking at all -> the tile
 // So it is one launch without a sort, atomics or a host that waits. A block that did not fall back
 // is done at once; each of the others looks at the scales and the mask of all n, in some 30
-// instructions for each 32 of them. So the whole grows with n^2: by that count it takes a quarter of
-// the time that the tiles' bytes take for n = 2,048, and as long for n = 8,192 (16384 x 8192).
+// instructions for each 32 of them. So the whole grows with n^2: by that count it takes a quarter
+// of the time that the tiles' bytes take for n = 2,048, and as long for n = 8,192 (16384 x 8192).
 #include "cuda/int8.h"
 #include "cuda/launch.cuh"
 #include "formats/int8.h"

@@ -19,7 +19,7 @@ def tile_of(residual, i, j):
 
 
 def expected_order(scale, mask):
-    """Fallen blocks, the largest first; Python's sort leaves equal ones in the order of the grid."""
+    """Fallen blocks, the largest first, equal ones in the order of the grid (sorted is stable)."""
     rows, cols = mask.shape
     fell = [(i, j) for i in range(rows) for j in range(cols) if mask[i, j] and scale[i, j] >= 0]
     return sorted(fell, key=lambda block: -float(scale[block]))
@@ -66,9 +66,13 @@ def test_the_rule(rows, kp, rate, turned, device):
         check(residual, scale, mask, count)
 
 
-@pytest.mark.parametrize("rows, kp", [(3, 300 * 128), (300 * 128 - 5, 128), (20 * 128, 27 * 128)])
-def test_more_blocks_than_threads(rows, kp, device):
-    check(*drawn(rows, kp, 0.1, device), 25)
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("rows, kp", [(3, 300 * 128), (300 * 128 - 5, 128), (40 * 128, 27 * 128)])
+def test_more_blocks_than_threads(rows, kp, turned, device):
+    """The last: more than a thread block looks at in one go."""
+    residual, scale, mask = drawn(rows, kp, 0.1, device, turned)
+    check(residual, scale, mask, 25)
+    check(residual, scale, mask.contiguous(), 25)
 
 
 def test_all_of_one_scale_are_in_the_order_of_the_grid(device):
