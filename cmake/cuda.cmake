@@ -25,7 +25,7 @@ set(MXT_CUDA_SOURCES
   csrc/cuda/quantize_strips.cu csrc/cuda/quantize_pairs.cu
   csrc/cuda/requantize.cu csrc/cuda/requantize_codes.cu csrc/cuda/dequantize.cu csrc/cuda/elementwise.cu csrc/cuda/column_sum.cu
   csrc/cuda/fold.cu csrc/cuda/optimizer.cu csrc/cuda/statistics.cu
-  csrc/cuda/int8_quantize.cu csrc/cuda/int8_gemm.cu
+  csrc/cuda/int8_quantize.cu csrc/cuda/int8_gemm.cu csrc/cuda/int8_pool.cu
   csrc/cuda/rms_norm.cu csrc/cuda/swiglu.cu)
 # A library for many GPUs holds its code compressed, a thirteenth of the room, and unpacks what a kernel's first launch needs.
 list(LENGTH MXT_CUDA_ARCHS MXT_CUDA_ARCH_COUNT)

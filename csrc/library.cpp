@@ -87,6 +87,12 @@ MXT_DEFINE(MXT_LIBRARY, m) {
       "out_dtype, Tensor? residual=None, Tensor? residual_scale=None, Tensor? mask=None, "
       "bool residual_of_b=False) -> Tensor");
   m.def(
+      "int8_pack_residual(Tensor residual, Tensor scale, Tensor mask, SymInt count) -> (Tensor, "
+      "Tensor)");
+  m.def(
+      "int8_unpack_residual(Tensor pool, Tensor scale, Tensor mask, SymInt rows, SymInt kp) -> "
+      "Tensor");
+  m.def(
       "rms_norm_forward(Tensor x, Tensor? weight, float eps, ScalarType out_dtype, bool "
       "context=True) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
@@ -120,6 +126,8 @@ MXT_IMPLEMENT(MXT_LIBRARY, CPU, m) {
   m.impl("int8_quantize", TORCH_BOX(&int8_quantize));
   m.impl("int8_quantize_fallback", TORCH_BOX(&int8_quantize_fallback));
   m.impl("int8_gemm", TORCH_BOX(&int8_gemm));
+  m.impl("int8_pack_residual", TORCH_BOX(&int8_pack_residual));
+  m.impl("int8_unpack_residual", TORCH_BOX(&int8_unpack_residual));
   m.impl("rms_norm_forward", TORCH_BOX(&rms_norm_forward));
   m.impl("rms_norm_backward", TORCH_BOX(&rms_norm_backward));
   m.impl("swiglu_forward", TORCH_BOX(&swiglu_forward));
@@ -147,6 +155,8 @@ STABLE_TORCH_LIBRARY_IMPL(mxtrain, CUDA, m) {
   m.impl("int8_quantize", TORCH_BOX(&int8_quantize));
   m.impl("int8_quantize_fallback", TORCH_BOX(&int8_quantize_fallback));
   m.impl("int8_gemm", TORCH_BOX(&int8_gemm));
+  m.impl("int8_pack_residual", TORCH_BOX(&int8_pack_residual));
+  m.impl("int8_unpack_residual", TORCH_BOX(&int8_unpack_residual));
   m.impl("rms_norm_forward", TORCH_BOX(&rms_norm_forward));
   m.impl("rms_norm_backward", TORCH_BOX(&rms_norm_backward));
   m.impl("swiglu_forward", TORCH_BOX(&swiglu_forward));

@@ -120,6 +120,41 @@ def _check_bias(bias: Tensor | None, a: Tensor, b: Tensor) -> None:
     check.check_same_device(op, "bias", bias, a)
 
 
+def _check_pack(residual: Tensor, scale: Tensor, mask: Tensor, count: int) -> None:
+    op = "int8_pack_residual"
+    _check_codes(op, "residual", residual)
+    _check_grid(op, "scale", scale, torch.float32, "residual", residual)
+    _check_grid(op, "mask", mask, torch.uint8, "residual", residual)
+    most = mask.shape[0] * mask.shape[1]
+    if _known(count, most) and not 0 <= count <= most:
+        context, advice = f"mask {_shape(mask)}", "No more blocks are there to be kept."
+        _fail(op, "count", f"lie in [0, {most}]", count, context, advice)
+
+
+def _check_unpack(pool: Tensor, scale: Tensor, mask: Tensor, rows: int, kp: int) -> None:
+    op, as_made = "int8_unpack_residual", "Pass what int8_pack_residual returned."
+    context = f"mask {_shape(mask)}"
+    fits = pool.dtype == torch.int8 and pool.dim() == 3
+    if not fits or any(_differ(size, BLOCK) for size in pool.shape[1:]):
+        got = f"{_dtype(pool.dtype)} {_shape(pool)}"
+        _fail(op, "pool", "be int8 of shape [blocks, 128, 128]", got, context, as_made)
+    if mask.dtype != torch.uint8 or mask.dim() != 2:
+        condition, got = "be uint8 with 2 dimensions", _dtype(mask.dtype)
+        _fail(op, "mask", condition, got, f"shape {_shape(mask)}", as_made)
+    check.check_same_device(op, "mask", mask, pool)
+    fits = scale.dtype == torch.float32 and scale.dim() == 2
+    if not fits or any(_differ(a, b) for a, b in zip(scale.shape, mask.shape, strict=True)):
+        condition, got = "be Float of the mask's shape", f"{_dtype(scale.dtype)} {_shape(scale)}"
+        _fail(op, "scale", condition, got, context, "Pass that of int8_pack_residual.")
+    check.check_same_device(op, "scale", scale, pool)
+    whole = not _known(kp) or (kp % BLOCK == 0 and not _differ(kp // BLOCK, mask.shape[1]))
+    in_range = not _known(rows) or 0 <= rows <= check.MAX_SIZE
+    if not (whole and in_range) or _differ(blocks(rows), mask.shape[0]):
+        condition = "be those of the mask's blocks of 128 x 128"
+        advice = "Pass the shape of the operand's codes."
+        _fail(op, "rows and kp", condition, f"{rows} and {kp}", context, advice)
+
+
 # ---- fake kernels ----
 
 
@@ -162,3 +197,15 @@ def _(
     _check_residual("int8_gemm", residual, residual_scale, mask, residual_of_b, own)
     _check_bias(bias, a, b)
     return a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype)
+
+
+@torch.library.register_fake("mxtrain::int8_pack_residual")
+def _(residual, scale, mask, count):
+    _check_pack(residual, scale, mask, count)
+    return residual.new_empty((count, BLOCK, BLOCK)), mask.new_empty(mask.shape)
+
+
+@torch.library.register_fake("mxtrain::int8_unpack_residual")
+def _(pool, scale, mask, rows, kp):
+    _check_unpack(pool, scale, mask, rows, kp)
+    return pool.new_empty((rows, kp))

@@ -5,15 +5,14 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .int8 import Int8Operand, int8_quantize, int8_quantize_fallback
-from .int8_ops import BLOCK
 from .operand import Operand
 from .recipe import Quantizer
 
 Packed = Operand | Int8Operand
+_ops = torch.ops.mxtrain
 
 
 def quantize_squares(
@@ -40,36 +39,12 @@ def quantize_squares(
     return a, b if col.fallback else b.without_fallback(), counts
 
 
-# ---- residuals of few blocks ----
-
-
-def _largest_fallen(op: Int8Operand, count: int) -> tuple[Tensor, Tensor]:
-    """Block row and column of `count` blocks: those that fell back first, the largest scale first;
-    blocks of one scale, and those that did not fall back, in the order of the grid.
-
-    The same whether the mask has all of them or only these.
-    """
-    size = torch.where(op.mask.bool(), op.scale, -1.0)
-    order = size.flatten().argsort(descending=True, stable=True)[:count]
-    return order // op.mask.shape[1], order % op.mask.shape[1]
-
-
-def _tiles(residual: Tensor) -> Tensor:
-    """A view of codes [R, Kp], R whole blocks: [R / 128, 128, Kp / 128, 16] of 8 codes each."""
-    rows, kp = residual.shape
-    return residual.view(torch.int64).view(rows // BLOCK, BLOCK, kp // BLOCK, BLOCK // 8)
-
-
 def compacted(op: Int8Operand, capacity: float | None) -> Int8Operand:
-    """op with the residual of that share of its blocks, int64 `[blocks, 128, 16]`; see Fallback."""
+    """op with the residual of that share of its blocks, int8 `[count, 128, 128]`; see Fallback."""
     if op.residual is None or capacity is None:
         return op
     count = math.ceil(capacity * op.mask.shape[0] * op.mask.shape[1])
-    rows, cols = _largest_fallen(op, count)
-    mask = torch.zeros_like(op.mask, memory_format=torch.contiguous_format)
-    mask[rows, cols] = op.mask[rows, cols]
-    residual, fill = op.residual, -op.shape[0] % BLOCK
-    pool = _tiles(F.pad(residual, (0, 0, 0, fill)) if fill else residual)[rows, :, cols]
+    pool, mask = _ops.int8_pack_residual(op.residual, op.scale, op.mask, count)
     return Int8Operand(op.data, op.scale, op.shape, pool, op.residual_scale, mask)
 
 
@@ -77,11 +52,7 @@ def _expanded(op: Int8Operand) -> Int8Operand:
     """What compacted was made of, but for blocks that the mask leaves out."""
     if op.residual is None or op.residual.dim() == 2:
         return op
-    rows, kp = op.mask.shape[0] * BLOCK, op.data.shape[1]
-    residual = op.data.new_empty(rows, kp)
-    row, col = _largest_fallen(op, op.residual.shape[0])
-    _tiles(residual)[row, :, col] = op.residual
-    residual = residual[: op.shape[0]]
+    residual = _ops.int8_unpack_residual(op.residual, op.scale, op.mask, *op.data.shape)
     return Int8Operand(op.data, op.scale, op.shape, residual, op.residual_scale, op.mask)
 
 

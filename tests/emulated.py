@@ -20,7 +20,7 @@ import torch
 FILES = (
     "test_strips", "test_pairs", "test_requantize_tiles", "test_quantize", "test_elementwise",
     "test_convert", "test_context", "test_adamw", "test_qramping", "test_oscillation",
-    "test_int8_quantize", "test_int8_gemm",
+    "test_int8_quantize", "test_int8_gemm", "test_int8_pool",
 )  # fmt: skip
 LARGE = (
     "test_dual_nearest_of_every_value", "test_it_is_torchs_adamw", "over_1000_steps",

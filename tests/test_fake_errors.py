@@ -82,6 +82,19 @@ def int8(
     return (a, a_scale, b, b_scale, bias, out_dtype, *residual, of_b)
 
 
+POOL = torch.zeros(3, 128, 128, dtype=torch.int8)
+CODES = POOL.view(-1, 256)
+GRID, KEPT = torch.ones(2, 2), torch.ones(2, 2, dtype=torch.uint8)
+
+
+def pack(residual=CODES[:150], scale=GRID, mask=KEPT, count=3):
+    return (residual, scale, mask, count)
+
+
+def unpack(pool=POOL, scale=GRID, mask=KEPT, rows=150, kp=256):
+    return (pool, scale, mask, rows, kp)
+
+
 BAD = {
     "adamw_": [
         adamw(params=[P.half()]),
@@ -337,6 +350,39 @@ BAD = {
         int8(bias=torch.ones(63)),
         int8(bias=torch.ones(64, 1)),
         int8(bias=torch.ones(64).int()),
+    ],
+    "int8_pack_residual": [
+        pack(residual=POOL),
+        pack(residual=POOL[0].float()),
+        pack(residual=CODES[:, :200]),
+        pack(residual=CODES[:, :0]),
+        pack(residual=CODES[:100]),
+        pack(scale=GRID.double()),
+        pack(scale=GRID[0]),
+        pack(scale=torch.ones(2, 3)),
+        pack(mask=KEPT.bool()),
+        pack(mask=KEPT[:1]),
+        pack(count=-1),
+        pack(count=5),
+        pack(residual=CODES[:0], scale=GRID[:0], mask=KEPT[:0], count=1),
+    ],
+    "int8_unpack_residual": [
+        unpack(pool=POOL.byte()),
+        unpack(pool=POOL[0]),
+        unpack(pool=POOL[:, :100]),
+        unpack(pool=POOL[:, :, :100]),
+        unpack(mask=KEPT.bool()),
+        unpack(mask=KEPT[None]),
+        unpack(scale=GRID.half()),
+        unpack(scale=GRID[0]),
+        unpack(scale=torch.ones(3, 2)),
+        unpack(rows=128),
+        unpack(rows=257),
+        unpack(rows=-1, mask=KEPT[:0], scale=GRID[:0]),
+        unpack(rows=2**63 - 1),
+        unpack(kp=128),
+        unpack(kp=250),
+        unpack(kp=-256),
     ],
     "column_sum": [(X[0],), (X.double(),), (X[None],)],
     "rms_norm_forward": [

@@ -148,7 +148,7 @@ def kept_by(recipes, dim=256, tokens=1280):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         b(x)
     rest = [t for name, t in kept.values() if name == "rest" and tokens in t.shape]
-    packed = [t for name, t in kept.values() if t.dtype == torch.int64 and t.dim() == 3]
+    packed = [t for _, t in kept.values() if t.dtype == torch.int8 and t.shape[1:] == (128, 128)]
     return sum(t.untyped_storage().nbytes() for t in [*rest, *packed]) / x.numel()
 
 

@@ -105,6 +105,7 @@ def op_samples(device: str) -> list[tuple[str, tuple, dict]]:
         ("int8_quantize_fallback", (x.half(), torch.full((1,), 3.0, device=device), 1), {}),
         ("int8_gemm", (*int8_parts(x)[:2] * 2, None, torch.bfloat16), {}),
         ("int8_gemm", int8_call(x), {}),
+        *int8_pool_samples(x),
         ("column_sum", (x.bfloat16(),), {}),
         ("column_sum", (x.T,), {}),
         *context_samples(x),
@@ -168,6 +169,19 @@ def int8_call(x: torch.Tensor) -> tuple:
     return (data, scale, data, scale, bias, torch.float32, *residual, True)
 
 
+def int8_pool_samples(x: torch.Tensor) -> list[tuple[str, tuple, dict]]:
+    """Of a pool that is full."""
+    _, scale, residual, _, mask = int8_parts(x.repeat(3, 2))
+    pool, kept = torch.ops.mxtrain.int8_pack_residual(residual, scale, mask, 3)
+    assert pool.shape == (3, 128, 128) and residual.shape == (192, 256)
+    small = (pool[:1], scale[:1, :1], kept[:1, :1], 100, 128)
+    return [
+        ("int8_pack_residual", (residual, scale, mask, 3), {}),
+        ("int8_pack_residual", (residual, scale, mask, 0), {}),
+        ("int8_unpack_residual", small, {}),
+    ]
+
+
 @pytest.mark.parametrize("name", ops.OP_NAMES)
 @pytest.mark.ops(*ops.OP_NAMES)
 def test_opcheck(name, device):
@@ -187,6 +201,7 @@ def test_every_op_is_named_and_documented():
     for name in registered:
         assert f"\n{name}(" in ops.__doc__ or f"; {name}(" in ops.__doc__
     layers = {"rms_norm_forward", "rms_norm_backward", "swiglu_forward", "swiglu_backward"}
+    layers |= {"int8_pack_residual", "int8_unpack_residual"}
     for name in set(ops.OP_NAMES) - layers - {"adamw_", "ramped_adamw_"}:  # of nn and optim
         assert getattr(mxtrain, name).__doc__
 

@@ -47,4 +47,19 @@ struct Int8GemmParams {
 };
 cudaError_t launch_int8_gemm(const Int8GemmParams& p, cudaStream_t stream);
 
+// A residual [rows, kp] and its pool [count, 128, 128]: `from` one of them, 16-byte aligned, `to`
+// the other. What no block of the mask has is neither read nor written.
+struct Int8PoolParams {
+  const int8_t* from;
+  int8_t* to;
+  const float* scale;  // [ceil(rows / 128), kp / 128], of these strides; mask: alike
+  int64_t scale_stride_row, scale_stride_k;
+  const uint8_t* mask;
+  int64_t mask_stride_row, mask_stride_k;
+  uint8_t* kept;  // packing: the mask of the blocks in the pool, contiguous
+  int64_t count, rows, kp;
+};
+cudaError_t launch_int8_pack(const Int8PoolParams& p, cudaStream_t stream);
+cudaError_t launch_int8_unpack(const Int8PoolParams& p, cudaStream_t stream);
+
 }  // namespace mxtrain::cuda

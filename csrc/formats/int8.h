@@ -65,6 +65,16 @@ MXT_HD bool int8_falls_back(uint32_t amax_bits, float threshold) {
   return amax_bits < kInfBits && bits_float(amax_bits) > threshold;
 }
 
+// Of the residuals that are kept packed, those of the blocks that fell back come with the largest
+// scale first, and of equal ones in the order of the grid. NaN is no size: such a block did not
+// fall back, whatever its mask says.
+MXT_HD bool int8_packs(uint8_t mask, float scale) { return mask != 0 && scale == scale; }
+
+// Whether block i comes before block j, which packs.
+MXT_HD bool int8_packs_before(uint8_t mask_i, float scale_i, int64_t i, float scale_j, int64_t j) {
+  return (mask_i != 0) & ((scale_i > scale_j) | ((scale_i == scale_j) & (i < j)));
+}
+
 // The float32 sum of a product, K in blocks of 128, ascending; a residual follows its block:
 //   acc = fma(scale_a * scale_b, integer product, acc)
 MXT_HD float int8_promote(float acc, float scale, float product) {

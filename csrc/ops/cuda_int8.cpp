@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// int8_quantize, int8_quantize_fallback and int8_gemm on CUDA: check, allocate, call; dispatch.h
-// chooses the GEMM's kernel.
+// int8_quantize, int8_quantize_fallback, int8_gemm and the packing of residuals on CUDA: check,
+// allocate, call; dispatch.h chooses the GEMM's kernel.
 #include <torch/csrc/stable/accelerator.h>
 
 #include "cuda/int8.h"
@@ -40,6 +40,21 @@ Tensor aligned_codes(const Tensor& t) {
 Int8Codes view_codes(const Tensor& data, const Tensor& scale) {
   return {static_cast<const int8_t*>(data.const_data_ptr()), scale.const_data_ptr<float>(),
           static_cast<int>(scale.stride(0)), static_cast<int>(scale.stride(1))};
+}
+
+Int8PoolParams make_pool_params(const Tensor& scale, const Tensor& mask, int64_t count,
+                                int64_t rows, int64_t kp) {
+  Int8PoolParams p = {};
+  p.scale = scale.const_data_ptr<float>();
+  p.scale_stride_row = scale.stride(0);
+  p.scale_stride_k = scale.stride(1);
+  p.mask = static_cast<const uint8_t*>(mask.const_data_ptr());
+  p.mask_stride_row = mask.stride(0);
+  p.mask_stride_k = mask.stride(1);
+  p.count = count;
+  p.rows = rows;
+  p.kp = kp;
+  return p;
 }
 
 }  // namespace
@@ -116,6 +131,39 @@ Tensor int8_gemm(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, OptionalTen
   p.out = out.mutable_data_ptr();
   check_launch(op, run_int8_gemm(op, a, p, stream));
   return out;
+}
+
+Operand2 int8_pack_residual(Tensor residual, Tensor scale, Tensor mask, int64_t count) {
+  const char* op = "int8_pack_residual";
+  check_int8_pack_residual(residual, scale, mask, count);
+  const DeviceGuard guard(residual.get_device_index());
+  const cudaStream_t stream = stream_for(op, residual);
+  Tensor pool =
+      torch::stable::new_empty(residual, {count, kInt8Block, kInt8Block}, ScalarType::Char);
+  Tensor kept = torch::stable::new_empty(residual, {mask.size(0), mask.size(1)}, ScalarType::Byte);
+  if (kept.numel() == 0) return {pool, kept};
+  const Tensor codes = aligned_codes(residual);
+  Int8PoolParams p = make_pool_params(scale, mask, count, codes.size(0), codes.size(1));
+  p.from = static_cast<const int8_t*>(codes.const_data_ptr());
+  p.to = mutable_codes(pool);
+  p.kept = static_cast<uint8_t*>(kept.mutable_data_ptr());
+  check_launch(op, launch_int8_pack(p, stream));
+  return {pool, kept};
+}
+
+Tensor int8_unpack_residual(Tensor pool, Tensor scale, Tensor mask, int64_t rows, int64_t kp) {
+  const char* op = "int8_unpack_residual";
+  check_int8_unpack_residual(pool, scale, mask, rows, kp);
+  const DeviceGuard guard(pool.get_device_index());
+  const cudaStream_t stream = stream_for(op, pool);
+  Tensor residual = torch::stable::new_empty(pool, {rows, kp}, ScalarType::Char);
+  if (residual.numel() == 0) return residual;
+  const Tensor tiles = aligned_codes(pool);
+  Int8PoolParams p = make_pool_params(scale, mask, pool.size(0), rows, kp);
+  p.from = static_cast<const int8_t*>(tiles.const_data_ptr());
+  p.to = mutable_codes(residual);
+  check_launch(op, launch_int8_unpack(p, stream));
+  return residual;
 }
 
 }  // namespace mxtrain::cuda

@@ -1,9 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// int8_quantize, int8_quantize_fallback and int8_gemm on the CPU: check, allocate, split blocks
-// over torch's threads.
+// int8_quantize, int8_quantize_fallback, int8_gemm and the packing of residuals on the CPU: check,
+// allocate, split blocks over torch's threads.
 #include "ops/int8.h"
 
+#include <algorithm>
 #include <atomic>
+#include <cstring>
+#include <vector>
 
 #include "ops/cpu_common.h"
 #include "ops/ops.h"
@@ -86,6 +89,39 @@ void check_scales(const char* name, const Tensor& grid, const Seen& seen = {}) {
 Int8Codes view_codes(const Tensor& data, const Tensor& scale) {
   return {static_cast<const int8_t*>(data.const_data_ptr()), scale.const_data_ptr<float>(),
           scale.stride(0), scale.stride(1)};
+}
+
+// The blocks that pack, numbered along the rows of the grid, in the order of the pool.
+std::vector<int64_t> packing_order(const Tensor& scale, const Tensor& mask) {
+  const float* s = scale.const_data_ptr<float>();
+  const uint8_t* m = bytes(mask);
+  const int64_t across = mask.size(1);
+  const auto scale_of = [&](int64_t t) {
+    return s[t / across * scale.stride(0) + t % across * scale.stride(1)];
+  };
+  std::vector<int64_t> order;
+  for (int64_t t = 0; t < mask.size(0) * across; ++t)
+    if (int8_packs(m[t / across * mask.stride(0) + t % across * mask.stride(1)], scale_of(t)))
+      order.push_back(t);
+  std::sort(order.begin(), order.end(), [&](int64_t i, int64_t j) {
+    return int8_packs_before(1, scale_of(i), i, scale_of(j), j);
+  });
+  return order;
+}
+
+// move(row in the pool, row of codes of the residual) for every row of the first `slots` blocks.
+template <class Move>
+void for_each_packed_row(const std::vector<int64_t>& order, int64_t slots, int64_t rows, int64_t kp,
+                         const Move& move) {
+  constexpr int64_t kCodes = kInt8Block * kInt8Block;
+  const int64_t across = kp / kInt8Block;
+  torch::stable::parallel_for(0, slots, grain(kCodes), [&](int64_t begin, int64_t end) {
+    for (int64_t slot = begin; slot < end; ++slot) {
+      const int64_t r0 = order[slot] / across * kInt8Block, k0 = order[slot] % across * kInt8Block;
+      for (int64_t r = 0; r < kInt8Block; ++r)
+        move(slot * kCodes + r * kInt8Block, r0 + r < rows ? (r0 + r) * kp + k0 : -1);
+    }
+  });
 }
 
 }  // namespace
@@ -176,6 +212,43 @@ Tensor int8_gemm(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, OptionalTen
   torch::stable::parallel_for(
       0, m, grain(n), [&](int64_t begin, int64_t end) { kernels().epilogue(e, begin, end); });
   return out;
+}
+
+Operand2 int8_pack_residual(Tensor residual, Tensor scale, Tensor mask, int64_t count) {
+  check_int8_pack_residual(residual, scale, mask, count);
+  Tensor pool =
+      torch::stable::new_empty(residual, {count, kInt8Block, kInt8Block}, ScalarType::Char);
+  Tensor kept = torch::stable::new_zeros(residual, {mask.size(0), mask.size(1)}, ScalarType::Byte);
+  const std::vector<int64_t> order = packing_order(scale, mask);
+  const int64_t slots = std::min<int64_t>(count, order.size());
+  for (int64_t slot = 0; slot < slots; ++slot) mutable_bytes(kept)[order[slot]] = 1;
+  const Tensor codes = torch::stable::contiguous(residual);
+  const auto* from = static_cast<const int8_t*>(codes.const_data_ptr());
+  auto* to = static_cast<int8_t*>(pool.mutable_data_ptr());
+  for_each_packed_row(order, slots, codes.size(0), codes.size(1), [&](int64_t at, int64_t row) {
+    if (row < 0)
+      memset(to + at, 0, kInt8Block);
+    else
+      memcpy(to + at, from + row, kInt8Block);
+  });
+  return {pool, kept};
+}
+
+Tensor int8_unpack_residual(Tensor pool, Tensor scale, Tensor mask, int64_t rows, int64_t kp) {
+  check_int8_unpack_residual(pool, scale, mask, rows, kp);
+  const std::vector<int64_t> order = packing_order(scale, mask);
+  const int64_t slots = order.size();
+  MXT_CHECK(slots <= pool.size(0), "int8_unpack_residual",
+            "mask must have at most the pool's blocks, got ", slots, " of them (pool ",
+            shape_of(pool), "). Pass what int8_pack_residual returned.");
+  Tensor residual = torch::stable::new_empty(pool, {rows, kp}, ScalarType::Char);
+  const Tensor tiles = torch::stable::contiguous(pool);
+  const auto* from = static_cast<const int8_t*>(tiles.const_data_ptr());
+  auto* to = static_cast<int8_t*>(residual.mutable_data_ptr());
+  for_each_packed_row(order, slots, rows, kp, [&](int64_t at, int64_t row) {
+    if (row >= 0) memcpy(to + row, from + at, kInt8Block);
+  });
+  return residual;
 }
 
 }  // namespace mxtrain::cpu

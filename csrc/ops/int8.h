@@ -32,4 +32,10 @@ struct Int8Residual {
 void check_int8_gemm(const Tensor& a, const Tensor& a_scale, const Tensor& b, const Tensor& b_scale,
                      const OptionalTensor& bias, ScalarType out_dtype, const Int8Residual& r);
 
+// The pool, int8 [count, 128, 128], has the residuals of `count` blocks, each in one piece.
+void check_int8_pack_residual(const Tensor& residual, const Tensor& scale, const Tensor& mask,
+                              int64_t count);
+void check_int8_unpack_residual(const Tensor& pool, const Tensor& scale, const Tensor& mask,
+                                int64_t rows, int64_t kp);
+
 }  // namespace mxtrain

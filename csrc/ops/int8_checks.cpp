@@ -94,4 +94,39 @@ void check_int8_gemm(const Tensor& a, const Tensor& a_scale, const Tensor& b, co
   check_same_device(op, "bias", *bias, a);
 }
 
+void check_int8_pack_residual(const Tensor& residual, const Tensor& scale, const Tensor& mask,
+                              int64_t count) {
+  const char* op = "int8_pack_residual";
+  check_codes(op, "residual", residual);
+  check_grid(op, "scale", scale, ScalarType::Float, "residual", residual);
+  check_grid(op, "mask", mask, ScalarType::Byte, "residual", residual);
+  const int64_t blocks = mask.size(0) * mask.size(1);
+  MXT_CHECK(count >= 0 && count <= blocks, op, "count must lie in [0, ", blocks, "], got ", count,
+            " (mask ", shape_of(mask), "). No more blocks are there to be kept.");
+}
+
+void check_int8_unpack_residual(const Tensor& pool, const Tensor& scale, const Tensor& mask,
+                                int64_t rows, int64_t kp) {
+  const char* op = "int8_unpack_residual";
+  constexpr int64_t kMaxSize = int64_t{1} << 56;  // as check_sizes
+  MXT_CHECK(pool.scalar_type() == ScalarType::Char && pool.dim() == 3 &&
+                pool.size(1) == kInt8Block && pool.size(2) == kInt8Block,
+            op, "pool must be int8 of shape [blocks, 128, 128], got ",
+            dtype_name(pool.scalar_type()), " ", shape_of(pool), " (mask ", shape_of(mask),
+            "). Pass what int8_pack_residual returned.");
+  MXT_CHECK(mask.scalar_type() == ScalarType::Byte && mask.dim() == 2, op,
+            "mask must be uint8 with 2 dimensions, got ", dtype_name(mask.scalar_type()),
+            " (shape ", shape_of(mask), "). Pass what int8_pack_residual returned.");
+  check_same_device(op, "mask", mask, pool);
+  MXT_CHECK(scale.scalar_type() == ScalarType::Float && scale.dim() == 2 &&
+                scale.size(0) == mask.size(0) && scale.size(1) == mask.size(1),
+            op, "scale must be Float of the mask's shape, got ", dtype_name(scale.scalar_type()),
+            " ", shape_of(scale), " (mask ", shape_of(mask), "). Pass that of int8_pack_residual.");
+  check_same_device(op, "scale", scale, pool);
+  MXT_CHECK(rows >= 0 && rows <= kMaxSize && int8_blocks(rows) == mask.size(0) &&
+                kp % kInt8Block == 0 && kp / kInt8Block == mask.size(1),
+            op, "rows and kp must be those of the mask's blocks of 128 x 128, got ", rows, " and ",
+            kp, " (mask ", shape_of(mask), "). Pass the shape of the operand's codes.");
+}
+
 }  // namespace mxtrain

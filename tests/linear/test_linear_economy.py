@@ -12,7 +12,7 @@ from mxtrain.recipe import RECIPES
 
 pytestmark = pytest.mark.ops("quantize", "quantize_dual", "requantize", "dequantize", "gemm")
 
-FORWARD = {  # of a training step: X, then W, then the product
+FORWARD = {  # of a training step: X, then W, then the product; without KEEPING, of any
     "bf16": [],
     "mxfp4_baseline": ["quantize_dual", "quantize", "gemm"],
     "tetrajet": ["quantize", "quantize", "gemm"],
@@ -29,14 +29,18 @@ FORWARD = {  # of a training step: X, then W, then the product
     "nvfp4": ["quantize_dual", "quantize", "gemm"],
     "nvfp4_rht": ["quantize_dual", "quantize", "gemm"],
     "int8_block": ["int8_quantize", "int8_quantize", "int8_gemm"],
-    "int8_fallback": ["int8_quantize_fallback", "int8_quantize", "int8_gemm"],
+    "int8_fallback": ["int8_quantize_fallback", "int8_quantize", "int8_gemm", "int8_pack_residual"],
 }
+KEEPING = ("int8_pack_residual",)
 SQUARE = ("int8_block", "int8_fallback")  # one quantization for both GEMMs; W's codes are moved
 W_BACKWARD = {
     "bf16": [], "tetrajet": ["requantize"], "tetrajet_ema": ["requantize"],
     **{name: [] for name in SQUARE},
 }  # fmt: skip
-X_BACKWARD = {"tetrajet": ["requantize"], "tetrajet_ema": ["requantize"]}
+X_BACKWARD = {
+    "tetrajet": ["requantize"], "tetrajet_ema": ["requantize"],
+    "int8_fallback": ["int8_unpack_residual"],
+}  # fmt: skip
 
 
 def product_and_quantize(name):
@@ -44,6 +48,12 @@ def product_and_quantize(name):
     if name == "bf16":
         return [], []
     return (["int8_gemm"], ["int8_quantize"]) if name in SQUARE else (["gemm"], ["quantize"])
+
+
+def forward_alone(name):
+    """The ops of a forward that keeps no X."""
+    ops = [op.removesuffix("_dual") for op in FORWARD[name] if op not in KEEPING]
+    return ops if RECIPES[name].fprop_x.format else []
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -77,7 +87,7 @@ def test_no_work_for_an_input_without_grad(device, name):
 @pytest.mark.parametrize("name", NAMES)
 def test_no_work_for_a_frozen_weight(device, name):
     x, w, b, dy = tensors(40, device=device)
-    forward = [op.removesuffix("_dual") for op in FORWARD[name] if RECIPES[name].fprop_x.format]
+    forward = forward_alone(name)
     with Ops() as ops:
         y = linear(x, w.detach(), b.detach(), name)
     assert ops.names == forward
@@ -106,7 +116,7 @@ def saved_by(f):
 def test_without_grad_nothing_extra_happens(device, name):
     x, w, b, _ = tensors(40, device=device)
     expected = linear(x, w, b, name).detach()
-    forward = [op.removesuffix("_dual") for op in FORWARD[name] if RECIPES[name].fprop_x.format]
+    forward = forward_alone(name)
     layer = MXLinear(128, 128, device=device, recipe=name).eval()
     with torch.no_grad():
         layer.weight.copy_(w)

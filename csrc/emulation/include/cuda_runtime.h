@@ -82,6 +82,13 @@ inline unsigned __reduce_max_sync(unsigned mask, unsigned v, MXT_HERE) {
     if (mask >> i & 1 && all[i] > m) m = static_cast<unsigned>(all[i]);
   return m;
 }
+inline unsigned __reduce_add_sync(unsigned mask, unsigned v, MXT_HERE) {
+  const uint64_t* all = mxtrain::emulation::exchange("__reduce_add_sync", mask, v, file, line);
+  unsigned sum = 0;
+  for (int i = 0; i < 32; ++i)
+    if (mask >> i & 1) sum += static_cast<unsigned>(all[i]);
+  return sum;
+}
 
 // ---- memory ----
 
