@@ -6,17 +6,65 @@
 // warps of a multiprocessor. They share its tiles, every gridDim.x-th, and each takes the next one
 // when it needs it: a scheduler prefers some warps to others, so by equal shares some would be done
 // long before others. The next tile is copied when the last blocks of one are in registers and few
-// enough to leave room for what the copy needs: of two operands the one that is not rotated is
-// last.
+// enough to leave room for the copy's addresses. The copies are 16 bytes, so x must be aligned to
+// that, in both directions.
 #include <algorithm>
-#include <type_traits>
 
+#include "cuda/divide.cuh"
 #include "cuda/launch.cuh"
-#include "cuda/strip_copy.cuh"
+#include "cuda/strip_tile.cuh"
 
 namespace mxtrain::cuda {
 
 // ---- device helpers ----
+
+// x as the tiles see it: height x width bfloat16, rows `pitch` bytes apart; across: tiles in a row
+// of tiles.
+struct StripGrid {
+  const uint8_t* x;
+  uint32_t height, width, pitch, tiles;
+  Divisor across;
+};
+
+// First row and column of a tile. kFlat: one column of tiles, without gaps between the rows.
+template <bool kFlat>
+struct StripPlace {
+  uint32_t row, column;
+  __device__ __forceinline__ StripPlace(const StripGrid& g, uint32_t tile) {
+    const uint32_t down = kFlat ? tile : uniform(g.across.divide(tile));
+    row = down * StripTraits::kTile;
+    column = kFlat ? 0 : (tile - down * g.across.value) * StripTraits::kTile;
+  }
+};
+
+// Start filling a tile, zeros outside of x. A lane keeps its chunk and moves on by 4 rows.
+template <bool kFlat>
+__device__ __forceinline__ void copy_tile(const StripGrid& g, uint32_t tile, uint32_t to) {
+  constexpr int kStep = 32 / StripTraits::kChunks;
+  const StripPlace<kFlat> at(g, tile);
+  const uint32_t pitch = kFlat ? StripTraits::kRowBytes : g.pitch;
+  const int lane = ptx::lane_id(), chunk = lane % StripTraits::kChunks,
+            first = lane / StripTraits::kChunks;
+  const uint32_t column = at.column + chunk * 8;
+  const uint8_t* from = g.x + static_cast<uint64_t>(at.row + first) * pitch + column * 2;
+  const uint32_t even = to + strip_offset(first, chunk),
+                 odd = to + strip_offset(first + kStep, chunk);
+  if (at.row + StripTraits::kTile <= g.height &&
+      (kFlat || at.column + StripTraits::kTile <= g.width)) {
+#pragma unroll
+    for (int i = 0; i < StripTraits::kTile / kStep; ++i)
+      ptx::cp_async_16(((i % 2 ? odd : even) ^ (i * kStep / 32 * 64)) +
+                           i / 2 * (2 * kStep * StripTraits::kRowBytes),
+                       from + static_cast<uint64_t>(pitch) * (i * kStep), 16);
+    return;
+  }
+  const int bytes = column >= g.width ? 0 : min(g.width - column, 8u) * 2;
+#pragma unroll 1
+  for (int i = first; i < StripTraits::kTile; i += kStep, from += pitch * kStep) {
+    const bool inside = at.row + i < g.height && bytes > 0;
+    ptx::cp_async_16(to + strip_offset(i, chunk), inside ? from : g.x, inside ? bytes : 0);
+  }
+}
 
 // What a CTA has beside its tiles.
 struct StripStatic {
@@ -28,17 +76,6 @@ struct StripStatic {
 // What follows from it is uniform control flow.
 __device__ __forceinline__ uint32_t uniform_warp() { return uniform(threadIdx.x / 32); }
 
-// Where the tiles begin in dynamic shared memory, of which launch_strips asks for this much more.
-constexpr uint32_t kTileAlignment = 1024;
-__device__ __forceinline__ uint32_t first_tile(const uint8_t* tiles) {
-  return (ptx::shared_address(tiles) + kTileAlignment - 1) / kTileAlignment * kTileAlignment;
-}
-
-// Whether all of a tile is of the operand, and its scales lie row by row.
-__device__ __forceinline__ bool is_whole(const StripPlan& plan, uint32_t row, uint32_t k) {
-  return row + StripTraits::kTile <= plan.plain_rows && k + StripTraits::kTile <= plan.kp;
-}
-
 // ---- kernels ----
 
 // Warps of a CTA on an architecture: as many as there is shared memory for, and as registers allow
@@ -48,26 +85,18 @@ constexpr int strip_warps(Strip row, int arch) {
          : arch == 80 || arch == 90 || arch == 100 || arch == 103 ? 20
                                                                   : 12;
 }
-// Whether the engine's uniform registers are left.
-constexpr bool engine_fits(Strip row, Strip col) {
-  return !rotates64(row) || rotates64(col) || col == Strip::kNone;
-}
 constexpr int requantize_ctas(Strip col) { return rotates64(col) ? 4 : 5; }
 
 // Either may be kNone. kRuns: col.runs is written.
 template <Strip kRow, Strip kCol, bool kFlat, bool kRuns>
 __global__ void __launch_bounds__(strip_warps(kRow, kCodeArch) * 32, 1)
     quantize_strips_kernel(const QuantizeParams row, const QuantizeParams col,
-                           const StripPlan row_plan, const StripPlan col_plan, const StripGrid grid,
-                           const __grid_constant__ TensorMap map) {
-  MXT_DYNAMIC_SHARED(tiles, 1024);
+                           const StripPlan row_plan, const StripPlan col_plan,
+                           const StripGrid grid) {
+  MXT_DYNAMIC_SHARED(tiles, 128);
   __shared__ StripStatic fixed;
   StripSigns &row_signs = fixed.row_signs, &col_signs = fixed.col_signs;
-  const uint32_t warp = uniform_warp();
-  const StripCopy<kFlat, engine_fits(kRow, kCol) && strip_engine(kCodeArch)> copy = {
-      grid, map, first_tile(tiles) + warp * CodeLayout::kPitch};
   if (threadIdx.x == 0) fixed.taken = blockDim.x / 32;
-  if (ptx::lane_id() == 0) copy.init();
   begin_early();
   fill_signs<kRow>(row_signs.word, row);
   fill_signs<kCol>(col_signs.word, col);
@@ -82,44 +111,33 @@ __global__ void __launch_bounds__(strip_warps(kRow, kCodeArch) * 32, 1)
   const StripOperand row_operand = {row_plan, row_keys, row_signs.word},
                      col_operand = {col_plan, col_keys, col_signs.word};
   __syncthreads();
-  // Twice the tile's number, and the parity of how many the warp has had.
-  uint32_t turn = 2 * (blockIdx.x + gridDim.x * warp);
-  if (turn / 2 < grid.tiles) copy.start(turn / 2);
-  while (turn / 2 < grid.tiles) {
-    const StripPlace<kFlat> at(grid, turn / 2);
+  const uint32_t warp = uniform_warp();
+  const uint32_t mine = ptx::shared_address(tiles) + warp * StripTraits::kTileBytes;
+  uint32_t tile = blockIdx.x + gridDim.x * warp;
+  if (tile < grid.tiles) copy_tile<kFlat>(grid, tile, mine);
+  while (tile < grid.tiles) {
+    const StripPlace<kFlat> at(grid, tile);
     if (ptx::lane_id() == 0)
-      fixed.next[threadIdx.x / 32] =
-          2 * (blockIdx.x + gridDim.x * atomicAdd(&fixed.taken, 1u)) + (turn & 1 ^ 1);
+      fixed.next[threadIdx.x / 32] = blockIdx.x + gridDim.x * atomicAdd(&fixed.taken, 1u);
     const auto copy_next = [&] {
       __syncwarp();
-      turn = uniform(fixed.next[threadIdx.x / 32]);
-      if (turn / 2 < grid.tiles) copy.start(turn / 2);
+      tile = uniform(fixed.next[threadIdx.x / 32]);
+      if (tile < grid.tiles) copy_tile<kFlat>(grid, tile, mine);
     };
-    copy.wait(turn & 1);
-    const auto columns = [&](auto last) {
-      const bool whole = is_whole(col_plan, at.column, at.row);
-      const uint32_t lane = ptx::lane_id();
-#pragma unroll 1
-      for (int pass = 0; pass < column_passes(kCol); ++pass)
-        column_pass<kCol, kRuns>(copy.to, pass, lane, col, col_operand, at.column, at.row, whole,
-                                 [&] {
-                                   if (last && pass == column_passes(kCol) - 1) copy_next();
-                                 });
-    };
-    const auto rows = [&](auto last) {
-      const bool whole = is_whole(row_plan, at.row, at.column);
-      const uint32_t lane = ptx::lane_id();
+    ptx::cp_async_wait_all();
+    __syncwarp();
+    if constexpr (kRow != Strip::kNone)
 #pragma unroll 1
       for (int pass = 0; pass < row_passes(kRow); ++pass)
-        row_pass<kRow>(copy.to, pass, lane, row, row_operand, at.row, at.column, whole, [&] {
-          if (last && pass == row_passes(kRow) - 1) copy_next();
+        row_pass<kRow>(mine, pass, row, row_operand, at.row, at.column, [&] {
+          if (kCol == Strip::kNone && pass == row_passes(kRow) - 1) copy_next();
         });
-    };
-    constexpr bool kRowsLast =
-        kCol == Strip::kNone || (kRow != Strip::kNone && (rotates64(kCol) || !rotates64(kRow)));
-    if constexpr (kCol != Strip::kNone && kRowsLast) columns(std::false_type());
-    if constexpr (kRow != Strip::kNone) rows(std::bool_constant<kRowsLast>());
-    if constexpr (!kRowsLast) columns(std::true_type());
+    if constexpr (kCol != Strip::kNone)
+#pragma unroll 1
+      for (int pass = 0; pass < column_passes(kCol); ++pass)
+        column_pass<kCol, kRuns>(mine, pass, col, col_operand, at.column, at.row, [&] {
+          if (pass == column_passes(kCol) - 1) copy_next();
+        });
   }
 }
 
@@ -167,7 +185,7 @@ struct PackedStrips {
 template <Strip kCol>
 __global__ void __launch_bounds__(StripTraits::kThreads, requantize_ctas(kCol))
     requantize_strips_kernel(const QuantizeParams p, const StripGrid grid) {
-  __shared__ __align__(128) uint8_t tiles[StripTraits::kWarps][CodeLayout::kBytes];
+  __shared__ __align__(128) uint8_t tiles[StripTraits::kWarps][StripTraits::kTileBytes];
   __shared__ __align__(128) uint8_t packed[StripTraits::kWarps][PackedStrips::kBytes];
   __shared__ StripTables tables;
   begin_early();
@@ -186,8 +204,8 @@ __global__ void __launch_bounds__(StripTraits::kThreads, requantize_ctas(kCol))
     const StripPlace<false> at(grid, tile);
 #pragma unroll 1
     for (int pass = 0; pass < column_passes(kCol); ++pass)
-      column_pass<kCol, false>(ptx::shared_address(tiles[warp]), pass, ptx::lane_id(), p, tables,
-                               at.column, at.row, false, [] {});
+      column_pass<kCol, false>(ptx::shared_address(tiles[warp]), pass, p, tables, at.column, at.row,
+                               [] {});
     __syncwarp();
   }
 }
@@ -213,22 +231,21 @@ static bool has_strips(const QuantizeParams& p) {
   return fits_strips(p) && strip_of(p) != Strip::kNone;
 }
 
-// x with `pitch` between its contiguous rows, which do not overlap.
-static bool can_copy_tiles(const QuantizeParams& p, int64_t stride, int64_t pitch, int64_t height,
-                           int64_t width) {
+// x with `pitch` between its contiguous rows.
+static bool can_copy_tiles(const QuantizeParams& p, int64_t stride, int64_t pitch, int64_t height) {
   return p.in_format < 0 && p.x_type == FloatType::kBfloat16 && stride == 1 && aligned16(p.x) &&
-         (height == 1 || (pitch % 8 == 0 && pitch >= width && pitch < 0x3FFFFFFF));
+         (height == 1 || (pitch % 8 == 0 && pitch < 0x3FFFFFFF));
 }
 
 bool can_strip_rows(const QuantizeParams& p) {
-  return has_strips(p) && can_copy_tiles(p, p.stride_k, p.stride_row, p.rows, p.cols);
+  return has_strips(p) && can_copy_tiles(p, p.stride_k, p.stride_row, p.rows);
 }
 
 bool can_strip_columns(const QuantizeParams& p) {
   if (p.in_format >= 0)
     return has_strips(p) && p.in_format == kMxfp4Code && aligned16(p.x) &&
            p.in_row_bytes == p.in_blocks * 16;
-  return has_strips(p) && can_copy_tiles(p, p.stride_row, p.stride_k, p.cols, p.rows);
+  return has_strips(p) && can_copy_tiles(p, p.stride_row, p.stride_k, p.cols);
 }
 
 static StripGrid make_grid(const void* x, int64_t height, int64_t width, int64_t pitch,
@@ -251,22 +268,17 @@ static cudaError_t resident_ctas(const StripGrid& g, int per_sm, unsigned* ctas)
   return error;
 }
 
-static uint32_t strip_pitch(int arch) {
-  return strip_engine(arch) ? StripLayout<90>::kPitch : StripLayout<80>::kPitch;
-}
-
 // A CTA a multiprocessor, and no more warps of each than shared memory has room for tiles, or than
 // there are tiles.
-static cudaError_t share_tiles(const StripGrid& g, Strip row, int arch, unsigned* ctas,
-                               unsigned* warps) {
-  int device = 0, sms = 0, shared = 0;
-  cudaError_t error = count_multiprocessors(&sms);
+static cudaError_t share_tiles(const StripGrid& g, Strip row, unsigned* ctas, unsigned* warps) {
+  int device = 0, sms = 0, shared = 0, arch = 0;
+  cudaError_t error = device_arch(&arch);
+  if (error == cudaSuccess) error = count_multiprocessors(&sms);
   if (error == cudaSuccess) error = cudaGetDevice(&device);
   if (error == cudaSuccess)
     error = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   if (error != cudaSuccess) return error;
-  const int room = (shared - static_cast<int>(sizeof(StripStatic) + kTileAlignment)) /
-                   static_cast<int>(strip_pitch(arch));
+  const int room = (shared - static_cast<int>(sizeof(StripStatic))) / StripTraits::kTileBytes;
   *ctas = std::min(g.tiles, static_cast<uint32_t>(sms));
   *warps = std::min((g.tiles + *ctas - 1) / *ctas,
                     static_cast<uint32_t>(std::min(room, strip_warps(row, arch))));
@@ -276,16 +288,12 @@ static cudaError_t share_tiles(const StripGrid& g, Strip row, int arch, unsigned
 template <Strip kRow, Strip kCol, bool kFlat = false, bool kRuns = false>
 static cudaError_t launch_strips(const QuantizeParams& row, const QuantizeParams& col,
                                  const StripGrid& grid, cudaStream_t stream) {
-  int arch = 0;
   unsigned ctas = 0, warps = 0;
-  TensorMap map = {};
-  cudaError_t error = device_arch(&arch);
-  if (error == cudaSuccess) error = share_tiles(grid, kRow, arch, &ctas, &warps);
-  if (error == cudaSuccess) error = make_strip_map(&map, grid, arch);
+  const cudaError_t error = share_tiles(grid, kRow, &ctas, &warps);
   if (error != cudaSuccess) return error;
   return launch_early(quantize_strips_kernel<kRow, kCol, kFlat, kRuns>, ctas, warps * 32,
-                      static_cast<int>(warps * strip_pitch(arch) + kTileAlignment), stream, row,
-                      col, make_plan<kRow>(row), make_plan<kCol>(col), grid, map);
+                      warps * StripTraits::kTileBytes, stream, row, col, make_plan<kRow>(row),
+                      make_plan<kCol>(col), grid);
 }
 
 template <bool kFlat>
@@ -364,8 +372,7 @@ static bool can_pair_dual(const QuantizeParams& row, const QuantizeParams& col) 
   const auto pairs = [](const QuantizeParams& p) {
     return fits_strips(p) && choose_path<Bfloat16Source, Mxfp4>(p) == Path::kPairs;
   };
-  return pairs(row) && pairs(col) &&
-         can_copy_tiles(row, row.stride_k, row.stride_row, row.rows, row.cols);
+  return pairs(row) && pairs(col) && can_copy_tiles(row, row.stride_k, row.stride_row, row.rows);
 }
 
 bool can_strip_dual(const QuantizeParams& row, const QuantizeParams& col) {

@@ -21,7 +21,7 @@ struct StripTraits {
   static constexpr int kTile = 64;      // rows and columns of a warp's tile of bfloat16
   static constexpr int kPassRows = 16;  // operand rows that a warp takes at once
   static constexpr int kPasses = kTile / kPassRows;
-  static constexpr int kRowBytes = kTile * 2;
+  static constexpr int kRowBytes = kTile * 2, kTileBytes = kTile * kRowBytes;
   static constexpr int kChunks = kRowBytes / 16;
   static_assert(kPassRows * kTile == 32 * 32, "a lane takes a block of 32 elements");
   static_assert(kRowBytes == 128, "a tile's row touches every bank of shared memory once");
@@ -69,7 +69,6 @@ constexpr bool draws_bits(Strip s) {
 
 struct StripPlan {
   uint32_t rows, kp, blocks;  // blocks: of a row
-  uint32_t plain_rows;        // whose scales lie row by row: all or none
   uint32_t round_up, ordinary;
   uint32_t norm_shift;  // float32 bits by which the norm, a power of two, moves a scale; else 0
   float norm;           // 1 where it is multiplied into the elements
@@ -82,7 +81,6 @@ __host__ __device__ __forceinline__ StripPlan make_plan(const QuantizeParams& p)
   plan.rows = static_cast<uint32_t>(p.rows);
   plan.kp = static_cast<uint32_t>(p.kp);
   plan.blocks = plan.kp / 32;
-  plan.plain_rows = p.swizzled ? 0 : plan.rows;
   plan.round_up = e8m0_round_up<E2M1>(static_cast<ScaleRule>(p.scale_rule));
   plan.ordinary = p.prescale >= OrdinaryTraits::kSmallestPrescale &&
                           p.prescale <= OrdinaryTraits::kLargestPrescale
@@ -298,13 +296,13 @@ __device__ __forceinline__ void rotate64(float (&v)[2][32]) {
 }
 
 // Neighbour lanes write the 32 bytes of codes, and the two scales, of 64 elements of a row.
-// group: of the block. whole: of a tile that needs no test (is_whole), the same in all lanes.
+// group: of the block.
 __device__ __forceinline__ void store_block(const QuantizeParams& p, const StripPlan& plan,
                                             uint32_t row, uint32_t k, uint32_t group,
-                                            const StripBlock& b, bool whole) {
-  if (!whole && (row >= plan.rows || k >= plan.kp)) return;
+                                            const StripBlock& b) {
+  if (row >= plan.rows || k >= plan.kp) return;
   reinterpret_cast<uint4*>(p.data)[group] = b.codes;
-  if (!whole && p.swizzled)
+  if (p.swizzled)
     *scale_at<Mxfp4>(p, row, k) = static_cast<uint8_t>(b.scale);
   else
     p.scale[group] = static_cast<uint8_t>(b.scale);
@@ -313,14 +311,13 @@ __device__ __forceinline__ void store_block(const QuantizeParams& p, const Strip
 template <Strip kStrip, class Tables>
 __device__ __forceinline__ void finish_block(float (&v)[32], uint32_t max_bits,
                                              const QuantizeParams& p, const Tables& tables,
-                                             uint32_t row, uint32_t k, bool whole) {
+                                             uint32_t row, uint32_t k) {
   if constexpr (rotates(kStrip)) {
     rotate_short(v, p.hadamard, p.hadamard_norm);
     max_bits = amax32(v);
   }
   const uint32_t group = row * tables.plan.blocks + k / 32;
-  const StripBlock b = quantize_block<kStrip>(v, max_bits, p, tables, group);
-  store_block(p, tables.plan, row, k, group, b, whole);
+  store_block(p, tables.plan, row, k, group, quantize_block<kStrip>(v, max_bits, p, tables, group));
 }
 
 // Neighbour lanes hold the two blocks of neighbour rows. Afterwards the even lane has the first
@@ -339,28 +336,23 @@ __device__ __forceinline__ void exchange_blocks(StripBlock& first, StripBlock& s
 }
 
 // Lane i has the blocks at k and k + 32 of row first_row + i, an even one in even lanes. Its place
-// is found anew where it is needed, and from another register of the machine's, or the compiler
-// keeps it, so that it takes no registers in between. after_first: called when the first block's
-// are free again.
+// is found anew where it is needed, so that it takes no registers in between. after_first: called
+// when the first block's are free again.
 template <Strip kStrip, class Tables, class AfterFirst>
 __device__ __forceinline__ void finish64(float (&v)[2][32], const QuantizeParams& p,
                                          const Tables& tables, uint32_t first_row, uint32_t k,
-                                         bool whole, AfterFirst after_first) {
+                                         AfterFirst after_first) {
   rotate64(v);
   const uint32_t blocks = tables.plan.blocks;
-  const auto group = [&](uint32_t lane, uint32_t b) {
-    return (first_row + lane) * blocks + ptx::opaque(k / 32 + b);
-  };
-  StripBlock first =
-      quantize_block<kStrip>(v[0], amax32(v[0]), p, tables, group(ptx::lane_id(), 0));
+  const auto group = [&] { return (first_row + ptx::lane_id()) * blocks + k / 32; };
+  StripBlock first = quantize_block<kStrip>(v[0], amax32(v[0]), p, tables, group());
   after_first();
-  const uint32_t lane = ptx::lane_of_tid();
-  StripBlock second = quantize_block<kStrip>(v[1], amax32(v[1]), p, tables, group(lane, 1));
-  const uint32_t odd = lane % 2, row = first_row + (lane - odd);
+  StripBlock second = quantize_block<kStrip>(v[1], amax32(v[1]), p, tables, group() + 1);
+  const uint32_t lane = ptx::lane_id(), odd = lane % 2, row = first_row + (lane - odd);
   exchange_blocks(first, second, odd);  // so that together they write 32 bytes of a row at a time
   const uint32_t at = row * blocks + k / 32 + odd;
-  store_block(p, tables.plan, row, k + 32 * odd, at, first, whole);
-  store_block(p, tables.plan, row + 1, k + 32 * odd, at + blocks, second, whole);
+  store_block(p, tables.plan, row, k + 32 * odd, at, first);
+  store_block(p, tables.plan, row + 1, k + 32 * odd, at + blocks, second);
 }
 
 }  // namespace mxtrain::cuda

@@ -4,31 +4,15 @@
 // tile is given by its address in shared memory.
 #pragma once
 
-#include "cuda/launch.cuh"
 #include "cuda/strip.cuh"
 
 namespace mxtrain::cuda {
 
-// Whether the copy engine brings tiles in (cp.async.bulk.tensor). 12.x has too little shared memory
-// for the bytes that this costs.
-constexpr bool strip_engine(int arch) { return arch == 90 || arch == 100 || arch == 103; }
-
-// How a tile lies on an architecture. Chunk j of 16 bytes of row r lies at j ^ r % 8 ^ r / 32 * 4
-// of the row. So every bank is touched once by lanes that read both blocks of 4 rows, by lanes that
-// read words of 32 columns, or 16 columns, of rows r and r + 32, and by the copies. The engine
-// takes bits 7 to 9 of the address for r % 8, so the upper 32 rows lie 4 rows further there.
-template <int kArch>
-struct StripLayout {
-  static constexpr uint32_t kSkew = strip_engine(kArch) ? 4 * StripTraits::kRowBytes : 0;
-  static constexpr uint32_t kBytes = StripTraits::kTile * StripTraits::kRowBytes + kSkew;
-  // From tile to tile: the engine's pattern repeats every 1024 bytes.
-  static constexpr uint32_t kPitch = strip_engine(kArch) ? (kBytes + 1023) / 1024 * 1024 : kBytes;
-};
-using CodeLayout = StripLayout<kCodeArch>;
-
+// Chunk j of 16 bytes of tile row r lies at j ^ r % 8 ^ r / 32 * 4. So every bank is touched once
+// by lanes that read both blocks of 4 rows, by lanes that read words of 32 columns, or 16 columns,
+// of rows r and r + 32, and by the copies.
 __device__ __forceinline__ uint32_t strip_offset(uint32_t r, uint32_t chunk) {
-  return r * StripTraits::kRowBytes + r / 32 * CodeLayout::kSkew +
-         ((chunk ^ (r & 7) ^ (r / 32 * 4)) * 16);
+  return r * StripTraits::kRowBytes + ((chunk ^ (r & 7) ^ (r / 32 * 4)) * 16);
 }
 
 __device__ __forceinline__ float widen_with_sign(uint32_t half, uint32_t sign) {
@@ -68,13 +52,12 @@ __device__ __forceinline__ void fill_from_row(float (&v)[32], const Tables& tabl
 // Blocks of bfloat16 pairs as they lie in x, nearest.
 template <class Tables>
 __device__ __forceinline__ void finish_row_pairs(const uint32_t (&w)[16], const QuantizeParams& p,
-                                                 const Tables& tables, uint32_t row, uint32_t k,
-                                                 bool whole) {
+                                                 const Tables& tables, uint32_t row, uint32_t k) {
   const ScaleChooser<Mxfp4> scales(p);
   BlockScale s;
   const uint4 codes = tables.plan.fits ? quantize_row_block<true>(w, scales, s)
                                        : quantize_row_block<false>(w, scales, s);
-  store_block(p, tables.plan, row, k, row * tables.plan.blocks + k / 32, {codes, s.code}, whole);
+  store_block(p, tables.plan, row, k, row * tables.plan.blocks + k / 32, {codes, s.code});
 }
 
 // The sum of a block of x, one element after the other: a run of rows (formats/column_sum.h).
@@ -87,7 +70,7 @@ __device__ __forceinline__ void store_run(const QuantizeParams& p, const StripPl
 template <bool kRuns, class Tables>
 __device__ __forceinline__ void finish_column_pairs(const uint32_t (&x2)[32],
                                                     const QuantizeParams& p, const Tables& tables,
-                                                    uint32_t row, uint32_t k, bool whole) {
+                                                    uint32_t row, uint32_t k) {
   if (kRuns) {
     float sum[2] = {};
 #pragma unroll
@@ -106,22 +89,20 @@ __device__ __forceinline__ void finish_column_pairs(const uint32_t (&x2)[32],
   else
     quantize_two_blocks<false>(x2, scales, s, codes);
   const uint32_t blocks = tables.plan.blocks, group = row * blocks + k / 32;
-  store_block(p, tables.plan, row, k, group, {codes[0], s[0].code}, whole);
-  store_block(p, tables.plan, row + 1, k, group + blocks, {codes[1], s[1].code}, whole);
+  store_block(p, tables.plan, row, k, group, {codes[0], s[0].code});
+  store_block(p, tables.plan, row + 1, k, group + blocks, {codes[1], s[1].code});
 }
 
-// Pass `pass` of the rows: lane 2 i + b takes block b of row 8 pass + i, from i = 8 on 24 rows
-// further, or, for a group of 64, lane i both blocks of row 32 pass + i. (row, k): the operand's at
-// the tile's corner. after_read: called when the blocks are in registers, or half of them in codes.
-// whole: see store_block.
+// Pass `pass` of the rows: lane 2 i + b takes block b of row 16 pass + i, or, for a group of 64,
+// lane i both blocks of row 32 pass + i. (row, k): the operand's at the tile's corner. after_read:
+// called when the blocks are in registers, or half of them in codes.
 template <Strip kStrip, class Tables, class AfterRead>
-__device__ __forceinline__ void row_pass(uint32_t tile, int pass, uint32_t lane,
-                                         const QuantizeParams& p, const Tables& tables,
-                                         uint32_t row, uint32_t k, bool whole,
+__device__ __forceinline__ void row_pass(uint32_t tile, int pass, const QuantizeParams& p,
+                                         const Tables& tables, uint32_t row, uint32_t k,
                                          AfterRead after_read) {
+  const uint32_t lane = rotates64(kStrip) ? ptx::lane_id() : threadIdx.x % 32;
   uint32_t w[16];
   if constexpr (rotates64(kStrip)) {
-    lane = ptx::lane_id();
     const uint32_t r = pass * 32 + lane;
     const uint32_t from = tile + strip_offset(r, 0);
     float v[2][32];
@@ -130,15 +111,17 @@ __device__ __forceinline__ void row_pass(uint32_t tile, int pass, uint32_t lane,
       read_row_block(from ^ (b * 64), w);
       fill_from_row<kStrip>(v[b], tables, b, w);
     }
-    return finish64<kStrip>(v, p, tables, row + pass * 32, k, whole, after_read);
+    return finish64<kStrip>(v, p, tables, row + pass * 32, k, after_read);
   }
-  constexpr int kStep = StripTraits::kPassRows / 2;
-  static_assert(kStep == 8, "or strip_offset's r % 8 and r / 32 change from pass to pass");
-  const uint32_t b = lane % 2, top = lane / 2 % kStep + lane / 16 * 32, r = top + pass * kStep;
-  read_row_block(tile + strip_offset(top, 4 * b) + pass * (kStep * StripTraits::kRowBytes), w);
+  const uint32_t b = lane % 2, r = pass * StripTraits::kPassRows + lane / 2;
+  const uint32_t first = tile + strip_offset(lane / 2, 4 * b);
+  // as strip_offset(r, 4 * b) has it, whose r % 8 no pass changes
+  read_row_block((first + pass * (StripTraits::kPassRows * StripTraits::kRowBytes)) ^
+                     (pass * StripTraits::kPassRows / 32 * 64),
+                 w);
   if constexpr (kStrip == Strip::kPairs) {
     after_read();
-    return finish_row_pairs(w, p, tables, row + r, k + 32 * b, whole);
+    return finish_row_pairs(w, p, tables, row + r, k + 32 * b);
   }
   float v[32];
   uint32_t m = 0;
@@ -150,7 +133,7 @@ __device__ __forceinline__ void row_pass(uint32_t tile, int pass, uint32_t lane,
   }
   fill_from_row<kStrip>(v, tables, b, w);
   after_read();
-  finish_block<kStrip>(v, m, p, tables, row + r, k + 32 * b, whole);
+  finish_block<kStrip>(v, m, p, tables, row + r, k + 32 * b);
 }
 
 // Where column c has its elements of rows 32 b + j, j = 0 to 7; every 8 rows are a kilobyte
@@ -168,8 +151,8 @@ __device__ __forceinline__ void fill_from_column(float (&v)[32], const Tables& t
                                                  const uint32_t (&from)[8]) {
   fill_block<kStrip>(v, tables, b, [&](int i, uint32_t sign) {
     const uint32_t at = from[(kNext ? i ^ 4 : i) % 8];
-    const uint32_t further = kNext ? 32 * StripTraits::kRowBytes + CodeLayout::kSkew : 0;
-    return widen_with_sign(ptx::ld_shared_u16(at + i * StripTraits::kRowBytes + further), sign);
+    const int row = i + (kNext ? 32 : 0);
+    return widen_with_sign(ptx::ld_shared_u16(at + row * StripTraits::kRowBytes), sign);
   });
 }
 
@@ -177,20 +160,19 @@ __device__ __forceinline__ void fill_from_column(float (&v)[32], const Tables& t
 // pairs, of columns 32 pass + 2 i and the next, or, for a group of 64, lane i all of column
 // 32 pass + i. (row, k): the operand's at the tile's corner. kRuns: also their sums, to p.runs.
 template <Strip kStrip, bool kRuns, class Tables, class AfterRead>
-__device__ __forceinline__ void column_pass(uint32_t tile, int pass, uint32_t lane,
-                                            const QuantizeParams& p, const Tables& tables,
-                                            uint32_t row, uint32_t k, bool whole,
+__device__ __forceinline__ void column_pass(uint32_t tile, int pass, const QuantizeParams& p,
+                                            const Tables& tables, uint32_t row, uint32_t k,
                                             AfterRead after_read) {
   static_assert(!kRuns || !rotates(kStrip), "what is rotated has no sums of x");
+  const uint32_t lane = rotates64(kStrip) ? ptx::lane_id() : threadIdx.x % 32;
   uint32_t from[8];
   if constexpr (rotates64(kStrip)) {
-    lane = ptx::lane_id();
     const uint32_t c = pass * 32 + lane;
     float v[2][32];
     column_addresses(tile, 0, c, from);
     fill_from_column<kStrip, false>(v[0], tables, 0, from);
     fill_from_column<kStrip, true>(v[1], tables, 1, from);
-    return finish64<kStrip>(v, p, tables, row + pass * 32, k, whole, after_read);
+    return finish64<kStrip>(v, p, tables, row + pass * 32, k, after_read);
   }
   if constexpr (kStrip == Strip::kPairs) {
     const uint32_t half = lane % 2, c = pass * 32 + lane / 2 * 2;
@@ -200,7 +182,7 @@ __device__ __forceinline__ void column_pass(uint32_t tile, int pass, uint32_t la
     for (int i = 0; i < 32; ++i)
       x2[i] = ptx::ld_shared_b32(from[i % 8] + i * StripTraits::kRowBytes);
     after_read();
-    return finish_column_pairs<kRuns>(x2, p, tables, row + c, k + 32 * half, whole);
+    return finish_column_pairs<kRuns>(x2, p, tables, row + c, k + 32 * half);
   }
   const uint32_t b = lane % 2, c = pass * StripTraits::kPassRows + lane / 2;
   float v[32];
@@ -214,7 +196,7 @@ __device__ __forceinline__ void column_pass(uint32_t tile, int pass, uint32_t la
   }
   const uint32_t m = rotates(kStrip) ? 0 : amax32(v);
   after_read();
-  finish_block<kStrip>(v, m, p, tables, row + c, k + 32 * b, whole);
+  finish_block<kStrip>(v, m, p, tables, row + c, k + 32 * b);
 }
 
 }  // namespace mxtrain::cuda

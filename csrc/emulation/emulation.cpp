@@ -15,7 +15,6 @@
 #include <cstring>
 #include <memory>
 #include <mutex>
-#include <utility>
 #include <vector>
 
 #include "emulation/shared.h"
@@ -239,9 +238,6 @@ void fail(const char* format, ...) {
   _longjmp(home, 2);
 }
 
-// Of the block that runs, by barrier.
-static std::vector<std::pair<uint32_t, std::function<void()>>> boxes;
-
 bool draw() { return order != 0 && next_random() % 2 != 0; }
 
 void barrier(const char* what, const char* file, int line) {
@@ -329,19 +325,6 @@ void await_all_copies() {
   self->copies.clear();
 }
 
-void copy_box(uint32_t barrier, std::function<void()> make_box) {
-  if (draw()) return make_box();
-  boxes.emplace_back(barrier, std::move(make_box));
-}
-
-void await_boxes(uint32_t barrier) {
-  for (auto& [of, make_box] : boxes)
-    if (of == barrier) make_box();
-  boxes.erase(std::remove_if(boxes.begin(), boxes.end(),
-                             [=](const auto& box) { return box.first == barrier; }),
-              boxes.end());
-}
-
 void run(void (*body)(const void*), const void* context, dim3 grid, unsigned block, size_t shared) {
   const std::lock_guard<std::mutex> guard(busy);
   if (order < 0) {
@@ -368,7 +351,6 @@ void run(void (*body)(const void*), const void* context, dim3 grid, unsigned blo
   for (size_t i = 0; i < blocks; ++i) {
     blockIdx = {turn[i] % grid.x, turn[i] / grid.x % grid.y, turn[i] / grid.x / grid.y};
     if (i > 0) fill(used);
-    boxes.clear();
     if (!run_block()) {
       last_error = cudaErrorLaunchFailure;
       return;

@@ -16,7 +16,6 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <functional>
 
 #include "cuda_runtime_api.h"
 
@@ -51,11 +50,6 @@ void copy_async(uint32_t to, const void* from, uint32_t size, uint32_t bytes);
 void commit_copies();
 void await_copies(unsigned pending);  // all but the last `pending` groups
 void await_all_copies();
-
-// A copy of the copy engine's, whose barrier counts it; those of a barrier, before it is waited
-// for.
-void copy_box(uint32_t barrier, std::function<void()> make);
-void await_boxes(uint32_t barrier);
 
 // Whether a coin, from the seed, shows heads.
 bool draw();

@@ -21,13 +21,6 @@ __device__ __forceinline__ uint32_t lane_id() {
   return v;
 }
 
-// The same from %tid.x, of blocks of one dimension: where the compiler should not keep lane_id().
-__device__ __forceinline__ uint32_t lane_of_tid() {
-  uint32_t v;
-  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(v));
-  return v % 32;
-}
-
 // The largest of three: one instruction from sm_90 on.
 __device__ __forceinline__ uint32_t max3_u32(uint32_t a, uint32_t b, uint32_t c) {
   return __vimax3_u32(a, b, c);

@@ -6,7 +6,7 @@
 
 #include "cuda/launch.cuh"
 #include "cuda/sm90/gemm_consumer.cuh"
-#include "cuda/tensor_map.h"
+#include "cuda/sm90/tensor_map.h"
 
 namespace mxtrain::cuda::sm90 {
 

@@ -10,7 +10,6 @@ inline uint32_t lop3_select(uint32_t a, uint32_t b, uint32_t mask) {
   return (a & mask) | (b & ~mask);
 }
 inline uint32_t lane_id() { return emulation::lane; }
-inline uint32_t lane_of_tid() { return emulation::lane; }
 inline uint32_t max3_u32(uint32_t a, uint32_t b, uint32_t c) {
   const uint32_t m = a > b ? a : b;
   return m > c ? m : c;

@@ -9,14 +9,12 @@
 
 #include <cstdint>
 
-namespace mxtrain::cuda {
-
-using TensorMap = CUtensorMap;
+namespace mxtrain::cuda::sm90 {
 
 // A row-major matrix [rows, cols], `pitch` bytes from row to row, in boxes of box_rows rows of
 // box_bytes bytes, 64 or 128, stored in shared memory with the swizzle of that size. base: 16-byte
 // aligned; pitch: a multiple of 16.
-inline cudaError_t make_tensor_map(TensorMap* map, CUtensorMapDataType type, int element_bytes,
+inline cudaError_t make_tensor_map(CUtensorMap* map, CUtensorMapDataType type, int element_bytes,
                                    const void* base, int64_t rows, int64_t cols, int64_t pitch,
                                    int box_rows, int box_bytes = 128) {
   static const PFN_cuTensorMapEncodeTiled_v12000 encode = [] {
@@ -41,4 +39,4 @@ inline cudaError_t make_tensor_map(TensorMap* map, CUtensorMapDataType type, int
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
-}  // namespace mxtrain::cuda
+}  // namespace mxtrain::cuda::sm90
