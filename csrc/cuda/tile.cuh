@@ -108,7 +108,8 @@ __device__ __forceinline__ void load_float_tile(const QuantizeParams& p, int64_t
   for (int k = k_first; k < TileTraits::kTileK; k += kRowStep, from += kRowStep * p.stride_k) {
     uint8_t* to = tile + chunk_offset(k, chunk);
     const int count = k < rows ? valid : 0;
-    if (vector) {
+    // Of a part, 16 bytes would be read, too, though cp.async keeps no more of them.
+    if (vector && (count == 0 || count == T::kPerChunk)) {
       const void* safe = count ? static_cast<const void*>(from) : p.x;
       ptx::cp_async_16(ptx::shared_address(to), safe, count * static_cast<int>(sizeof(Type)));
     } else {
