@@ -84,9 +84,11 @@ def finished(record: Fields) -> bool:
 
 
 def speed(records: list[Fields]) -> float | None:
-    """Units a second of the compiled runs that had their GPU for themselves."""
+    """Units a second of the last seed that had its GPU for itself: a mean would mix kernels, since
+    seeds are trained one after the other.
+    """
     rates = [r["units_per_second"] for r in records if r["alone"] and r["units_per_second"] > 0]
-    return statistics.fmean(rates) if rates else None
+    return rates[-1] if rates else None
 
 
 def spread(values: Sequence[float | None], style: str) -> str:
