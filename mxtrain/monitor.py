@@ -32,19 +32,17 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from . import weight_watch
 from .checks import check_int, kind, refusal, show
 from .formats import FORMATS
 from .linear import MXLinear
 from .oscillation import (
-    MOVEMENTS,
     RATIO_EDGES,
     STATISTICS,
-    Oscillation,
     as_seen,
     output_change,
     quantizer_rates,
     quantizer_sums,
-    rate_of_change,
     row_sample,
     weight_quantizer,
 )
@@ -89,8 +87,7 @@ class _Watched:
         """Watch the weight anew: the recipe has changed."""
         self.recipe = self.layer.recipe
         q = weight_quantizer(self.layer)
-        self.oscillation = None if q is None else Oscillation(q)
-        self.moves: list[Tensor] = []
+        self.watch = None if q is None else weight_watch.WeightWatch(q)
 
     # ---- the weight ----
 
@@ -106,10 +103,31 @@ class _Watched:
         self.steps += 1
         if self.layer.recipe is not self.recipe:
             self.restart()
-        if self.oscillation is not None:
-            moved = self.oscillation.update(*self.weight(self.rows))
-            if moved is not None:
-                self.moves.append(moved)
+
+    def together(self) -> slice:
+        """Rows for blocks of W^T, which run along out_features: whole groups of consecutive ones.
+        Squares too."""
+        return slice(256 * max(1, self.elements // max(self.layer.in_features, 1) // 256))
+
+    def squares(self) -> None:
+        """What int8_block does to the weight."""
+        for field in ("fprop_w", "dgrad_w"):
+            q = getattr(self.layer.recipe, field)
+            if q.square:
+                self._quantized(field, q, self.weight(self.together())[0])
+
+    def fprop_w(self) -> tuple[Any, ...] | None:
+        """As weight_watch.sums takes it."""
+        q = self.layer.recipe.fprop_w
+        return (self, q, *self.weight(self.rows)) if q.format in FORMATS else None
+
+    def dgrad_w(self) -> tuple[Any, ...] | None:
+        """The same of W^T."""
+        recipe, q = self.layer.recipe, self.layer.recipe.dgrad_w
+        if q.format not in FORMATS:
+            return None
+        w, ema = self.weight(self.together())
+        return self, q, w if q.source == "original" else _forward(w, recipe.fprop_w, ema), None
 
     # ---- X and dY ----
 
@@ -127,39 +145,22 @@ class _Watched:
         self._quantized("wgrad_dy", recipe.wgrad_dy, dy, transpose=True)
 
     def _quantized(
-        self, field: str, q: Quantizer, x: Tensor, transpose: bool = False, toward: Any = None
+        self, field: str, q: Quantizer, x: Tensor, transpose: bool = False
     ) -> None:  # fmt: skip
         if q.format is not None and x.numel():
             limit = self.layer.fallback_threshold if q.fallback and self.layer.training else None
-            options = {"transpose": transpose, "toward": toward, "threshold": limit}
-            self.sums[field] = quantizer_sums(x, q, **options)
+            self.sums[field] = quantizer_sums(x, q, transpose=transpose, threshold=limit)
 
     # ---- the row ----
 
-    def row(self) -> tuple[Callable[[list[float]], list[Any]], Tensor]:
-        """A function that makes the cells of its values, and the values, still on the device."""
+    def row(self, moved: Tensor | None) -> tuple[Callable[[list[float]], list[Any]], Tensor]:
+        """A function that makes the cells of its values, and the values, still on the device.
+        moved: how the weight moved, as weight_watch.values has it."""
         recipe = self.layer.recipe
-        # Blocks of W^T run along out_features: of whole groups of consecutive rows. Squares too.
-        groups = self.elements // max(self.layer.in_features, 1) // 256
-        together = slice(256 * max(1, groups))
-        w, ema = self.weight(together if recipe.fprop_w.square else self.rows)
-        self._quantized("fprop_w", recipe.fprop_w, w, toward=ema)
-        q = recipe.dgrad_w
-        if q.square:
-            self._quantized("dgrad_w", q, self.weight(together)[0])
-        elif q.format in FORMATS:
-            w, ema = self.weight(together)
-            source = w if q.source == "original" else _forward(w, recipe.fprop_w, ema)
-            self._quantized("dgrad_w", q, source, transpose=True)
         fields, values = list(self.sums), list(self.sums.values())
-        weight = self.oscillation is not None and len(self.moves) > 0
+        weight = moved is not None
         if weight:
-            moves = torch.stack(self.moves)
-            finite = self.oscillation.ratio().isfinite().sum()  # of none the share is NaN
-            flips = moves[:, MOVEMENTS.index("flips")].mean() / finite
-            values += [torch.stack([*rate_of_change(moves), flips])]
-            values += [self.oscillation.summary().double(), self.oscillation.histogram().double()]
-            self.oscillation.reset()
+            values.append(moved)
         probed = self.output_moved is not None
         if probed:
             values.append(self.output_moved.double().reshape(1))
@@ -168,7 +169,7 @@ class _Watched:
             rates = rate, self.layer.fallback_threshold, self.layer.last_nonfinite_rate()
             values.append(torch.cat([t.reshape(1) for t in rates]).double())
         name, recipe_name = self.name, recipe.name
-        self.sums, self.moves, self.output_moved = {}, [], None
+        self.sums, self.output_moved = {}, None
 
         def cells(numbers: list[float]) -> list[Any]:
             found: dict[str, Any] = {"layer": name, "recipe": recipe_name}
@@ -276,6 +277,8 @@ class Monitor:
                     w.stepped()
                     known.add(w)
             moved = [w for w in self._watched.values() if w in known]
+        weights = [(w.watch, *w.weight(w.rows)) for w in moved if w.watch is not None]
+        weight_watch.update(weights)
         due = [w for w in moved if w.steps % self.every == 0]
         if due:
             self._run_probe(due)
@@ -310,7 +313,15 @@ class Monitor:
             one.output = y
 
     def _record(self, due: list[_Watched]) -> None:
-        rows = [w.row() for w in due]
+        for field in ("fprop_w", "dgrad_w"):
+            asked = [getattr(w, field)() for w in due]
+            found = weight_watch.sums([one for one in asked if one], field == "dgrad_w")
+            for w, sums in found.items():
+                w.sums[field] = sums
+        for w in due:
+            w.squares()
+        moved = weight_watch.values([w.watch for w in due if w.watch is not None])
+        rows = [w.row(moved.get(id(w.watch))) for w in due]
         self._write(before=self._lead)
         copies = [values.to("cpu", non_blocking=True) for _, values in rows]
         event = None

@@ -19,7 +19,7 @@ flips would be those of the draws.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -51,14 +51,40 @@ RATIO_EDGES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 # ---- the ops ----
 
 
+MOST_GROUPS = STATISTICS_PARTS
+"""The most matrices below each other whose sums one call tells apart."""
+
+
+def _check_groups(what: str, groups: object, rows: int, q: Quantizer | Operand) -> None:
+    """The ops make their sums in MOST_GROUPS parts, of as many consecutive elements each."""
+    check_int(what, "groups", groups)
+    if groups == 1:
+        return
+    advice = "Call it for each matrix by itself."
+    if not 1 <= groups <= MOST_GROUPS or groups & (groups - 1) or rows % groups:
+        condition = f"be a power of two up to {MOST_GROUPS} that divides the rows"
+        raise ValueError(refusal(what, "groups", condition, groups, f"{rows} rows", advice))
+    if FORMATS[q.format].scale == "e4m3":
+        condition, context = "be 1 for nvfp4", "one scale would serve all of them"
+        raise ValueError(refusal(what, "groups", condition, groups, context, advice))
+
+
+def _by_group(parts: Tensor, groups: int) -> Tensor:
+    return parts.sum(0) if groups == 1 else parts.unflatten(0, (groups, -1)).sum(1)
+
+
 @torch.no_grad()
-def quantization_statistics(x: Tensor, operand: Operand, prescale: float = 1.0) -> Tensor:
+def quantization_statistics(
+    x: Tensor, operand: Operand, prescale: float = 1.0, *, groups: int = 1
+) -> Tensor:
     """What rounding did to x: sums by STATISTICS, float64 [8] on x's device.
 
     Args:
         x: `[R, K]`, bfloat16, float16 or float32; rotated, where that was rotated.
         operand: what quantize made of x.
         prescale: as quantize had it.
+        groups: x is so many matrices of `[R / groups, K]` below each other, a power of two up to
+            MOST_GROUPS; sums of each, `[groups, 8]`. Not for nvfp4, whose scale is the tensor's.
 
     Raises:
         RuntimeError: where x and the operand disagree.
@@ -66,13 +92,15 @@ def quantization_statistics(x: Tensor, operand: Operand, prescale: float = 1.0) 
     check_tensor("quantization_statistics", "x", x)
     _check_operand("quantization_statistics", operand)
     check_number("quantization_statistics", "prescale", prescale)
+    _check_groups("quantization_statistics", groups, len(x), operand)
     parts = (operand.data, operand.plain_scale(), operand.tensor_scale)
     code = FORMATS[operand.format].code
-    return torch.ops.mxtrain.quantization_statistics(x, *parts, code, prescale).sum(0)
+    sums = torch.ops.mxtrain.quantization_statistics(x, *parts, code, prescale)
+    return _by_group(sums, groups)
 
 
 @torch.no_grad()
-def oscillation_step_(state: Tensor, w: Tensor, operand: Operand) -> Tensor:
+def oscillation_step_(state: Tensor, w: Tensor, operand: Operand, *, groups: int = 1) -> Tensor:
     """One transition of w and its quantized q: sums by MOVEMENTS, float64 [5] on w's device.
 
     Args:
@@ -80,6 +108,7 @@ def oscillation_step_(state: Tensor, w: Tensor, operand: Operand) -> Tensor:
             transitions of |w - w'|, of |q - q'| and of the flips.
         w: `[R, K]`, bfloat16, float16 or float32; rotated, where that was rotated.
         operand: what quantize made of w.
+        groups: as quantization_statistics has it; sums `[groups, 5]`.
 
     Raises:
         RuntimeError: where shapes or dtypes disagree.
@@ -87,11 +116,12 @@ def oscillation_step_(state: Tensor, w: Tensor, operand: Operand) -> Tensor:
     check_tensor("oscillation_step_", "state", state)
     check_tensor("oscillation_step_", "w", w)
     _check_operand("oscillation_step_", operand)
+    _check_groups("oscillation_step_", groups, len(w), operand)
     sums = w.new_empty((STATISTICS_PARTS, len(MOVEMENTS)), dtype=torch.float64)
     parts = (operand.data, operand.plain_scale(), operand.tensor_scale)
     code = FORMATS[operand.format].code
     torch.ops.mxtrain.oscillation_step_(state, sums, w, *parts, code)
-    return sums.sum(0)
+    return _by_group(sums, groups)
 
 
 def _check_operand(what: str, operand: object) -> None:
@@ -149,7 +179,7 @@ def _check_quantizer(what: str, x: object, q: object, *more: str) -> None:
 @torch.no_grad()
 def quantizer_sums(
     x: Tensor, quantizer: Quantizer, *, transpose: bool = False, toward: Tensor | None = None,
-    threshold: Tensor | None = None,
+    threshold: Tensor | None = None, groups: int = 1,
 ) -> Tensor:  # fmt: skip
     """The sums that `quantizer_rates` reads, on x's device without waiting for it: float64 [8].
 
@@ -160,15 +190,22 @@ def quantizer_sums(
         toward: like x, what a quantizer that rounds "toward" leans to; None rounds to nearest.
         threshold: float32 `[1]`, above which blocks fall back where the quantizer has a fallback;
             None: none does.
+        groups: of matrices below each other, beside each other where it is transposed, sums of
+            each, `[groups, 8]`; see quantization_statistics. Not for int8_block.
     """
     _check_quantizer("quantizer_sums", x, quantizer, INT8_BLOCK)
     check_bool("quantizer_sums", "transpose", transpose)
+    if quantizer.square and groups != 1:
+        condition, advice = "be 1 for int8_block", "Call it for each matrix by itself."
+        context = "its squares have statistics of their own"
+        message = refusal("quantizer_sums", "groups", condition, show(groups), context, advice)
+        raise ValueError(message)
     if quantizer.square:  # its own transpose
         return int8_sums(x.detach(), quantizer, _own_rng(x.device), threshold)
     if transpose:
         x, toward = x.t(), None if toward is None else toward.t()
     x, op = as_seen(x, quantizer, toward, stochastic=True)
-    return quantization_statistics(x, op, quantizer.prescale)
+    return quantization_statistics(x, op, quantizer.prescale, groups=groups)
 
 
 def quantizer_rates(sums: Mapping[str, float]) -> dict[str, float]:
@@ -239,10 +276,12 @@ class Oscillation:
 
     Attributes:
         quantizer: how Q rounds.
+        groups: matrices of one shape that are watched below each other, of which sums, summary and
+            histogram then tell one by one, along a first axis; see quantization_statistics.
         transitions: updates since `reset`, less the first.
     """
 
-    def __init__(self, quantizer: Quantizer) -> None:
+    def __init__(self, quantizer: Quantizer, groups: int = 1) -> None:
         if not isinstance(quantizer, Quantizer) or quantizer.format not in FORMATS:
             condition, advice = (
                 f"be a Quantizer to {', '.join(FORMATS)}",
@@ -252,8 +291,18 @@ class Oscillation:
             raise ValueError(
                 refusal("Oscillation", "quantizer", condition, got, kind(quantizer), advice)
             )
-        self.quantizer, self.transitions = quantizer, 0
+        self.quantizer, self.groups, self.transitions = quantizer, groups, 0
         self._state: Tensor | None = None
+
+    @classmethod
+    def joined(cls, picks: Sequence[tuple[Oscillation, int]]) -> Oscillation:
+        """Groups of others, (which, its group), that have one shape and as many transitions."""
+        first = picks[0][0]
+        watch = cls(first.quantizer, len(picks))
+        watch.transitions = first.transitions
+        states = [w._state.unflatten(1, (w.groups, -1))[:, group] for w, group in picks]
+        watch._state = torch.cat(states, 1)
+        return watch
 
     @torch.no_grad()
     def update(self, w: Tensor, toward: Tensor | None = None) -> Tensor | None:
@@ -264,6 +313,7 @@ class Oscillation:
         """
         q = self.quantizer
         _check_quantizer("Oscillation.update", w, q)
+        _check_groups("Oscillation.update", self.groups, len(w), q)
         w, op = as_seen(w, q, toward)
         if self._state is None:
             self._state = self._begin(w, op)
@@ -276,7 +326,7 @@ class Oscillation:
             )
             raise ValueError(message)
         self.transitions += 1
-        return oscillation_step_(self._state, w, op)
+        return oscillation_step_(self._state, w, op, groups=self.groups)
 
     @staticmethod
     def _begin(w: Tensor, op: Operand) -> Tensor:
@@ -313,27 +363,34 @@ class Oscillation:
 
     def summary(self) -> Tensor:
         """Share of elements with R > 16, and R's mean: float32 [2]; NaN where one is."""
-        r = self.ratio()
+        r = self._ratios()
         over = torch.where(r.isnan(), r, (r > OSCILLATING).float())
-        return torch.stack([over.mean(), r.mean()])
+        return self._told(torch.stack([over.mean(1), r.mean(1)], 1))
+
+    def _ratios(self) -> Tensor:
+        return self.ratio().reshape(self.groups, -1)
+
+    def _told(self, by_group: Tensor) -> Tensor:
+        return by_group[0] if self.groups == 1 else by_group
 
     def histogram(self) -> Tensor:
         """Share of elements with R in [0, edge 0), [edge 0, edge 1), ..., edges of RATIO_EDGES.
 
         An element whose R is NaN is in none.
         """
-        r = self.ratio().flatten()
-        edges = torch.tensor(RATIO_EDGES, device=r.device)
-        below = (r[None] < edges[:, None]).float().mean(1)
-        zero, all_of_them = below.new_zeros(1), (~r.isnan()).float().mean().reshape(1)
-        return torch.cat([zero, below, all_of_them]).diff()
+        r = self._ratios()
+        below = torch.stack([(r < edge).float().mean(1) for edge in RATIO_EDGES], 1)
+        zero, all_of_them = torch.zeros_like(below[:, :1]), (~r.isnan()).float().mean(1)[:, None]
+        return self._told(torch.cat([zero, below, all_of_them], 1).diff())
 
 
 def rate_of_change(sums: Tensor) -> tuple[Tensor, Tensor]:
-    """r(W) and r(Q(W)), float64 scalars, of the sums by MOVEMENTS of transitions, `[T, 5]`."""
+    """r(W) and r(Q(W)), float64 scalars, of the sums by MOVEMENTS of transitions, `[T, 5]`; or of
+    each group, `[T, groups, 5]`.
+    """
     check_tensor("rate_of_change", "sums", sums)
     moved_w, size_w, moved_q, size_q, _ = sums.unbind(-1)
-    return (moved_w / size_w).sqrt().mean(), (moved_q / size_q).sqrt().mean()
+    return (moved_w / size_w).sqrt().mean(0), (moved_q / size_q).sqrt().mean(0)
 
 
 def output_change(before: Tensor, after: Tensor) -> Tensor:
@@ -366,6 +423,7 @@ def weight_quantizer(layer: MXLinear) -> Quantizer | None:
 
 
 __all__ = [
+    "MOST_GROUPS",
     "MOVEMENTS",
     "OSCILLATING",
     "RATIO_EDGES",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from common import refuses
 from test_convert import BLOCKS, Model
 from torch import nn
 from torch.optim.optimizer import _global_optimizer_post_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mxtrain
 from mxtrain import MXLinear, Quantizer, convert, monitor, plot
@@ -135,8 +137,22 @@ def test_two_optimizers(tmp_path):
                 for one in both:
                     one.step()
                 model.zero_grad()
-        files.append(sorted(map(str, rows_of(tmp_path / "run.csv"))))
-    assert files[0] == files[1] and len(files[0]) == 3 * len(BLOCKS)
+        rows = sorted(rows_of(tmp_path / "run.csv"), key=lambda row: (row["step"], row["layer"]))
+        files.append([{name: number(cell) for name, cell in row.items()} for row in rows])
+    assert len(files[0]) == 3 * len(BLOCKS)
+    for one, other in zip(*files, strict=True):  # float64 sums, of other parts where fewer share
+        for name, cell in one.items():
+            if name.startswith("dgrad_w."):  # stochastic: its draws go by the place among others
+                continue
+            wanted = other[name]
+            assert cell == (wanted if isinstance(wanted, str) else pytest.approx(wanted, rel=1e-6))
+
+
+def number(cell: str) -> float | str:
+    try:
+        return float(cell)
+    except ValueError:
+        return cell
 
 
 def test_an_optimizer_that_steps_more_often(tmp_path):
@@ -237,6 +253,68 @@ def test_values_are_those_of_the_definitions(tmp_path):
     moved = torch.stack(sums[1:])
     assert float(row["w_change"]) == pytest.approx((moved[:, 0] / moved[:, 1]).sqrt().mean().item())
     assert float(row["flips"]) == pytest.approx((moved[:, 4] / w.numel()).mean().item())
+
+
+class Calls(TorchDispatchMode):
+    """How often each op of mxtrain ran."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count[str(func).removeprefix("mxtrain.").removesuffix(".default")] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("recipe", ["tetrajet", "tetrajet_ema", "nvfp4"])
+def test_layers_of_one_shape_share_their_ops(tmp_path, device, recipe):
+    """13 of 64 x 32, as 8 + 4 + 1, and one of another shape: rows as each has by itself, before and
+    after one of them is converted. nvfp4, whose scale is the tensor's, goes one by one."""
+    torch.manual_seed(0)
+    shapes = [(32, 64)] * 7 + [(48, 64)] + [(32, 64)] * 6
+    model = nn.ModuleList(MXLinear(*s, device=device, recipe=recipe) for s in shapes)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    alone = [Oscillation(layer.recipe.fprop_w) for layer in model]
+    moves: list[list[torch.Tensor]] = [[] for _ in model]
+    shared = recipe != "nvfp4"
+    with monitor(model, tmp_path / "run.csv", every=4):
+        for step in range(1, 9):
+            if step == 6:
+                model[3].recipe = mxtrain.get_recipe("mxfp4_baseline")
+                alone[3] = Oscillation(model[3].recipe.fprop_w)
+                moves[3].clear()
+            for layer in model:
+                layer(torch.randn(40, layer.in_features, device=device)).square().mean().backward()
+            with Calls() as calls:
+                optimizer.step()
+            if step in (
+                2,
+                7,
+            ):  # the sixth of the others is one by itself then, and so are 4 + 4 + 4
+                assert calls.count["oscillation_step_"] <= (5 if shared else len(model))
+            optimizer.zero_grad()
+            if step == 5:  # a row was made at the fourth
+                for a, m in zip(alone, moves, strict=True):
+                    a.reset()
+                    m.clear()
+            for layer, a, m in zip(model, alone, moves, strict=True):
+                moved = a.update(layer.weight, layer.weight_ema if layer.ema_active else None)
+                if moved is not None:
+                    m.append(moved)
+            if step == 5:
+                for a, m in zip(alone, moves, strict=True):
+                    assert a.transitions == len(m) == 1
+    rows = rows_of(tmp_path / "run.csv")[len(model) :]
+    for row, layer, a, m in zip(rows, model, alone, moves, strict=True):
+        assert row["layer"] == str(list(model).index(layer))
+        assert float(row["ratio"]) == pytest.approx(a.summary()[1].item(), rel=1e-5)
+        moved = torch.stack(m)
+        expected = (moved[:, 0] / moved[:, 1]).sqrt().mean().item()
+        assert float(row["w_change"]) == pytest.approx(expected)
+        toward = layer.weight_ema if layer.ema_active else None
+        wanted = quantizer_statistics(layer.weight, layer.recipe.fprop_w, toward=toward)
+        assert float(row["fprop_w.snr"]) == pytest.approx(wanted["snr"], rel=1e-6)
 
 
 @pytest.mark.parametrize("recipe", ["tetrajet", "mxfp4_backward"])

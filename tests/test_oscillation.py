@@ -334,3 +334,49 @@ def test_errors():
     watch.update(x)
     with refuses(ValueError, r"w must have the shape of the first, \[4, 32\], got \[2, 32\]"):
         watch.update(x[:2])
+
+
+# ---- several matrices in one call ----
+
+
+@pytest.mark.parametrize("groups, rows, cols", [(2, 3, 40), (8, 16, 64), (128, 1, 256)])
+@pytest.mark.parametrize("format", ["mxfp4", "mxfp6_e2m3", "mxfp8_e4m3"])
+def test_groups_are_told_apart(device, format, groups, rows, cols):
+    """Sums of each are those of a call by itself: double, so only their order differs."""
+    q = Quantizer(format, "ceil")
+    generator = torch.Generator().manual_seed(groups)
+    steps = [
+        torch.randn(groups * rows, cols, generator=generator).to(device) * 10.0**-i
+        for i in range(3)
+    ]
+    together, alone = osc.Oscillation(q, groups), [osc.Oscillation(q) for _ in range(groups)]
+    for w in steps:
+        moved = together.update(w)
+        one_by_one = [a.update(part) for a, part in zip(alone, w.chunk(groups), strict=True)]
+        if moved is not None:
+            torch.testing.assert_close(moved, torch.stack(one_by_one), rtol=1e-12, atol=0)
+    for said in ("summary", "histogram"):
+        expected = torch.stack([getattr(a, said)() for a in alone])
+        torch.testing.assert_close(getattr(together, said)(), expected)
+    assert torch.equal(together.ratio(), torch.cat([a.ratio() for a in alone]))
+    sums = osc.quantizer_sums(steps[0], q, groups=groups)
+    expected = torch.stack([osc.quantizer_sums(part, q) for part in steps[0].chunk(groups)])
+    torch.testing.assert_close(sums, expected, rtol=1e-12, atol=0)
+    beside = torch.cat(steps[0].chunk(groups), 1)  # each transposed
+    sums = osc.quantizer_sums(beside, q, transpose=True, groups=groups)
+    expected = [osc.quantizer_sums(p, q, transpose=True) for p in steps[0].chunk(groups)]
+    torch.testing.assert_close(sums, torch.stack(expected), rtol=1e-12, atol=0)
+    again = osc.Oscillation.joined([(together, groups - 1), (alone[0], 0)])
+    assert torch.equal(again.ratio(), torch.cat([alone[-1].ratio(), alone[0].ratio()]))
+    assert again.transitions == 2
+
+
+def test_groups_that_cannot_be():
+    x = torch.randn(12, 32)
+    for groups, rows in ((3, 12), (8, 12), (256, 256), (0, 12), (-2, 12)):
+        with refuses(ValueError, "quantization_statistics: groups"):
+            osc.quantizer_sums(torch.randn(rows, 32), MXFP4, groups=groups)
+    with refuses(ValueError, "quantization_statistics: groups"):
+        osc.quantizer_sums(x, Quantizer("nvfp4", "even"), groups=4)
+    with refuses(ValueError, "quantizer_sums: groups"):
+        osc.quantizer_sums(x, Quantizer("int8_block"), groups=4)
