@@ -74,11 +74,14 @@ static Capability capability_of(const char* op, int device) {
 cudaStream_t stream_for(const char* op, const Tensor& t) {
   const int device = t.get_device_index();
   const auto [major, minor] = capability_of(op, device);
+  const std::string arch = std::to_string(major) + std::to_string(minor);
+  const std::string remedy =
+      major < 8    ? "Use a GPU of compute capability 8.0 or newer."
+      : major >= 9 ? "Rebuild with MXTRAIN_CUDA_ARCHS=" + arch + "a, the suffix included."
+                   : "Rebuild with MXTRAIN_CUDA_ARCHS=" + arch + ".";
   MXT_CHECK(built_for(major, minor), op,
             "the GPU must be one this build has kernels for, got compute capability ", major, ".",
-            minor, " (this build has: ", MXT_CUDA_ARCHS,
-            "). Rebuild with MXTRAIN_CUDA_ARCHS=", major, minor,
-            major >= 9 ? "a, the suffix included." : ".");
+            minor, " (this build has: ", MXT_CUDA_ARCHS, "). ", remedy);
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   return static_cast<cudaStream_t>(stream);

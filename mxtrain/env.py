@@ -114,10 +114,15 @@ def arch_of(capability: str) -> str:
 def unserved() -> list[str]:
     """What to build for each visible GPU that this build has no code for."""
     archs = CATALOGUE["build"]["cuda_archs"]
+
+    def remedy(capability: str) -> str:
+        if int(capability.split(".")[0]) < 8:
+            return "8.0 or newer is needed"
+        return f"MXTRAIN_CUDA_ARCHS={arch_of(capability)} pip install -e ."
+
     return [
         f"{gpu['name']} is {gpu['compute_capability']}, this build has code for "
-        f"{archs or 'no GPU'}: MXTRAIN_CUDA_ARCHS={arch_of(gpu['compute_capability'])} "
-        "pip install -e ."
+        f"{archs or 'no GPU'}: {remedy(gpu['compute_capability'])}"
         for gpu in gpus()
         if not built_for(gpu["compute_capability"], archs)
     ]

@@ -59,9 +59,17 @@ def test_a_gpu_that_the_build_has_code_for_is_taken(says, archs, gpu):
      ("100a;120a", "9.0", "90a" + SUFFIX)],
 )  # fmt: skip
 def test_another_is_told_what_to_build(says, archs, gpu, remedy):
-    message = says(archs, gpu)
+    check(says(archs, gpu), archs, gpu, f"Rebuild with MXTRAIN_CUDA_ARCHS={remedy}")
+
+
+def test_an_old_one_is_told_that_no_build_serves_it(says):
+    advice = "Use a GPU of compute capability 8.0 or newer."
+    check(says("80;90a", "7.5"), "80;90a", "7.5", advice)
+
+
+def check(message: str, archs: str, gpu: str, advice: str) -> None:
     assert message == (
         "mxtrain::quantize: the GPU must be one this build has kernels for, got compute capability "
-        f"{gpu} (this build has: {archs}). Rebuild with MXTRAIN_CUDA_ARCHS={remedy}"
+        f"{gpu} (this build has: {archs}). {advice}"
     )
     assert STYLE.fullmatch(message)

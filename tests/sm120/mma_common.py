@@ -2,7 +2,9 @@
 
 The registers are packed here by the thread-value layouts that CUTLASS publishes for the instruction
 (include/cute/atom/mma_traits_sm120.hpp and mma_traits_sm80.hpp, SM80_16x8_Row), which are another
-statement of what csrc/ptx/block_scale.h takes from the PTX ISA.
+statement of what csrc/ptx/block_scale.h takes from the PTX ISA. Which scale is read where the
+thread and byte ids are not 0 is taken from the PTX ISA here, too: CUTLASS passes zeros. For these
+only the probe on the chip (python -m mxtrain.env --selftest) is another witness.
 """
 
 from __future__ import annotations

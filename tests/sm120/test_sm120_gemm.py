@@ -123,6 +123,14 @@ def check_tiles(format: str, multiprocessors: int, device: str) -> None:
         check(replace(draw(r), m=m, n=n, k=k, format=format, accumulate=accumulate), times, device)
 
 
+def check_lines(format: str, device: str) -> None:
+    """Random calls of one row, of one column, and of both."""
+    r = random.Random(f"{format} lines")
+    for seed, (m, n) in enumerate([(1, 0), (1, 0), (0, 1), (0, 1), (1, 1)]):
+        shape = {"m": m or r.randint(2, 300), "n": n or r.randint(2, 300), "k": r.randint(1, 600)}
+        check(replace(draw(r), format=format, **shape), seed, device)
+
+
 @on_sm120
 @pytest.mark.parametrize("part", range(PARTS), ids=lambda part: f"part{part}")
 def test_random_calls(part):
@@ -143,6 +151,19 @@ def test_random_calls_on_the_cpu(part):
     """Eight of them take two minutes."""
     with emulated.emulated(EMULATED):
         check_part(part, "cpu")
+
+
+@on_sm120
+@pytest.mark.parametrize("format", FORMATS)
+def test_random_calls_of_one_row_or_column(format):
+    check_lines(format, "cuda")
+
+
+@needs_emulation
+@pytest.mark.parametrize("format", FORMATS)
+def test_random_calls_of_one_row_or_column_on_the_cpu(format):
+    with emulated.emulated(EMULATED):
+        check_lines(format, "cpu")
 
 
 @needs_emulation

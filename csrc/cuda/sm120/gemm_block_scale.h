@@ -14,7 +14,8 @@ struct BlockScaledGemmParams {
   const uint8_t *a, *b;  // codes of a row at each multiple of its pitch, 16-byte aligned
   const uint8_t *a_scale, *b_scale;  // the same for E8M0 or E4M3 codes, 4-byte aligned
   int64_t m, n;
-  int row_bytes, blocks;     // codes and scales of a row, in bytes; what follows is not read
+  int row_bytes, blocks;     // codes and scales of a row, in bytes; what follows in the same
+                             // 16 (4) aligned bytes may be read, and is not used
   int64_t a_pitch, b_pitch;  // in bytes, multiples of 16
   int64_t a_scale_pitch, b_scale_pitch;  // multiples of 4
   const float* a_tensor_scale;           // nvfp4: [1] each; or null

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// csrc/ptx/convert.cuh, emulated; without the conversions to E2M1 of 10.0 and newer.
+// csrc/ptx/convert.cuh, emulated; the conversions to E2M1 of 10.0 and newer for an architecture
+// that has them (MXT_EMULATED_ARCH=1000).
 #pragma once
 
 #include "formats/elements.h"
@@ -14,8 +15,16 @@ inline uint32_t cvt_rn_f16x2(float a, float b) {
   return emulation::narrow<emulation::Half>(a) | emulation::narrow<emulation::Half>(b) << 16;
 }
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr bool kHasCvtE2M1 = true;
+#else
 constexpr bool kHasCvtE2M1 = false;
-inline uint32_t cvt_rn_satfinite_e2m1x8(const float (&)[8]) { return 0; }  // never called
+#endif
+inline uint32_t cvt_rn_satfinite_e2m1x8(const float (&v)[8]) {
+  uint32_t d = 0;
+  for (int i = 0; i < 8; ++i) d |= encode_nearest<E2M1>(v[i]) << (4 * i);
+  return d;
+}
 
 inline uint32_t cvt_rn_satfinite_e4m3x2(float a, float b) {
   using emulation::Fp8E4;
