@@ -217,8 +217,10 @@ def _values(a: Operand) -> Tensor:
 
 
 def _bound(backend: str, k: int, accumulate: str = "fp32") -> float:
-    """c of |error| <= c |A||B|^T: what docs/numerics.md has for K filled up to whole blocks, and for
-    8 where K is less. A smoke test; tests/test_gemm_sweep.py has the tight one."""
+    """c of |error| <= c |A||B|^T, as docs/numerics.md has it for K filled up to whole blocks, or 8.
+
+    tests/test_gemm_sweep.py has the tight one.
+    """
     short = backend.startswith("fold") and accumulate == "fp32"
     return 2.0**-9 if short else max(k, 8) * 2.0**-24
 
