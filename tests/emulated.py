@@ -76,7 +76,8 @@ def op_names() -> list[str]:
 def emulated(gemm_backend: str | None = None):
     """Within it, the kernels of csrc/cuda serve CPU tensors.
 
-    gemm and gemm_add_ too where it names the backend, fold_mma or sm120_emulated.
+    gemm and gemm_add_ too where it names the backend: fold_mma, sm120_emulated, or sm100, of which
+    only what surrounds the product is that of the GPU (csrc/emulation/sm100_product.cpp).
     """
     assert library() is not None, f"{LIBRARY} has not been built"
     from mxtrain.operand import GEMM_BACKENDS

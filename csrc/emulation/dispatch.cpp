@@ -8,6 +8,10 @@
 
 namespace mxtrain::cuda {
 
+namespace sm100 {
+cudaError_t emulated_gemm(const GemmParams& p, int64_t format, Tile tile);  // sm100_product.cpp
+}
+
 cudaStream_t stream_for(const char*, const Tensor&) { return nullptr; }
 
 LaunchShape& last_launch() {
@@ -20,6 +24,8 @@ GemmBackend gemm_backend_for(const char*, const Tensor&, int64_t format) {
   const GemmBackend asked = requested_gemm_backend();
   const bool fold = asked == GemmBackend::kFold || asked == GemmBackend::kFoldMma;
   if (fold && format == kMxfp4Code) return GemmBackend::kFoldMma;
+  const bool block_scaled = kFormats[format].bits != 6;
+  if (asked == GemmBackend::kSm100 && block_scaled) return asked;
   return asked == GemmBackend::kSm120Emulated ? asked : GemmBackend::kDequant;
 }
 
@@ -43,11 +49,14 @@ cudaError_t run_block_scaled_gemm(const sm120::BlockScaledGemmParams& p, int64_t
 }
 
 cudaError_t run_packed_gemm(const PackedGemmParams&, cudaStream_t) { return cudaErrorNotSupported; }
-cudaError_t run_sm100_gemm(const sm100::GemmParams&, int64_t, sm100::Tile, cudaStream_t) {
-  return cudaErrorNotSupported;
+cudaError_t run_sm100_gemm(const sm100::GemmParams& p, int64_t format, sm100::Tile tile,
+                           cudaStream_t) {
+  return sm100::emulated_gemm(p, format, tile);
 }
-sm100::Tile sm100_tile(const char*, const Tensor&, int64_t, int64_t, bool) {
-  return sm100::Tile::kSingle;
+// Of a GPU of two multiprocessors.
+sm100::Tile sm100_tile(const char*, const Tensor&, int64_t m, int64_t n, bool bfloat16_out) {
+  const bool pair = bfloat16_out && sm100::prefer_pair(m, n, 2);
+  return pair ? sm100::Tile::kPair : sm100::Tile::kSingle;
 }
 
 cudaError_t run_int8_gemm(const char*, const Tensor&, const Int8GemmParams& p,

@@ -13,6 +13,7 @@ import subprocess
 from dataclasses import replace
 from pathlib import Path
 
+import emulated
 import pytest
 import torch
 from common import assert_same_bytes, operand, prefer_pair, refuses
@@ -27,6 +28,9 @@ ARCHS = CATALOGUE["build"]["cuda_archs"].split(";")
 FAMILY = {"100a", "103a", "100f", "103f"}
 HAS_SM100 = torch.cuda.is_available() and gemm_backend_here("mxfp4") == "sm100"
 on_sm100 = pytest.mark.skipif(not HAS_SM100, reason="no GPU that this build has sm100 for")
+needs_emulation = pytest.mark.skipif(
+    emulated.library() is None, reason="the emulated library has not been built"
+)
 needs_cuda_build = pytest.mark.skipif(ARCHS == [""], reason="a build with CUDA chooses")
 PARTS, CALLS = 4, 50
 PAIR_SHAPES = [(2048, 2048, 512), (2047, 2300, 288), (4099, 3001, 1040)]
@@ -50,6 +54,35 @@ def test_auto_takes_it_on_10_only_and_says_what_is_missing():
     for major, minor in [(8, 0), (8, 9), (9, 0), (12, 0), (12, 1)]:
         for fmt in mxtrain.FORMATS.values():
             assert "sm100" not in gemm_backend(major, minor, fmt.code)
+
+
+@needs_emulation
+@pytest.mark.parametrize("format", FORMATS)
+def test_what_surrounds_the_product(format):
+    """What the op hands to CUTLASS and makes of its result, with a plain product in its place: rows
+    and scales that are not whole, addresses, tiles for both outputs, bias, addition, NaN."""
+    r = random.Random(format)
+    calls = [replace(Call.draw(r), format=format, backend="sm100") for _ in range(20)]
+    lines = [replace(calls[i], m=m, n=n) for i, (m, n) in enumerate([(1, 1), (1, 130), (77, 1)])]
+    of_pairs = {"out_dtype": torch.bfloat16, "add": False}
+    pairs = [
+        replace(calls[i], m=m, n=n, k=k, **of_pairs)
+        for i, (m, n, k) in enumerate([(256, 256, 32), (251, 253, 40)])
+    ]
+    assert all(prefer_pair(c.m, c.n, 2) for c in pairs)
+    with emulated.emulated("sm100"):
+        for seed, call in enumerate([*calls, *lines, *pairs]):
+            check(call, seed, "cpu")
+
+
+@needs_emulation
+@pytest.mark.parametrize("format", FORMATS)
+def test_scales_in_tiles_and_plain_give_the_same_bytes(format):
+    a, b = (operand(rows, 300, format, seed=rows) for rows in (150, 90))
+    tiled = [mxtrain.quantize(t.dequantize(), format, swizzle=True) for t in (a, b)]
+    plain = [mxtrain.quantize(t.dequantize(), format) for t in (a, b)]
+    with emulated.emulated("sm100"):
+        assert_same_bytes(mxtrain.gemm(*tiled), mxtrain.gemm(*plain))
 
 
 @pytest.mark.skipif(not CATALOGUE["build"]["cutlass"], reason="a build with CUTLASS")
