@@ -116,6 +116,7 @@ def train(name: str, model: str, recipe: str, size: str, batch: str, unit: str) 
     (layers, width), (sequences, context) = parse_shape(size), parse_shape(batch)
     if width % HEAD:
         raise Unfit(f"heads of {HEAD} do not divide a width of {width}")
+    graph = unit == "graph"
 
     def make(device: torch.device) -> tuple:
         capturable = graph and device.type == "cuda"
@@ -125,7 +126,6 @@ def train(name: str, model: str, recipe: str, size: str, batch: str, unit: str) 
         """Before it has learned anything, a model's loss is about the logarithm of its classes."""
         return abs(float(got) / math.log(VOCABULARY) - 1)
 
-    graph = unit == "graph"
     tokens = sequences * context
     flops = 6 * tokens * width * (12 * layers * width + VOCABULARY)  # of the linear layers and head
     twin = None if recipe == "bf16" else f"train/gpt/bf16/{size}/{batch}/{unit}"

@@ -111,15 +111,16 @@ def arch_of(capability: str) -> str:
     return capability.replace(".", "") + ("a" if int(capability.split(".")[0]) >= 9 else "")
 
 
+def remedy(capability: str) -> str:
+    """What to do about a GPU that a build has no code for; none can be built before 8.0."""
+    if int(capability.split(".")[0]) < 8:
+        return "8.0 or newer is needed"
+    return f"MXTRAIN_CUDA_ARCHS={arch_of(capability)} pip install -e ."
+
+
 def unserved() -> list[str]:
     """What to build for each visible GPU that this build has no code for."""
     archs = CATALOGUE["build"]["cuda_archs"]
-
-    def remedy(capability: str) -> str:
-        if int(capability.split(".")[0]) < 8:
-            return "8.0 or newer is needed"
-        return f"MXTRAIN_CUDA_ARCHS={arch_of(capability)} pip install -e ."
-
     return [
         f"{gpu['name']} is {gpu['compute_capability']}, this build has code for "
         f"{archs or 'no GPU'}: {remedy(gpu['compute_capability'])}"
@@ -151,10 +152,7 @@ def backends(op: str) -> dict[str, str]:
         chosen["cuda"] = f"built for {archs}; no GPU is visible"
     elif not built_for(found[0]["compute_capability"], archs):
         capability = found[0]["compute_capability"]
-        chosen["cuda"] = (
-            f"none: built for {archs}, the GPU is {capability} "
-            f"(MXTRAIN_CUDA_ARCHS={arch_of(capability)} pip install .)"
-        )
+        chosen["cuda"] = f"none: built for {archs}, the GPU is {capability} ({remedy(capability)})"
     else:
         chosen["cuda"] = f"portable kernel, for {archs}"
         if op == "gemm":

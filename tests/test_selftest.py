@@ -286,6 +286,14 @@ def test_a_gpu_that_the_build_has_no_code_for_is_a_failure(
 
 
 @needs_cuda_build
+def test_a_gpu_older_than_any_build_is_told_so(monkeypatch):
+    fake_gpus(monkeypatch, "90a", "7.5")
+    assert env.unserved() == ["GPU0 is 7.5, this build has code for 90a: 8.0 or newer is needed"]
+    text = env.backends("gemm")["cuda"]
+    assert text == "none: built for 90a, the GPU is 7.5 (8.0 or newer is needed)"
+
+
+@needs_cuda_build
 def test_the_build_is_judged_for_every_visible_gpu(tmp_path, capsys, monkeypatch):
     fake_gpus(monkeypatch, "90a", "9.0")
     status, data, _ = write_report(tmp_path, capsys, monkeypatch, passes)

@@ -161,15 +161,9 @@ def test_random_calls_of_one_row_or_column(format):
 
 @needs_emulation
 @pytest.mark.parametrize("format", FORMATS)
-def test_random_calls_of_one_row_or_column_on_the_cpu(format):
+def test_random_calls_of_few_rows_and_of_many_tiles_on_the_cpu(format):
     with emulated.emulated(EMULATED):
         check_lines(format, "cpu")
-
-
-@needs_emulation
-@pytest.mark.parametrize("format", FORMATS)
-def test_random_calls_of_many_tiles_on_the_cpu(format):
-    with emulated.emulated(EMULATED):
         check_tiles(format, 2, "cpu")
 
 
