@@ -4,9 +4,8 @@ rms_norm/int10/RxC/fwd|bwd and swiglu/int10/RxC/fwd|bwd are the ops on BF16 matr
 rms_norm/bf16/... and swiglu/bf16/... are torch's, forward only (its backward has no op of its own
 to time). block/llama/RECIPE/SEQUENCESxCONTEXTxDIM/fwd+bwd is a forward and a backward of a block of
 examples/llama.py, heads of 128, in BF16 throughout: int8 recipes have compressed contexts, and
-RECIPE may end as in `recipe_named`. saved_bytes is all that autograd
-keeps from the forward to the backward, each storage once, without the parameters and what is packed
-of them; peak_bytes the most that one call holds.
+RECIPE may end as in `recipe_named`. saved_bytes is all that autograd keeps from the forward to the
+backward but parameters and buffers, each storage once; peak_bytes the most that one call holds.
 """
 
 from __future__ import annotations
@@ -156,16 +155,15 @@ def _example() -> ModuleType:
     return module
 
 
-def _saved_bytes(block: nn.Module, x: Tensor) -> int:
+def saved_bytes(block: nn.Module, x: Tensor) -> int:
+    """What autograd keeps of block(x), in bytes: each storage once, but for parameters, buffers."""
     known = [*block.parameters(), *block.buffers()]
     skip = {t.untyped_storage().data_ptr() for t in known}
-    weights = {tuple(p.shape) for p in block.parameters()}
     kept: dict[int, int] = {}
 
     def pack(t: Tensor) -> Tensor:
         storage = t.untyped_storage()
-        # What is packed of a weight has its shape, or that of its transpose.
-        if storage.data_ptr() not in skip and tuple(t.shape) not in weights:
+        if storage.data_ptr() not in skip:
             kept[storage.data_ptr()] = storage.nbytes()
         return t
 
@@ -200,7 +198,7 @@ def block(name: str, arch: str, recipe: str, shape: str, passes: str) -> Case:
         return y, *torch.autograd.grad(y, (x, *made.parameters()), dy)
 
     def saved(made: nn.Module, x: Tensor, dy: Tensor) -> int:
-        return _saved_bytes(made, x.detach().requires_grad_())
+        return saved_bytes(made, x.detach().requires_grad_())
 
     tokens, hidden = sequences * context, llama.hidden_size(dim)
     flops = 6 * tokens * dim * (4 * dim + 3 * hidden)  # of the linear layers

@@ -2,8 +2,8 @@
 
 A recipe quantizes qkv, proj, gate_up and down of each block; q, k and v, and gate and up, come of
 one layer each, so one quantization of their input serves all. With an int8_block recipe the norms
-and the gated activation keep 10 bits of their inputs (`compress_contexts`); with any other they are
-torch's own RMSNorm and silu(gate) * up.
+and the gated activation keep 10 bits of their inputs and proj keeps its own by reference
+(`compress_contexts`); with any other they are torch's own RMSNorm and silu(gate) * up.
 
 Outliers, as trained GLU models have them, can be put into what `down` multiplies. They leave the
 function of the model as it is, so a recipe's loss shows what its quantization does with them:
@@ -94,7 +94,9 @@ class LlamaBlock(nn.Module):
     def attention(self, x: Tensor) -> Tensor:
         batch, tokens, dim = x.shape
         q, k, v = self.qkv(x).view(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(self.turned(q), self.turned(k), v, is_causal=True)
+        # Backward keeps all three: a v that is a view would keep the q and k before turning, too.
+        q, k, v = self.turned(q), self.turned(k), v.clone()
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.proj(y.transpose(1, 2).reshape(batch, tokens, dim))
 
     def mlp(self, x: Tensor) -> Tensor:
@@ -134,10 +136,12 @@ class Llama(nn.Module):
 
 def compress_contexts(model: nn.Module) -> None:
     """Have the blocks whose layers run in int8_block keep 10 bits for backward, as the recipe's
-    paper does."""
+    paper does, and nothing for proj beside the output of the attention, which that keeps."""
     for block in model.modules():
         if isinstance(block, LlamaBlock):
             recipe = getattr(block.down, "recipe", None)
             on = recipe is not None and recipe.fprop_x.square
             for layer in (block.attn_norm, block.mlp_norm, block.act):
                 layer.compress = on
+            if isinstance(block.proj, mxtrain.MXLinear):
+                block.proj.keep_input = on

@@ -13,8 +13,8 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
-from .checks import check_bool, kind, refusal, show
-from .linear import DTYPES, MXLinear
+from .checks import FLOATS, check_bool, kind, refusal, show
+from .linear import MXLinear
 from .mix import MIXES, Mix, Pattern, Patterns, as_patterns, get_mix
 from .mix import names as recipe_names
 from .recipe import Recipe, get_recipe
@@ -216,7 +216,7 @@ def _unsupported(module: nn.Linear) -> str | None:
         return "its weight is uninitialized; run a forward first"
     if type(module) not in (nn.Linear, MXLinear):
         return f"{type(module).__name__}, a subclass that may use its weight elsewhere"
-    if module.weight.dtype not in DTYPES:
+    if module.weight.dtype not in FLOATS:
         return f"its weight is {str(module.weight.dtype).removeprefix('torch.')}"
     return None
 

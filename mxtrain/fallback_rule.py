@@ -7,6 +7,14 @@ from dataclasses import dataclass, field
 
 from .checks import as_float32, check_that, is_number
 
+MARGIN = 0.1
+"""By how much the default capacity exceeds the upper end of the band.
+
+A call sees the threshold of the step before. Where all magnitudes grow by 5% meanwhile and the
+logarithms of the blocks' maxima are normal with deviation s, the rate grows by less than
+ln(1.05) / s / sqrt(2 pi): 0.1 at s = 0.2, which is narrow.
+"""
+
 
 @dataclass(frozen=True)
 class Fallback:
@@ -20,9 +28,9 @@ class Fallback:
         damping: whether the factor shrinks where the threshold jumps to and fro over the band.
         capacity: the share of an activation's blocks whose second step backward keeps, densely
             packed: 1 + capacity bytes an element. Where more fell back, those of the largest
-            magnitudes; the others are plain INT8 in wgrad, not in forward. The default is well
-            above the band, so that this happens only while a threshold is on its way. None keeps
-            all, 2 bytes an element, and packs nothing, which takes no time.
+            magnitudes; the others are plain INT8 in wgrad, not in forward. "band" is `MARGIN` above
+            the band, high + 0.1, so that this happens only while a threshold is on its way. None
+            keeps all, 2 bytes an element, and packs nothing, which takes no time.
 
     Raises:
         ValueError: for a band that is none, a factor that does not move, a capacity that is no
@@ -35,7 +43,7 @@ class Fallback:
     smallest: float = field(default=1.02, kw_only=True)
     recovery: float = field(default=1.5, kw_only=True)
     damping: bool = True
-    capacity: float | None = 0.5
+    capacity: float | str | None = "band"
 
     def __post_init__(self) -> None:
         what, low, high, factor = "Fallback", self.low, self.high, self.factor
@@ -51,10 +59,10 @@ class Fallback:
         ok = isinstance(self.damping, bool)
         advice = "Pass one of the two."
         check_that(ok, what, "damping", "be True or False", self.damping, advice)
-        share = self.capacity
+        share = min(1.0, high + MARGIN) if self.capacity == "band" else self.capacity
         ok = share is None or (is_number(share) and 0 < share <= 1)
-        advice = "Try 0.5, above the upper end of the band."
-        check_that(ok, what, "capacity", "be None or a share in (0, 1]", share, advice)
+        condition, advice = "be None or a share in (0, 1], or 'band'", "Try 'band', somewhat above."
+        check_that(ok, what, "capacity", condition, share, advice)
 
         # Not a field: a string, which torch.compile takes for a constant where a float that differs
         # between layers becomes a symbol, of which sizes cannot be made in backward.

@@ -12,8 +12,8 @@ With X [N, K] the tokens, W [C, K] the weight, dY [N, C] and Q the six quantizer
   does; the weight is quantized from its own dtype. dX, dW and db have the dtypes of x, weight and
   bias.
 - Saved for backward are the packed operands; x or weight itself only where backward uses it
-  unquantized, and weight where backward quantizes the original.
-- int8_block quantizes in squares: one quantization of X, W or dY serves both of its GEMMs. A
+  unquantized, weight where backward quantizes the original, and x with `MXLinear.keep_input`.
+- int8_block quantizes in squares: one quantization of X or dY serves both of its GEMMs. A
   fallback's threshold is fixed before the call (fallback.py); the function returns what fell back.
 - The packed weight is kept between the calls of an MXLinear (weight_cache.py), not by `linear`.
 - Randomness: one draw from torch's generator a forward, with a row for each of X, W and dY, saved
@@ -33,13 +33,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .checks import FLOATS as DTYPES
-from .checks import check_bool, check_device, check_int, check_tensor, kind, refusal, show
+from .checks import FLOATS, refusal, show
 from .draws import DY, W, X, draw, signs_of
 from .ema import update_weight_ema as update_weight_ema
 from .fallback import FallbackLinear, check_threshold, initial_threshold
 from .formats import FORMATS
 from .int8 import Int8Operand, int8_gemm, int8_quantize
+from .linear_checks import check_arguments, check_fit, check_layer
 from .operand import Operand, gemm, quantize, quantize_dual, requantize
 from .packed import PARTS, Packed, compacted, parts_of, quantize_squares, restored
 from .recipe import Quantizer, Recipe, get_recipe
@@ -123,9 +123,9 @@ def _requantize(op: Packed, q: Quantizer, rng: Tensor | None, signs: Tensor | No
     )  # fmt: skip
 
 
-def _one_square(forward: Quantizer, backward: Quantizer) -> bool:
-    """Whether one quantization in squares serves both GEMMs, made for both from one read."""
-    return forward.square and backward.square and backward.source == "forward"
+def _of_input(q: Quantizer) -> bool:
+    """Whether q makes wgrad's operand of X itself, not of what fprop packed of it."""
+    return q.format is not None and (q.source == "original" or q.square)
 
 
 def _filled(n: int, q: Quantizer) -> int:
@@ -156,31 +156,25 @@ def _product(
 def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, ema: Tensor | None, rng: Tensor | None,
     drawn: Tensor | None, recipe: Recipe, dtype: torch.dtype, cache: WeightCache | None,
-    threshold: Tensor | None, need_x: bool, need_w: bool,
+    threshold: Tensor | None, need_x: bool, need_w: bool, again: bool,
 ) -> tuple[Tensor, Packed | Tensor | None, Packed | Tensor | None, Tensor | None]:  # fmt: skip
-    """Y [..., C] of x [..., K]; where needed, what wgrad uses of X and dgrad of W; the counts."""
+    """Y [..., C] of x [..., K]; where needed, what wgrad uses of X and dgrad of W; the counts.
+
+    again: whether backward quantizes X once more.
+    """
     fx, fw, wx, dw = recipe.fprop_x, recipe.fprop_w, recipe.wgrad_x, recipe.dgrad_w
     signs = signs_of(recipe, "fprop", drawn, x.device)
     x_rng, w_rng = (None, None) if rng is None else (rng[X], rng[W])
 
     row = fx if fx.format else None
-    col = wx if need_w and wx.format and (wx.source == "original" or wx.square) else None
+    col = wx if need_w and not again and _of_input(wx) else None
     col_signs = signs_of(recipe, "wgrad", drawn, x.device) if col else None
     rows = x.reshape(-1, x.shape[-1])
     x_row, x_col, counts = _quantize_both(rows, row, col, x_rng, signs, col_signs, threshold)
-    w_row = w_col = None
+    w_row = None
     if fw.format:
         make = partial(_quantize, weight, fw, w_rng, signs, toward=ema)
-        if need_x and _one_square(fw, dw):
-            make = partial(_quantize_both, weight, fw, dw, w_rng, None, None)
         w_row = make() if cache is None else cache.fprop(weight, ema, recipe, make)
-        if need_x and _one_square(fw, dw):
-            if not isinstance(w_row, tuple):  # kept from a call that needed no gradient
-                cache.drop()
-                w_row = cache.fprop(weight, ema, recipe, make)
-            w_row, w_col, _ = w_row
-        elif isinstance(w_row, tuple):
-            w_row = w_row[0]
     y = _product(
         rows if x_row is None else x_row, weight if w_row is None else w_row, bias,
         recipe.alpha("fprop"), dtype, dtype, recipe.accumulate,
@@ -188,11 +182,11 @@ def _forward(
 
     keep_x = keep_w = None
     if need_w:
-        keep_x = x if wx.format is None else x_row if x_col is None else x_col
+        keep_x = x if wx.format is None or again else x_row if x_col is None else x_col
         if isinstance(keep_x, Int8Operand):
             keep_x = compacted(keep_x, recipe.fallback.kept_share)
     if need_x:
-        keep_w = weight if dw.source == "original" else w_row if w_col is None else w_col
+        keep_w = weight if dw.source == "original" else w_row
     # As F.linear does it: no in-place op may follow if a Function returns a view. In two dimensions
     # too: the torch.compile of 2.11 gives backward zeros for what F.linear itself returned.
     y = torch.ops.aten._unsafe_view(y, [*x.shape[:-1], weight.shape[0]])
@@ -206,14 +200,16 @@ class _Linear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, ema: Tensor | None,
         rng: Tensor | None, drawn: Tensor | None, recipe: Recipe, dtype: torch.dtype,
-        cache: WeightCache | None, threshold: Tensor | None,
+        cache: WeightCache | None, threshold: Tensor | None, keep_input: bool,
     ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
         need_x, need_w = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+        again = keep_input and need_w and _of_input(recipe.wgrad_x)
         y, keep_x, keep_w, counts = _forward(
-            x, weight, bias, ema, rng, drawn, recipe, dtype, cache, threshold, need_x, need_w
+            x, weight, bias, ema, rng, drawn, recipe, dtype, cache, threshold, need_x, need_w, again
         )
-        ctx.save_for_backward(*parts_of(keep_x), *parts_of(keep_w), rng, drawn)
-        ctx.recipe, ctx.dtype, ctx.in_features = recipe, dtype, weight.shape[1]
+        threshold = threshold if again else None
+        ctx.save_for_backward(*parts_of(keep_x), *parts_of(keep_w), rng, drawn, threshold)
+        ctx.recipe, ctx.dtype, ctx.in_features, ctx.again = recipe, dtype, weight.shape[1], again
         ctx.cache, ctx.weight = cache, None if cache is None else weight
         ctx.x_dtype, ctx.weight_dtype = x.dtype, weight.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -227,12 +223,12 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         recipe, dtype = ctx.recipe, ctx.dtype
         need_x, need_w, need_b = ctx.needs_input_grad[:3]
-        *parts, rng, drawn = ctx.saved_tensors
+        *parts, rng, drawn, threshold = ctx.saved_tensors
         x_parts, w_parts = tuple(parts[:PARTS]), tuple(parts[PARTS:])
         w_data = w_parts[0]
         x_shape = (*dy.shape[:-1], ctx.in_features)
         dy = dy.reshape(-1, dy.shape[-1])
-        if dy.dtype not in DTYPES:
+        if dy.dtype not in FLOATS:
             dy = dy.to(dtype)
         (n, c), k = dy.shape, ctx.in_features
         x_rng, w_rng, dy_rng = (None,) * 3 if rng is None else (rng[X], rng[W], rng[DY])
@@ -251,8 +247,6 @@ class _Linear(torch.autograd.Function):
             q = recipe.dgrad_w
             if q.format is None:
                 w = w_data.t()
-            elif _one_square(recipe.fprop_w, q):
-                w = restored(w_parts, q, (k, c))
             else:
                 make = partial(_quantize, w_data, q, w_rng, dgrad_signs, transpose=True)
                 if q.source == "forward":
@@ -268,6 +262,9 @@ class _Linear(torch.autograd.Function):
             q = recipe.wgrad_x
             if q.format is None:
                 x = x_parts[0].reshape(n, k).t()
+            elif ctx.again:
+                x = x_parts[0].reshape(n, k)
+                _, x, _ = _quantize_both(x, None, q, x_rng, None, wgrad_signs, threshold)
             elif q.source == "forward" and not q.square:
                 x = restored(x_parts, recipe.fprop_x, (n, k))
                 x = _requantize(x, q, x_rng, wgrad_signs)
@@ -280,12 +277,13 @@ class _Linear(torch.autograd.Function):
         if need_b:
             db = torch.ops.mxtrain.column_sum(dy) if db is None else db
             db = db.to(ctx.bias_dtype)
-        return dx, dw, db, None, None, None, None, None, None, None
+        return dx, dw, db, *(None,) * 8
 
 
 def _linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, recipe: Recipe, ema: Tensor | None,
     training: bool, cache: WeightCache | None = None, threshold: Tensor | None = None,
+    keep_input: bool = False,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Y, and what fell back where the recipe has a fallback."""
     device = x.device.type
@@ -304,42 +302,12 @@ def _linear(
     rng, drawn = draw(recipe, training or grad, x)
     requires_grad = x.requires_grad or weight.requires_grad
     if grad and (requires_grad or (bias is not None and bias.requires_grad)):
-        out = _Linear.apply(x, weight, bias, ema, rng, drawn, recipe, dtype, cache, threshold)
+        parts = x, weight, bias, ema, rng, drawn, recipe, dtype, cache, threshold, keep_input
+        out = _Linear.apply(*parts)
         return out if recipe.fprop_x.fallback else (out, None)
-    out = _forward(x, weight, bias, ema, rng, drawn, recipe, dtype, cache, threshold, False, False)
+    needs = False, False, False
+    out = _forward(x, weight, bias, ema, rng, drawn, recipe, dtype, cache, threshold, *needs)
     return out[0], out[3]
-
-
-def _check_arguments(x: Tensor, weight: Tensor, bias: Tensor | None, ema: Tensor | None) -> None:
-    what = "linear"
-    for name, t in (("x", x), ("weight", weight), ("bias", bias), ("weight_ema", ema)):
-        check_tensor(what, name, t, optional=name in ("bias", "weight_ema"))
-        if t is not None and t.dtype not in DTYPES:
-            condition, context = "be bfloat16, float16 or float32", f"shape {list(t.shape)}"
-            raise TypeError(refusal(what, name, condition, t.dtype, context, "Cast it first."))
-    shape = list(weight.shape)
-    if len(shape) != 2:
-        condition, advice = "be [out_features, in_features]", "Reshape it."
-        context = f"{len(shape)} dimensions"
-        raise ValueError(refusal(what, "weight", condition, shape, context, advice))
-    out_features, in_features = shape
-    context, advice = f"weight {shape}", "Pass tensors of one layer."
-    if x.dim() == 0 or x.shape[-1] != in_features:
-        condition = f"have in_features = {in_features} as its last size"
-        raise ValueError(refusal(what, "x", condition, list(x.shape), context, advice))
-    if bias is not None and bias.shape != (out_features,):
-        condition = f"have out_features = {out_features} elements"
-        raise ValueError(refusal(what, "bias", condition, list(bias.shape), context, advice))
-    if ema is not None and ema.shape != weight.shape:
-        condition = "have the shape of weight"
-        raise ValueError(refusal(what, "weight_ema", condition, list(ema.shape), context, advice))
-
-
-def _check_fit(what: str, recipe: Recipe, in_features: int, out_features: int) -> None:
-    misfit = recipe.misfit(in_features, out_features)
-    if misfit is not None:
-        context, advice = f"recipe {recipe.name!r}", "Choose a recipe with a smaller group."
-        raise ValueError(refusal(what, "recipe", "fit the layer", misfit, context, advice))
 
 
 def linear(
@@ -374,13 +342,13 @@ def linear(
             to round toward.
     """
     recipe = get_recipe(recipe)
-    _check_arguments(x, weight, bias, weight_ema)
+    check_arguments(x, weight, bias, weight_ema)
     if weight_ema is not None and recipe.ema_beta is None:
         condition, advice = "be None in a recipe without ema_beta", "Leave it out."
         context = f"recipe {recipe.name!r}"
         raise ValueError(refusal("linear", "weight_ema", condition, "one", context, advice))
     check_threshold("linear", threshold, recipe)
-    _check_fit("linear", recipe, weight.shape[1], weight.shape[0])
+    check_fit("linear", recipe, weight.shape[1], weight.shape[0])
     return _linear(x, weight, bias, recipe, weight_ema, True, threshold=threshold)[0]
 
 
@@ -388,24 +356,6 @@ def linear(
 
 # How the attributes begin in which a layer counts; each is replaced, never changed in place.
 _COUNTS = ("_ema_", "ema_active", "_fallback_")
-
-
-def _check_layer(
-    in_features: object, out_features: object, bias: object, device: Any, dtype: object
-) -> None:
-    what = "MXLinear"
-    check_int(what, "in_features", in_features, low=0)
-    check_int(what, "out_features", out_features, low=0)
-    if in_features * out_features >= 2**58:
-        got, advice = f"{out_features} x {in_features}", "Choose a smaller layer."
-        condition, context = "have fewer than 2^58 elements", "out_features x in_features"
-        raise ValueError(refusal(what, "weight", condition, got, context, advice))
-    check_bool(what, "bias", bias)
-    if device is not None:
-        check_device(what, device)
-    if dtype is not None and dtype not in DTYPES:
-        condition, advice = "be bfloat16, float16 or float32, or None", "Choose one of these."
-        raise TypeError(refusal(what, "dtype", condition, show(dtype), kind(dtype), advice))
 
 
 class MXLinear(FallbackLinear):
@@ -439,11 +389,16 @@ class MXLinear(FallbackLinear):
         ValueError: where the recipe does not fit in_features and out_features.
     """
 
+    keep_input: bool = False
+    """Whether to save the input itself, by reference, and quantize it for wgrad in backward: the
+    same bytes, once more read. It saves memory where who made the input keeps it anyway, as
+    attention its output. A recipe that makes X^T from the packed X keeps that, whatever is set."""
+
     def __init__(
         self, in_features: int, out_features: int, bias: bool = True, device: Any = None,
         dtype: torch.dtype | None = None, *, recipe: str | Recipe = "tetrajet",
     ) -> None:  # fmt: skip
-        _check_layer(in_features, out_features, bias, device, dtype)
+        check_layer(in_features, out_features, bias, device, dtype)
         recipe = get_recipe(recipe)
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
         self._adopt(recipe)
@@ -456,7 +411,7 @@ class MXLinear(FallbackLinear):
             what, condition = "MXLinear.from_linear", "be exactly a torch.nn.Linear"
             raise TypeError(refusal(what, "module", condition, got, show(module), advice))
         recipe = get_recipe(recipe)
-        _check_fit("MXLinear", recipe, module.in_features, module.out_features)
+        check_fit("MXLinear", recipe, module.in_features, module.out_features)
         module.__class__ = cls
         module._adopt(recipe)
         return module
@@ -476,7 +431,7 @@ class MXLinear(FallbackLinear):
     @recipe.setter
     def recipe(self, recipe: str | Recipe) -> None:
         recipe = get_recipe(recipe)
-        _check_fit("MXLinear", recipe, self.in_features, self.out_features)
+        check_fit("MXLinear", recipe, self.in_features, self.out_features)
         self._recipe = recipe
         self.drop_cache()
         self._begin_or_end_ema()
@@ -484,10 +439,10 @@ class MXLinear(FallbackLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         ema = self.weight_ema if self.ema_active else None
-        _check_arguments(x, self.weight, self.bias, ema)
+        check_arguments(x, self.weight, self.bias, ema)
         cache, threshold = self._usable_cache(x), self._threshold_for(x)
         arguments = x, self.weight, self.bias, self._recipe, ema, self.training
-        y, counts = _linear(*arguments, cache, threshold)
+        y, counts = _linear(*arguments, cache, threshold, self.keep_input)
         if counts is not None:
             self._count_fallback(counts)
         return y

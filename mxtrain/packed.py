@@ -43,7 +43,7 @@ def compacted(op: Int8Operand, capacity: float | None) -> Int8Operand:
     """op with the residual of that share of its blocks, int8 `[count, 128, 128]`; see Fallback."""
     if op.residual is None or capacity is None:
         return op
-    count = math.ceil(capacity * op.mask.shape[0] * op.mask.shape[1])
+    count = math.ceil(capacity * (op.mask.shape[0] * op.mask.shape[1]))
     pool, mask = _ops.int8_pack_residual(op.residual, op.scale, op.mask, count)
     return Int8Operand(op.data, op.scale, op.shape, pool, op.residual_scale, mask)
 

@@ -399,12 +399,13 @@ _TABLE: dict[str, tuple[tuple[Quantizer, ...], dict[str, Any], str]] = {
         (_NV, _NV, _CEIL_RHT_SR, _CEIL_RHT, _CEIL_RHT_SR, _CEIL_RHT), {},
         "this package: of the mixtures in docs/results.md with three 4-bit GEMMs, the smallest gap",
     ),
+    # W^T by _I8, from the original, has the codes of W's forward operand: nothing of W is kept.
     "int8_block": (
-        (_I8, _I8, _I8_SR, _I8_AGAIN, _I8_SR, _I8_AGAIN), {},
+        (_I8, _I8, _I8_SR, _I8, _I8_SR, _I8_AGAIN), {},
         "int8_fallback without its fallback: plain INT8 in squares of 128, after arXiv 2403.12422",
     ),
     "int8_fallback": (
-        (_I8_FB, _I8, _I8_SR, _I8_AGAIN, _I8_SR, _I8_FB_AGAIN), {},
+        (_I8_FB, _I8, _I8_SR, _I8, _I8_SR, _I8_FB_AGAIN), {},
         "Accurate INT8 Training Through Dynamic Block-Level Fallback, arXiv 2503.08040",
     ),
 }  # fmt: skip

@@ -6,7 +6,8 @@ Contract:
   without random numbers: rounding to nearest or toward the average, signs not drawn, and for a
   requantized W^T a forward operand of which the same holds. Results are bitwise what they are
   without: micro-steps of a gradient accumulation, recomputations of a checkpoint and forwards of
-  one evaluation save the work. Costs the bytes of the operands, 4.25 bits a weight each in mxfp4.
+  one evaluation save the work. Costs the bytes of the operands: of each 4.25 bits a weight in
+  mxfp4, 8 in int8_block.
 - Fresh: an operand is used while nothing of this has changed: the identity, storage, `_version`,
   shape, strides, dtype and device of the weight and of the average that it rounds toward, the
   recipe object, the CUDA stream, and the number of steps that any torch optimizer has made (an
@@ -188,7 +189,7 @@ class WeightCache:
         key = _key(weight, ema, recipe)  # before it is made: a write meanwhile makes it stale
         entry = self._fprop
         if entry is None or entry.key != key:
-            self._fprop = None  # the old one is freed first
+            self.drop()  # the old ones, which are stale both, are freed first
             entry = _Entry(key, _make(make), weight, ema, recipe)
             self._fprop = entry
         return entry.operand
