@@ -19,6 +19,7 @@ _ROTATED = Quantizer("mxfp8_e4m3", hadamard=64, signs="drawn")
 _FORWARD = Quantizer("mxfp4", "ceil", "stochastic", 128, "fixed", 0.5, source="forward")
 _FP6 = Quantizer("mxfp6_e2m3", "even")
 _I8, _I8_SR = Quantizer("int8_block"), Quantizer("int8_block", rounding="stochastic")
+_I8_AGAIN = Quantizer("int8_block", source="forward")
 OWN = [
     Recipe("all rotated", *[_ROTATED] * 6),
     Recipe("stochastic forward", _SR, _SR, _SR, _SR, _SR, _SR),
@@ -37,6 +38,7 @@ OWN = [
     RECIPES["int8_fallback"].replace(name="wgrad without fallback, stochastic", wgrad_x=_I8_SR),
     Recipe("int8 forward", _I8, _I8, _FP8, _FP8, _FP8, _FP8),
     Recipe("fp8 forward", _FP8, _FP8, _I8_SR, _I8, _I8_SR, _I8_SR),
+    RECIPES["int8_block"].replace(name="int8, one stochastic W", fprop_w=_I8_SR, dgrad_w=_I8_AGAIN),
     Recipe("int8, half of it", _I8, Quantizer(), _I8_SR, _I8, Quantizer(), _I8),
 ]
 ALL = list(RECIPES.values()) + OWN

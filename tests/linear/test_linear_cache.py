@@ -63,6 +63,21 @@ def test_weights_are_quantized_once_a_step(device, name):
     assert ops_of(micro_steps).count("quantize") == without
 
 
+@pytest.mark.parametrize("name", ["int8_block", "int8_fallback"])
+def test_both_forms_of_int8_are_quantized_once_a_step(device, name):
+    """W in the first forward, W^T in the first backward; else X, and dY once, in each."""
+    layer = MXLinear(128, 128, device=device, recipe=name)
+    optimizer = SGD(layer.parameters(), lr=0.01)
+    x = inputs(device).requires_grad_()
+    of_x = 1 if name == "int8_block" else 0  # the other has an op of its own
+    for _ in range(2):
+        counts = [ops_of(lambda: layer(x).sum().backward()).count("int8_quantize") for _ in "123"]
+        assert counts == [of_x + 3, of_x + 1, of_x + 1]
+        optimizer.step()
+    layer(x)
+    assert layer._cache._dgrad is None  # the old one does not lie beside the new one of fprop
+
+
 @pytest.mark.parametrize("name", ["mxfp4_baseline", "tetrajet", "nvfp4"])
 def test_an_evaluation_quantizes_the_weight_once(device, name):
     layer = MXLinear(128, 128, device=device, recipe=name).eval()

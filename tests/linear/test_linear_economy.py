@@ -32,10 +32,10 @@ FORWARD = {  # of a training step: X, then W, then the product; without KEEPING,
     "int8_fallback": ["int8_quantize_fallback", "int8_quantize", "int8_gemm", "int8_pack_residual"],
 }
 KEEPING = ("int8_pack_residual",)
-SQUARE = ("int8_block", "int8_fallback")  # one quantization for both GEMMs; W's codes are moved
+SQUARE = ("int8_block", "int8_fallback")  # one quantization of X, and of dY, for both GEMMs
 W_BACKWARD = {
     "bf16": [], "tetrajet": ["requantize"], "tetrajet_ema": ["requantize"],
-    **{name: [] for name in SQUARE},
+    **{name: ["int8_quantize"] for name in SQUARE},
 }  # fmt: skip
 X_BACKWARD = {
     "tetrajet": ["requantize"], "tetrajet_ema": ["requantize"],
