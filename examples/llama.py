@@ -2,8 +2,8 @@
 
 A recipe quantizes qkv, proj, gate_up and down of each block; q, k and v, and gate and up, come of
 one layer each, so one quantization of their input serves all. With an int8_block recipe the norms
-and the gated activation keep 10 bits of their inputs and proj keeps its own by reference
-(`compress_contexts`); with any other they are torch's own RMSNorm and silu(gate) * up.
+and the gated activation keep 10 bits of their inputs (`compress_contexts`); with any other they are
+torch's own RMSNorm and silu(gate) * up.
 
 Outliers, as trained GLU models have them, can be put into what `down` multiplies. They leave the
 function of the model as it is, so a recipe's loss shows what its quantization does with them:
@@ -136,7 +136,7 @@ class Llama(nn.Module):
 
 def compress_contexts(model: nn.Module) -> None:
     """Have the blocks whose layers run in int8_block keep 10 bits for backward, as the recipe's
-    paper does, and nothing for proj beside the output of the attention, which that keeps."""
+    paper does, and proj no codes of the attention's output, which the attention keeps."""
     for block in model.modules():
         if isinstance(block, LlamaBlock):
             recipe = getattr(block.down, "recipe", None)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from statistics import NormalDist
+
 import pytest
 import torch
 from common import refuses
@@ -140,6 +143,23 @@ def test_t18_bytes_of_a_linear_layer(share, device):
     count = sum(t.nbytes for t in kept) - sum(t.nbytes for t in weight)
     assert count / x.numel() <= (2.01 if share is None else 1 + share + 0.01)
     assert not any(t.dtype == BF16 for t in kept)
+
+
+def test_the_default_lies_above_the_band():
+    """By what the rate gains in a step of 5% growth, and no less where the band is another."""
+    assert Fallback().capacity == "band" and Fallback().kept_share == pytest.approx(0.4)
+    assert Fallback(high=0.95).kept_share == 1.0
+    narrow = NormalDist(sigma=0.2)  # of the logarithms of the blocks' maxima
+    for high in (0.01, 0.1, 0.3, 0.5, 0.8):
+        rate = 1 - narrow.cdf(narrow.inv_cdf(1 - high) - math.log(1.05))
+        assert high < rate < Fallback(low=0, high=high).kept_share
+    assert hash(Fallback()) != hash(Fallback(capacity=0.4))
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.4, 0.7])
+def test_the_share_is_that_of_the_blocks(share, device):
+    op = mxtrain.int8_quantize_fallback(torch.randn(640, 1280, device=device), 1e-9)[0]
+    assert len(compacted(op, share).residual) == math.ceil(share * 50)
 
 
 def test_refusals():
