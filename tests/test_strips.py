@@ -2,7 +2,7 @@
 of one read nearest; byte for byte.
 
 They quantize a block where it stands, so what could go wrong is at the ends of the exponent range,
-at prescales, at the edges of tiles of 128 x 64, and where they hand over to the general kernels.
+at prescales, at the edges of tiles of 64 x 64, and where they hand over to the general kernels.
 """
 
 from __future__ import annotations
@@ -141,6 +141,45 @@ def test_dual(row, col, shape, device):
             x, "mxfp4", scale_rule=q.scale_rule, rounding="stochastic", hadamard=q.hadamard,
             signs=s, prescale=q.prescale, transpose=transpose, rng=RNG,
         )  # fmt: skip
+        assert_same_bytes(operand.scale, want[1])
+        assert_same_bytes(operand.data, want[0])
+
+
+@pytest.mark.parametrize("squares", [3, 14])
+@pytest.mark.parametrize("row, col", [("stochastic", 0), ("stochastic", 64), ("nearest", 0)])
+def test_scales_by_squares(row, col, squares, device):
+    """Where x is made of squares of 256 x 256, scales leave square by square: one for a CTA and some
+    tiles left over, and so many that a CTA's stages come round. Transposed, of one operand, too.
+    """
+    if device == "cuda":
+        squares *= torch.cuda.get_device_properties(0).multi_processor_count // 2
+    q = [Quantizer("mxfp4", rounding=row, hadamard=g) for g in (0, col)]
+    stochastic = row == "stochastic"
+    x = torch.randn(256, squares * 256, generator=torch.Generator().manual_seed(squares))
+    x = torch.cat([x[:, 0::2], x[:, 1::2]]) if squares % 2 == 0 else x  # two squares high
+    x = (x * torch.exp2(4 * torch.randn(x.shape))).bfloat16()
+    rng, signs = RNG if stochastic else None, some_signs(col)
+    to = lambda t: None if t is None else t.to(device)  # noqa: E731
+    more = dict(rng=to(rng), col_signs=to(signs))
+    got = mxtrain.quantize_dual(x.to(device), *q, **more)
+    if stochastic:
+        got += (
+            mxtrain.quantize(
+                x.to(device),
+                "mxfp4",
+                transpose=True,
+                **{
+                    k: to(v) if isinstance(v, torch.Tensor) else v
+                    for k, v in options(row, col).items()
+                },
+            ),
+        )
+    for operand, g, transpose in zip(got, (0, col, col), (False, True, True), strict=False):
+        given = dict(
+            rounding=row, hadamard=g, signs=signs if g else None, rng=rng, transpose=transpose
+        )
+        want = (reference if device == "cpu" else mxtrain).quantize(x, "mxfp4", **given)
+        want = want[:2] if device == "cpu" else (want.data, want.scale)
         assert_same_bytes(operand.scale, want[1])
         assert_same_bytes(operand.data, want[0])
 

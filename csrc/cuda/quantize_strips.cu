@@ -5,13 +5,14 @@
 // the blocks along its rows, then those along its columns, 32 blocks at a time or 64. A CTA has all
 // warps of a multiprocessor. They share its tiles, every gridDim.x-th, and each takes the next one
 // when it needs it: a scheduler prefers some warps to others, so by equal shares some would be done
-// long before others. The next tile is copied when the last blocks of one are in registers and few
-// enough to leave room for the copy's addresses. The copies are 16 bytes, so x must be aligned to
-// that, in both directions.
+// long before others. Scales go by strip_stages.cuh where x is made of whole squares. The next tile
+// is copied when the last blocks of one are in registers and few enough to leave room for the
+// copy's addresses. The copies are 16 bytes, so x must be aligned to that, in both directions.
 #include <algorithm>
 
 #include "cuda/divide.cuh"
 #include "cuda/launch.cuh"
+#include "cuda/strip_stages.cuh"
 #include "cuda/strip_tile.cuh"
 
 namespace mxtrain::cuda {
@@ -19,29 +20,46 @@ namespace mxtrain::cuda {
 // ---- device helpers ----
 
 // x as the tiles see it: height x width bfloat16, rows `pitch` bytes apart; across: tiles in a row
-// of tiles.
+// of tiles. rounds: of whole squares that every CTA takes (strip_stages.cuh); if there are any,
+// tiles are in the order of squares, and `across` counts these.
 struct StripGrid {
   const uint8_t* x;
   uint32_t height, width, pitch, tiles;
   Divisor across;
+  uint32_t rounds;
 };
+
+// A CTA's n-th tile; those of the grid come first.
+template <bool kStaged>
+__device__ __forceinline__ uint32_t tile_of(const StripGrid& g, uint32_t n) {
+  constexpr uint32_t kTiles = StripSquare::kTiles;
+  const bool staged = kStaged && n < g.rounds * kTiles;
+  return staged ? (blockIdx.x + gridDim.x * (n / kTiles)) * kTiles + n % kTiles
+                : blockIdx.x + gridDim.x * n;
+}
 
 // First row and column of a tile. kFlat: one column of tiles, without gaps between the rows.
-template <bool kFlat>
 struct StripPlace {
   uint32_t row, column;
-  __device__ __forceinline__ StripPlace(const StripGrid& g, uint32_t tile) {
-    const uint32_t down = kFlat ? tile : uniform(g.across.divide(tile));
-    row = down * StripTraits::kTile;
-    column = kFlat ? 0 : (tile - down * g.across.value) * StripTraits::kTile;
-  }
 };
 
+template <bool kFlat, bool kStaged>
+__device__ __forceinline__ StripPlace place_of(const StripGrid& g, uint32_t tile) {
+  constexpr uint32_t kTile = StripTraits::kTile, kSide = StripSquare::kSide;
+  if (kFlat) return {tile * kTile, 0};
+  const bool squares = kStaged && g.rounds != 0;
+  const uint32_t at = squares ? tile / StripSquare::kTiles : tile;
+  const uint32_t down = uniform(g.across.divide(at)), along = at - down * g.across.value;
+  if (!squares) return {down * kTile, along * kTile};
+  return {(down * kSide + tile % StripSquare::kTiles / kSide) * kTile,
+          (along * kSide + tile % kSide) * kTile};
+}
+
 // Start filling a tile, zeros outside of x. A lane keeps its chunk and moves on by 4 rows.
-template <bool kFlat>
+template <bool kFlat, bool kStaged>
 __device__ __forceinline__ void copy_tile(const StripGrid& g, uint32_t tile, uint32_t to) {
   constexpr int kStep = 32 / StripTraits::kChunks;
-  const StripPlace<kFlat> at(g, tile);
+  const StripPlace at = place_of<kFlat, kStaged>(g, tile);
   const uint32_t pitch = kFlat ? StripTraits::kRowBytes : g.pitch;
   const int lane = ptx::lane_id(), chunk = lane % StripTraits::kChunks,
             first = lane / StripTraits::kChunks;
@@ -69,8 +87,9 @@ __device__ __forceinline__ void copy_tile(const StripGrid& g, uint32_t tile, uin
 // What a CTA has beside its tiles.
 struct StripStatic {
   StripSigns row_signs, col_signs;
-  uint32_t taken;                          // how many of its tiles have been begun
-  uint32_t next[StripTraits::kMostWarps];  // a warp's next one, which takes no register there
+  uint32_t taken;  // how many of its tiles have been begun
+  StripWarp warps[StripTraits::kMostWarps];
+  Stages::Barriers barriers;
 };
 
 // What follows from it is uniform control flow.
@@ -108,21 +127,49 @@ __global__ void __launch_bounds__(strip_warps(kRow, kCodeArch) * 32, 1)
     col_keys = row_keys;
     col_keys.first = first;
   }
-  const StripOperand row_operand = {row_plan, row_keys, row_signs.word},
-                     col_operand = {col_plan, col_keys, col_signs.word};
-  __syncthreads();
+  constexpr bool kStaged = kCol != Strip::kNone && !kFlat && has_stages(kCodeArch);
   const uint32_t warp = uniform_warp();
-  const uint32_t mine = ptx::shared_address(tiles) + warp * StripTraits::kTileBytes;
-  uint32_t tile = blockIdx.x + gridDim.x * warp;
-  if (tile < grid.tiles) copy_tile<kFlat>(grid, tile, mine);
+  StripWarp& own = fixed.warps[warp];
+  const uint32_t stage_at = kStaged ? ptx::shared_address(&own.stage) : 0;
+  const StripOperand row_operand = {row_plan, row_keys, row_signs.word, stage_at, 0},
+                     col_operand = {col_plan, col_keys, col_signs.word, stage_at,
+                                    StripSquare::kBytes};
+  const uint32_t tiles_at = ptx::shared_address(tiles);
+  const uint32_t mine = tiles_at + warp * StripTraits::kTileBytes;
+  const Stages stages(tiles_at + blockDim.x / 32 * StripTraits::kTileBytes, fixed.barriers);
+  if (kStaged && threadIdx.x == 0) stages.init();
+  const auto flush = [&](uint32_t square) {
+    const uint32_t tile = tile_of<kStaged>(grid, square * StripSquare::kTiles);
+    const StripPlace at = place_of<kFlat, kStaged>(grid, tile);
+    stages.flush<kRow != Strip::kNone>(square, row, col, at.row, at.column);
+  };
+  // A warp begins the tile of own.next, and takes the one after it.
+  const auto begin_tile = [&] {
+    const uint32_t n = uniform(own.next_n), square = n / StripSquare::kTiles;
+    const bool staged = kStaged && square < grid.rounds;
+    __syncwarp();
+    if (ptx::lane_id() == 0) {
+      own.next_n = atomicAdd(&fixed.taken, 1u);
+      own.next = tile_of<kStaged>(grid, own.next_n);
+      own.square = square;
+      own.stage = staged ? stages.stage(square) : 0;
+    }
+    if (!staged) return;
+    if (n % StripSquare::kTiles == 0 && square >= StageTraits::kLag)
+      flush(square - StageTraits::kLag);
+    stages.acquire(square);
+  };
+  uint32_t tile = tile_of<kStaged>(grid, warp);
+  if (ptx::lane_id() == 0) own.next_n = warp;
+  __syncthreads();
+  if (tile < grid.tiles) copy_tile<kFlat, kStaged>(grid, tile, mine);
   while (tile < grid.tiles) {
-    const StripPlace<kFlat> at(grid, tile);
-    if (ptx::lane_id() == 0)
-      fixed.next[threadIdx.x / 32] = blockIdx.x + gridDim.x * atomicAdd(&fixed.taken, 1u);
+    const StripPlace at = place_of<kFlat, kStaged>(grid, tile);
+    begin_tile();
     const auto copy_next = [&] {
       __syncwarp();
-      tile = uniform(fixed.next[threadIdx.x / 32]);
-      if (tile < grid.tiles) copy_tile<kFlat>(grid, tile, mine);
+      tile = uniform(own.next);
+      if (tile < grid.tiles) copy_tile<kFlat, kStaged>(grid, tile, mine);
     };
     ptx::cp_async_wait_all();
     __syncwarp();
@@ -138,7 +185,12 @@ __global__ void __launch_bounds__(strip_warps(kRow, kCodeArch) * 32, 1)
         column_pass<kCol, kRuns>(mine, pass, col, col_operand, at.column, at.row, [&] {
           if (pass == column_passes(kCol) - 1) copy_next();
         });
+    if (!kStaged) continue;
+    const uint32_t square = uniform(own.square);
+    if (square < grid.rounds) stages.commit(square);
   }
+  const uint32_t left = min(grid.rounds, StageTraits::kLag);  // squares that are not yet written
+  if (kStaged && warp < left) flush(grid.rounds - left + warp);
 }
 
 // The packed tile that requantize reads: 32 bytes of codes and two scales of a row. Lane 2 i + b
@@ -150,7 +202,7 @@ struct PackedStrips {
 
   __device__ __forceinline__ void copy(const QuantizeParams& p, const StripGrid& g, uint32_t tile,
                                        uint8_t* to) {
-    const StripPlace<false> at(g, tile);
+    const StripPlace at = place_of<false, false>(g, tile);
     const int lane = threadIdx.x % 32;
     const uint32_t block = at.column / 32 + lane % 2, blocks = static_cast<uint32_t>(p.in_blocks);
 #pragma unroll
@@ -201,7 +253,7 @@ __global__ void __launch_bounds__(StripTraits::kThreads, requantize_ctas(kCol))
     next.decode(packed[warp], tiles[warp]);
     __syncwarp();
     next.copy(p, grid, tile + step, packed[warp]);
-    const StripPlace<false> at(grid, tile);
+    const StripPlace at = place_of<false, false>(grid, tile);
 #pragma unroll 1
     for (int pass = 0; pass < column_passes(kCol); ++pass)
       column_pass<kCol, false>(ptx::shared_address(tiles[warp]), pass, p, tables, at.column, at.row,
@@ -254,8 +306,19 @@ static StripGrid make_grid(const void* x, int64_t height, int64_t width, int64_t
   const int64_t across = (padded_width + kTile - 1) / kTile,
                 down = (padded_height + kTile - 1) / kTile;
   const auto narrow = [](int64_t n) { return static_cast<uint32_t>(n); };
-  return {static_cast<const uint8_t*>(x),      narrow(height),        narrow(width),
-          narrow(height == 1 ? 0 : pitch * 2), narrow(across * down), Divisor::of(across)};
+  return {static_cast<const uint8_t*>(x),
+          narrow(height),
+          narrow(width),
+          narrow(height == 1 ? 0 : pitch * 2),
+          narrow(across * down),
+          Divisor::of(across),
+          0};
+}
+
+// Whether an operand is made of whole squares, with rows of scales that are words of 8 bytes.
+static bool has_squares(const QuantizeParams& p) {
+  return p.rows % StripSquare::kRows == 0 && p.cols % StripSquare::kRows == 0 && !p.swizzled &&
+         reinterpret_cast<uintptr_t>(p.scale) % StripSquare::kRowScales == 0;
 }
 
 // As many CTAs as fit the GPU, and no more than there are tiles for their warps.
@@ -270,7 +333,13 @@ static cudaError_t resident_ctas(const StripGrid& g, int per_sm, unsigned* ctas)
 
 // A CTA a multiprocessor, and no more warps of each than shared memory has room for tiles, or than
 // there are tiles.
-static cudaError_t share_tiles(const StripGrid& g, Strip row, unsigned* ctas, unsigned* warps) {
+struct StripShares {
+  unsigned ctas = 0, warps = 0;
+  int shared = 0;  // bytes
+};
+
+// squares: whether scales may leave by squares; then g may come to have rounds of these.
+static cudaError_t share_tiles(Strip row, bool squares, StripGrid& g, StripShares& shares) {
   int device = 0, sms = 0, shared = 0, arch = 0;
   cudaError_t error = device_arch(&arch);
   if (error == cudaSuccess) error = count_multiprocessors(&sms);
@@ -278,21 +347,28 @@ static cudaError_t share_tiles(const StripGrid& g, Strip row, unsigned* ctas, un
   if (error == cudaSuccess)
     error = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   if (error != cudaSuccess) return error;
-  const int room = (shared - static_cast<int>(sizeof(StripStatic))) / StripTraits::kTileBytes;
-  *ctas = std::min(g.tiles, static_cast<uint32_t>(sms));
-  *warps = std::min((g.tiles + *ctas - 1) / *ctas,
-                    static_cast<uint32_t>(std::min(room, strip_warps(row, arch))));
+  shares.ctas = std::min(g.tiles, static_cast<uint32_t>(sms));
+  if (squares && has_stages(arch)) g.rounds = g.tiles / StripSquare::kTiles / shares.ctas;
+  const int stages = g.rounds != 0 ? StageTraits::kRequired : 0;
+  if (g.rounds != 0) g.across = Divisor::of(g.across.value / StripSquare::kSide);
+  const int room =
+      (shared - static_cast<int>(sizeof(StripStatic)) - stages) / StripTraits::kTileBytes;
+  shares.warps = std::min((g.tiles + shares.ctas - 1) / shares.ctas,
+                          static_cast<uint32_t>(std::min(room, strip_warps(row, arch))));
+  shares.shared = static_cast<int>(shares.warps) * StripTraits::kTileBytes + stages;
   return cudaSuccess;
 }
 
 template <Strip kRow, Strip kCol, bool kFlat = false, bool kRuns = false>
 static cudaError_t launch_strips(const QuantizeParams& row, const QuantizeParams& col,
-                                 const StripGrid& grid, cudaStream_t stream) {
-  unsigned ctas = 0, warps = 0;
-  const cudaError_t error = share_tiles(grid, kRow, &ctas, &warps);
+                                 const StripGrid& given, cudaStream_t stream) {
+  StripGrid grid = given;
+  StripShares shares;
+  const bool squares = kCol != Strip::kNone && has_squares(row) && has_squares(col);
+  const cudaError_t error = share_tiles(kRow, squares, grid, shares);
   if (error != cudaSuccess) return error;
-  return launch_early(quantize_strips_kernel<kRow, kCol, kFlat, kRuns>, ctas, warps * 32,
-                      warps * StripTraits::kTileBytes, stream, row, col, make_plan<kRow>(row),
+  return launch_early(quantize_strips_kernel<kRow, kCol, kFlat, kRuns>, shares.ctas,
+                      shares.warps * 32, shares.shared, stream, row, col, make_plan<kRow>(row),
                       make_plan<kCol>(col), grid);
 }
 

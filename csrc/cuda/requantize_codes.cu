@@ -417,7 +417,7 @@ __global__ void __launch_bounds__(CodeTile::kThreads, CodeTraits::kCtas)
   copy_codes(g, at, warp, tile);
   copy_scales(p, g, at, thread_id(warp), tile);
   const PhiloxSchedule keys = uniform_schedule(p);
-  const StripOperand operand = {plan, keys, nullptr};
+  const StripOperand operand = {plan, keys, nullptr, 0, 0};
   ptx::cp_async_wait_all();
   __syncwarp();  // a warp waits for its own rows only
   round_band(p, g, at, operand, warp, tile);

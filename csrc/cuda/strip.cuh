@@ -27,6 +27,19 @@ struct StripTraits {
   static_assert(kRowBytes == 128, "a tile's row touches every bank of shared memory once");
 };
 
+// 4 x 4 tiles, whose scales leave together (strip_stages.cuh).
+struct StripSquare {
+  static constexpr uint32_t kSide = 4, kTiles = kSide * kSide;
+  static constexpr uint32_t kRows = kSide * StripTraits::kTile, kRowScales = kRows / 32;
+  static constexpr uint32_t kBytes = kRows * kRowScales;  // of one operand's scales
+  static_assert(kRowScales == 8, "a lane writes a word of 8 bytes");
+
+  // Where the scale of a block lies, in a stage.
+  __device__ static __forceinline__ uint32_t scale(uint32_t stage, uint32_t row, uint32_t k) {
+    return stage + row % kRows * kRowScales + k / 32 % kRowScales;
+  }
+};
+
 // Blocks whose maximum lies in [2^-90, 2^25): nothing on the way to their codes under- or
 // overflows, for prescales within 2^-20 and 2^20, and S, at most half of the maximum, not even by
 // the rules that round up, is one of e2m1_stochastic8's.
@@ -124,12 +137,26 @@ __device__ __forceinline__ PhiloxSchedule uniform_schedule(const QuantizeParams&
   return s;
 }
 
+// Where a warp is, and will be next, in shared memory: so it takes no registers while the warp
+// works.
+struct StripWarp {
+  uint32_t next, next_n;  // a tile, the CTA's n-th
+  uint32_t square;        // the CTA's, that the warp's tile is of
+  uint32_t stage;         // 0, or where the scales of the square wait for each other
+};
+
 // An operand of the kernels from floats: the plan among their parameters, the keys in uniform
-// registers.
+// registers, signs and warps in shared memory. stage_at: 0, or where the warp's `stage` lies; the
+// operand's scales lie `further` bytes on from there (strip_stages.cuh).
 struct StripOperand {
   const StripPlan& plan;
   const PhiloxSchedule& keys;
-  const uint4* signs;  // in shared memory
+  const uint4* signs;
+  uint32_t stage_at, further;
+
+  __device__ __forceinline__ uint32_t stage() const {
+    return stage_at == 0 ? 0u : ptx::ld_shared_b32(stage_at);
+  }
 };
 
 // An operand of the kernels from codes, in shared memory; keys: (k0, k1) of two rounds a uint4.
@@ -138,6 +165,9 @@ struct StripTables {
   uint4 keys[kPhiloxRounds / 2];
   StripPlan plan;
   uint32_t offset;
+
+  static constexpr uint32_t further = 0;
+  __device__ static __forceinline__ uint32_t stage() { return 0; }
 };
 
 template <Strip kStrip>
@@ -297,12 +327,16 @@ __device__ __forceinline__ void rotate64(float (&v)[2][32]) {
 
 // Neighbour lanes write the 32 bytes of codes, and the two scales, of 64 elements of a row.
 // group: of the block.
-__device__ __forceinline__ void store_block(const QuantizeParams& p, const StripPlan& plan,
+template <class Tables>
+__device__ __forceinline__ void store_block(const QuantizeParams& p, const Tables& tables,
                                             uint32_t row, uint32_t k, uint32_t group,
                                             const StripBlock& b) {
-  if (row >= plan.rows || k >= plan.kp) return;
+  if (row >= tables.plan.rows || k >= tables.plan.kp) return;
   reinterpret_cast<uint4*>(p.data)[group] = b.codes;
-  if (p.swizzled)
+  const uint32_t stage = tables.stage();
+  if (stage != 0)
+    ptx::st_shared_u8(StripSquare::scale(stage, row, k) + tables.further, b.scale);
+  else if (p.swizzled)
     *scale_at<Mxfp4>(p, row, k) = static_cast<uint8_t>(b.scale);
   else
     p.scale[group] = static_cast<uint8_t>(b.scale);
@@ -317,7 +351,7 @@ __device__ __forceinline__ void finish_block(float (&v)[32], uint32_t max_bits,
     max_bits = amax32(v);
   }
   const uint32_t group = row * tables.plan.blocks + k / 32;
-  store_block(p, tables.plan, row, k, group, quantize_block<kStrip>(v, max_bits, p, tables, group));
+  store_block(p, tables, row, k, group, quantize_block<kStrip>(v, max_bits, p, tables, group));
 }
 
 // Neighbour lanes hold the two blocks of neighbour rows. Afterwards the even lane has the first
@@ -344,15 +378,16 @@ __device__ __forceinline__ void finish64(float (&v)[2][32], const QuantizeParams
                                          AfterFirst after_first) {
   rotate64(v);
   const uint32_t blocks = tables.plan.blocks;
-  const auto group = [&] { return (first_row + ptx::lane_id()) * blocks + k / 32; };
-  StripBlock first = quantize_block<kStrip>(v[0], amax32(v[0]), p, tables, group());
+  const auto group = [&](uint32_t lane) { return (first_row + lane) * blocks + k / 32; };
+  StripBlock first = quantize_block<kStrip>(v[0], amax32(v[0]), p, tables, group(ptx::lane_id()));
   after_first();
-  StripBlock second = quantize_block<kStrip>(v[1], amax32(v[1]), p, tables, group() + 1);
+  StripBlock second = quantize_block<kStrip>(v[1], amax32(v[1]), p, tables,
+                                                group(threadIdx.x % 32) + 1);
   const uint32_t lane = ptx::lane_id(), odd = lane % 2, row = first_row + (lane - odd);
   exchange_blocks(first, second, odd);  // so that together they write 32 bytes of a row at a time
   const uint32_t at = row * blocks + k / 32 + odd;
-  store_block(p, tables.plan, row, k + 32 * odd, at, first);
-  store_block(p, tables.plan, row + 1, k + 32 * odd, at + blocks, second);
+  store_block(p, tables, row, k + 32 * odd, at, first);
+  store_block(p, tables, row + 1, k + 32 * odd, at + blocks, second);
 }
 
 }  // namespace mxtrain::cuda

@@ -45,7 +45,8 @@ struct Fiber {
   ucontext_t start;
   const char *waits = nullptr, *file = nullptr;  // where it waits, or null
   int line = 0;
-  bool left = false;  // has returned from the kernel
+  uint32_t barrier = 0;  // whose phase it waits for
+  bool left = false;     // has returned from the kernel
   std::vector<Copy> copies;
   unsigned group = 0;  // of the copies that it issues now
 };
@@ -106,6 +107,7 @@ void add_fiber() {
 
 void prepare(Fiber* f) {
   f->waits = nullptr;
+  f->barrier = 0;
   f->left = false;
   f->copies.clear();
   if (f->started) return;
@@ -287,6 +289,40 @@ const uint64_t* exchange(const char* what, unsigned mask, uint64_t value, const 
 }
 
 uint8_t* dynamic_shared() { return shared_first; }
+
+struct Phases {
+  uint16_t arrivals, left;
+  uint32_t ended;
+};
+
+static Phases* phases_at(uint32_t barrier) {
+  return static_cast<Phases*>(at_shared(barrier, sizeof(Phases)));
+}
+
+void init_phases(uint32_t barrier, uint32_t arrivals) {
+  *phases_at(barrier) = {static_cast<uint16_t>(arrivals), static_cast<uint16_t>(arrivals), 0};
+}
+
+void arrive(uint32_t barrier) {
+  Phases& p = *phases_at(barrier);
+  if (p.left == 0 || p.left > p.arrivals) fail("an mbarrier is arrived at and was not initialized");
+  if (--p.left > 0) return;
+  p.left = p.arrivals;
+  ++p.ended;
+  for (unsigned i = 0; i < threads; ++i) {
+    Fiber& f = *fibers[i];
+    if (f.waits == nullptr || f.barrier != barrier) continue;
+    f.barrier = 0;
+    release(&f);
+  }
+}
+
+void await_phase(uint32_t barrier, uint32_t parity, const char* what, const char* file, int line) {
+  while (phases_at(barrier)->ended % 2 == parity) {
+    self->barrier = barrier;
+    wait(what, file, line);
+  }
+}
 
 uint32_t shared_address(const void* p) {
   const auto* at = static_cast<const uint8_t*>(p);

@@ -45,6 +45,11 @@ uint8_t* dynamic_shared();
 uint32_t shared_address(const void* p);
 void* at_shared(uint32_t address, uint32_t bytes);
 
+// Barriers in 8 bytes of shared memory: a phase ends with the last of its arrivals.
+void init_phases(uint32_t barrier, uint32_t arrivals);
+void arrive(uint32_t barrier);
+void await_phase(uint32_t barrier, uint32_t parity, const char* what, const char* file, int line);
+
 // cp.async, of `bytes` that are followed by zeros up to `size`.
 void copy_async(uint32_t to, const void* from, uint32_t size, uint32_t bytes);
 void commit_copies();

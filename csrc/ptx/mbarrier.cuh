@@ -6,7 +6,18 @@
 
 #include <cstdint>
 
+#include "ptx/integer.cuh"
+
 namespace mxtrain::ptx {
+
+// Arrivals of a warp: one lane's, after all lanes have come together. The race checker of
+// compute-sanitizer orders only the lanes that arrive themselves; for it, build with
+// CUDAFLAGS=-DMXT_EVERY_LANE_ARRIVES.
+#ifdef MXT_EVERY_LANE_ARRIVES
+constexpr int kWarpArrivals = 32;
+#else
+constexpr int kWarpArrivals = 1;
+#endif
 
 // mbarrier.init: a phase completes after `arrivals` arrivals and the bytes they announced.
 __device__ __forceinline__ void mbarrier_init(uint32_t barrier, uint32_t arrivals) {
@@ -21,6 +32,12 @@ __device__ __forceinline__ void fence_mbarrier_init() {
 // mbarrier.arrive: one arrival; what this thread wrote before is seen by those who then wait.
 __device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+// The kWarpArrivals arrivals of a whole warp.
+__device__ __forceinline__ void mbarrier_arrive_warp(uint32_t barrier) {
+  __syncwarp();
+  if (kWarpArrivals == 32 || lane_id() == 0) mbarrier_arrive(barrier);
 }
 
 // mbarrier.arrive.expect_tx: one arrival, which announces `bytes` of copies to come.

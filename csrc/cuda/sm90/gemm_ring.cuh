@@ -12,14 +12,7 @@
 
 namespace mxtrain::cuda::sm90 {
 
-// Arrivals of a warp that has read something: one lane's, after all lanes have come together. The
-// race checker of compute-sanitizer orders only the lanes that arrive themselves; for it, build
-// with CUDAFLAGS=-DMXT_EVERY_LANE_ARRIVES.
-#ifdef MXT_EVERY_LANE_ARRIVES
-constexpr int kWarpArrivals = 32;
-#else
-constexpr int kWarpArrivals = 1;
-#endif
+using ptx::kWarpArrivals;
 
 // One thread makes the barriers: a stage is full after `fills` arrivals, and empty after those of
 // every consumer warp of the cluster.
