@@ -55,6 +55,17 @@ __device__ __forceinline__ StripPlace place_of(const StripGrid& g, uint32_t tile
           (along * kSide + tile % kSide) * kTile};
 }
 
+// Start copying up to 8 elements, with zeros behind them. A part of a chunk goes by elements: the
+// copy would read 16 bytes, some of which may lie behind x.
+__device__ __forceinline__ void copy_chunk(uint32_t to, const uint8_t* from, uint32_t elements) {
+  if (elements % 8 == 0) return ptx::cp_async_16(to, from, elements * 2);
+  uint32_t w[4] = {};
+#pragma unroll
+  for (uint32_t i = 0; i < 7; ++i)
+    if (i < elements) w[i / 2] |= reinterpret_cast<const uint16_t*>(from)[i] << (16 * (i % 2));
+  ptx::st_shared_v4(to, w[0], w[1], w[2], w[3]);
+}
+
 // Start filling a tile, zeros outside of x. A lane keeps its chunk and moves on by 4 rows.
 template <bool kFlat, bool kStaged>
 __device__ __forceinline__ void copy_tile(const StripGrid& g, uint32_t tile, uint32_t to) {
@@ -76,11 +87,11 @@ __device__ __forceinline__ void copy_tile(const StripGrid& g, uint32_t tile, uin
                        from + static_cast<uint64_t>(pitch) * (i * kStep), 16);
     return;
   }
-  const int bytes = column >= g.width ? 0 : min(g.width - column, 8u) * 2;
+  const uint32_t elements = column >= g.width ? 0 : min(g.width - column, 8u);
 #pragma unroll 1
   for (int i = first; i < StripTraits::kTile; i += kStep, from += pitch * kStep) {
-    const bool inside = at.row + i < g.height && bytes > 0;
-    ptx::cp_async_16(to + strip_offset(i, chunk), inside ? from : g.x, inside ? bytes : 0);
+    const bool inside = at.row + i < g.height && elements > 0;
+    copy_chunk(to + strip_offset(i, chunk), inside ? from : g.x, inside ? elements : 0);
   }
 }
 
