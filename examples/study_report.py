@@ -83,12 +83,17 @@ def finished(record: Fields) -> bool:
     return record["diverged"] is None and bool(record["rows"])
 
 
-def speed(records: list[Fields]) -> float | None:
-    """Units a second of the last seed that had its GPU for itself: a mean would mix kernels, since
-    seeds are trained one after the other.
+def speeds(records: list[Fields], bf16: list[Fields]) -> tuple[float | None, float | None]:
+    """Units a second of the row and of BF16 in the last seed in which both had a GPU to themselves;
+    without one, those of the row's last seed that had. No mean: it would mix kernels, since seeds
+    are trained one after the other.
     """
-    rates = [r["units_per_second"] for r in records if r["alone"] and r["units_per_second"] > 0]
-    return rates[-1] if rates else None
+    mine, base = (
+        {r["seed"]: r["units_per_second"] for r in them if r["alone"] and r["units_per_second"] > 0}
+        for them in (records, bf16)
+    )
+    seed = max(mine.keys() & base.keys() or mine.keys(), default=None)
+    return mine.get(seed), base.get(seed)
 
 
 def spread(values: Sequence[float | None], style: str) -> str:
@@ -114,7 +119,7 @@ def line(name: str, records: list[Fields], bf16: list[Fields]) -> tuple[str, ...
     else:
         gaps = [loss_gap(r, baseline) for r in good]
         gap = spread(gaps, "+.2f") + (" %" if any(g is not None for g in gaps) else "")
-    rate, base = speed(records), speed(bf16)
+    rate, base = speeds(records, bf16)
     peak = [r["peak_bytes"] / 2**30 for r in good if r["peak_bytes"]]
     watched = [
         [100 * r["oscillation"][when]["oscillating"] for r in good if when in r["oscillation"]]

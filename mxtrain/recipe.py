@@ -397,7 +397,7 @@ _TABLE: dict[str, tuple[tuple[Quantizer, ...], dict[str, Any], str]] = {
     ),
     "nvfp4_rht": (
         (_NV, _NV, _CEIL_RHT_SR, _CEIL_RHT, _CEIL_RHT_SR, _CEIL_RHT), {},
-        "this package: of the mixtures in docs/results.md with three 4-bit GEMMs, the smallest gap",
+        "this package: of docs/results.md's mixtures with three 4-bit GEMMs, the least mean gap",
     ),
     # W^T by _I8, from the original, has the codes of W's forward operand: nothing of W is kept.
     "int8_block": (

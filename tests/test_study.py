@@ -342,11 +342,15 @@ def test_gaps_are_within_a_seed(tmp_path):
         record("gpt/bf16@0", 1.0), record("gpt/bf16@1", 2.0),
         record("gpt/tetrajet@0", 1.04, units_per_second=400.0), record("gpt/tetrajet@1", 2.06,
         units_per_second=500.0), record("gpt/tetrajet@2", 9.0, alone=False),
+        record("gpt/bf16@3", 9.0, alone=False), record("gpt/nvfp4@1", 2.0, units_per_second=600.0),
+        record("gpt/nvfp4@3", 9.0, units_per_second=900.0),  # alone, but BF16 was not
+        record("gpt/mxfp8@3", 9.0, units_per_second=700.0),
         record("gpt/quartet@0", 5.0, diverged=3),
     ]  # fmt: skip
     written = study_report.write_report(records, str(tmp_path), figures=True)
     rows = {line.split(" | ")[0].strip("| "): line for line in written.splitlines()}
     assert "+3.50 ± 0.71 %" in rows["tetrajet"] and "| 500 | 0.50 |" in rows["tetrajet"]
+    assert "| 600 | 0.60 |" in rows["nvfp4"] and "| 700 | - |" in rows["mxfp8"]
     assert "- (1 diverged)" in rows["quartet"] and "R > 16" not in written
     assert (tmp_path / "gpt-main.png").stat().st_size > 0
 
