@@ -84,7 +84,17 @@ def test_scales_of_a_column_are_a_word(tile):
 
 @pytest.mark.parametrize("swizzle", [False, True])
 @pytest.mark.parametrize(
-    "shape", [(128, 256), (255, 257), (257, 255), (256, 256), (512, 768), (33, 1000), (1000, 33), (700, 520)]
+    "shape",
+    [
+        (128, 256),
+        (255, 257),
+        (257, 255),
+        (256, 256),
+        (512, 768),
+        (33, 1000),
+        (1000, 33),
+        (700, 520),
+    ],
 )
 def test_edges_of_tiles(shape, swizzle, device):
     data, scale, _ = random_operand(*shape)
