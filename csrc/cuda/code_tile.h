@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Where requantize_codes.cu keeps a tile, 256 rows x 256 columns of codes of x, in shared memory.
-// Its 8 bands of 32 rows are the blocks of the result's rows; a warp has one, and each of its lanes
+// Where requantize_codes.cu keeps a tile, 128 rows x 256 columns of codes of x, in shared memory.
+// Its 4 bands of 32 rows are the blocks of the result's rows; a warp has one, and each of its lanes
 // 8 columns. A band holds first its rows as in memory, 128 bytes each; then, in the same bytes,
 // each lane's columns, 16 bytes down; then the blocks that come of them. No CUDA here: tests ask
 // the host for it.
@@ -13,13 +13,13 @@
 namespace mxtrain::cuda {
 
 struct CodeTile {
-  static constexpr uint32_t kRows = 256, kColumns = 256, kBandRows = 32, kBands = kRows / kBandRows;
+  static constexpr uint32_t kRows = 128, kColumns = 256, kBandRows = 32, kBands = kRows / kBandRows;
   static constexpr uint32_t kLaneColumns = kColumns / 32;
   static constexpr uint32_t kRowBytes = kColumns / 2, kChunks = kRowBytes / 16;
   static constexpr uint32_t kBandBytes = kBandRows * kRowBytes, kBytes = kBands * kBandBytes;
   static constexpr uint32_t kScaleBytes = kRows * (kColumns / 32);  // of its rows, or of its blocks
   // A warp copies its band, a lane chunk lane % 8 of the rows lane / 8 + 4 i; a thread stores block
-  // thread % 8 of the operand rows thread / 8 + 32 i.
+  // thread % 4 of the operand rows thread / 4 + 32 i.
   static constexpr uint32_t kThreads = 32 * kBands;
   static constexpr uint32_t kCopyRows = 32 / kChunks, kCopies = kBandRows / kCopyRows;
   static constexpr uint32_t kStoreColumns = kThreads / kBands, kStores = kColumns / kStoreColumns;
@@ -29,18 +29,18 @@ struct CodeTile {
     return row * kRowBytes + chunk * 16;
   }
   // Column n of a lane. Lanes that take their n-th columns at once, and bands that are asked for
-  // the blocks of a column, touch every bank once.
+  // the blocks of two columns, touch every bank once.
   MXT_HD static uint32_t column(uint32_t band, uint32_t lane, uint32_t n) {
-    return band * kBandBytes + lane * kRowBytes + (n ^ lane % 8 ^ band) * 16;
+    return band * kBandBytes + lane * kRowBytes + (n ^ lane % 8 ^ band * 2) * 16;
   }
-  // Block thread % 8 of column thread / 8 + 32 i: column() of its lane, from that of i = 0.
+  // Block thread % 4 of column thread / 4 + 32 i: column() of its lane, from that of i = 0.
   MXT_HD static uint32_t stored(uint32_t thread) {
     return column(thread % kBands, thread / kBands / kLaneColumns, thread / kBands % kLaneColumns);
   }
   MXT_HD static uint32_t stored_further(uint32_t first, uint32_t i) {
     return (first ^ i % 2 * 64) + i * (kStoreColumns / kLaneColumns * kRowBytes);
   }
-  // The scale of a block. Those of a column are 8 bytes, of which thread t stores the t-th.
+  // The scale of a block. Those of a column are a word of 4; thread t stores words t and t + 128.
   MXT_HD static uint32_t block_scale(uint32_t band, uint32_t lane, uint32_t n) {
     return (n * 32 + lane) * kBands + band;
   }

@@ -12,9 +12,9 @@
 // largest element, and no element exceeds 6 S. Squares of other scales, NaN, and prescales go
 // element by element (strip.cuh).
 //
-// A CTA has one tile, 256 rows x 256 columns of x: rows come in as lines of 128 bytes, and rows of
-// the result leave so. It is rounded in place in shared memory; code_tile.h says how it lies
-// there. While one CTA copies, the other three of its multiprocessor round, and the hardware gives
+// A CTA has one tile, 128 rows x 256 columns of x: rows come in as lines of 128 bytes, and rows of
+// the result leave by 64. It is rounded in place in shared memory; code_tile.h says how it lies
+// there. While one CTA copies, the other seven of its multiprocessor round, and the hardware gives
 // the next tile to the multiprocessor that is first done with one.
 #include "cuda/code_tile.h"
 #include "cuda/divide.cuh"
@@ -29,7 +29,7 @@ namespace {
 // ---- traits ----
 
 struct CodeTraits {
-  static constexpr int kCtas = 4;          // of an SM, as many as registers allow
+  static constexpr int kCtas = 8;          // of an SM, as many as registers allow
   static constexpr uint32_t kSquares = 8;  // 32 x 32, of a warp, each of 4 lanes
   // Scales that neither under- nor overflow on the way, and how far they may lie apart.
   static constexpr uint32_t kFirst = 16, kLast = 250, kBinades = 9;
@@ -41,7 +41,7 @@ struct CodeGrid {
   uint32_t height, blocks;
   Divisor across;
   bool pairs;            // no prescale
-  bool loads8, stores8;  // rows of scales are aligned words of 8
+  bool loads8, stores4;  // rows of scales are aligned words of 8 and 4
 };
 
 struct CodePlace {
@@ -362,7 +362,7 @@ __device__ __forceinline__ void round_band(const QuantizeParams& p, const CodeGr
   }
 }
 
-// 8 lanes write the 8 blocks of an operand row.
+// 4 lanes write the 4 blocks of an operand row.
 __device__ __forceinline__ void store_codes(const QuantizeParams& p, const CodePlace& at,
                                             uint32_t thread, CodeShared& tile) {
   const uint32_t block = at.row / 32 + thread % CodeTile::kBands,
@@ -385,25 +385,26 @@ __device__ __forceinline__ void store_codes(const QuantizeParams& p, const CodeP
   for (uint32_t i = 0; i * CodeTile::kStoreColumns < left; ++i) store(i);
 }
 
-// A thread writes the 8 scales of an operand row.
+// A thread writes the 4 scales of two operand rows.
 __device__ __forceinline__ void store_scales(const QuantizeParams& p, const CodeGrid& g,
                                              const CodePlace& at, uint32_t thread,
                                              const uint8_t* block_scales) {
-  static_assert(CodeTile::kColumns == CodeTile::kThreads && CodeTile::kBands == 8,
-                "a thread a row");
-  const uint32_t kp = static_cast<uint32_t>(p.kp),
-                 row = at.column + CodeTile::scaled_column(thread);
-  if (row >= static_cast<uint32_t>(p.rows)) return;
-  const uint8_t* from = block_scales + thread * CodeTile::kBands;
-  uint8_t* to = p.scale + (static_cast<uint64_t>(row) * (kp / 32) + at.row / 32);
-  if (g.stores8) {
-    *reinterpret_cast<uint2*>(to) = *reinterpret_cast<const uint2*>(from);
-    return;
-  }
+  const uint32_t kp = static_cast<uint32_t>(p.kp);
+#pragma unroll
+  for (uint32_t word = thread; word < CodeTile::kColumns; word += CodeTile::kThreads) {
+    const uint32_t row = at.column + CodeTile::scaled_column(word);
+    if (row >= static_cast<uint32_t>(p.rows)) continue;
+    const uint8_t* from = block_scales + word * CodeTile::kBands;
+    uint8_t* to = p.scale + (static_cast<uint64_t>(row) * (kp / 32) + at.row / 32);
+    if (g.stores4) {
+      *reinterpret_cast<uint32_t*>(to) = *reinterpret_cast<const uint32_t*>(from);
+      continue;
+    }
 #pragma unroll 1
-  for (uint32_t b = 0; b < CodeTile::kBands; ++b) {
-    const uint32_t k = at.row + 32 * b;
-    if (k < kp) *(p.swizzled ? scale_at<Mxfp4>(p, row, k) : to + b) = from[b];
+    for (uint32_t b = 0; b < CodeTile::kBands; ++b) {
+      const uint32_t k = at.row + 32 * b;
+      if (k < kp) *(p.swizzled ? scale_at<Mxfp4>(p, row, k) : to + b) = from[b];
+    }
   }
 }
 
