@@ -67,10 +67,9 @@ __device__ __forceinline__ void copy_chunk(uint32_t to, const uint8_t* from, uin
 }
 
 // Start filling a tile, zeros outside of x. A lane keeps its chunk and moves on by 4 rows.
-template <bool kFlat, bool kStaged>
-__device__ __forceinline__ void copy_tile(const StripGrid& g, uint32_t tile, uint32_t to) {
+template <bool kFlat>
+__device__ __forceinline__ void copy_tile(const StripGrid& g, StripPlace at, uint32_t to) {
   constexpr int kStep = 32 / StripTraits::kChunks;
-  const StripPlace at = place_of<kFlat, kStaged>(g, tile);
   const uint32_t pitch = kFlat ? StripTraits::kRowBytes : g.pitch;
   const int lane = ptx::lane_id(), chunk = lane % StripTraits::kChunks,
             first = lane / StripTraits::kChunks;
@@ -95,7 +94,12 @@ __device__ __forceinline__ void copy_tile(const StripGrid& g, uint32_t tile, uin
   }
 }
 
-// What a CTA has beside its tiles.
+// Where a warp will be next, in shared memory: so it takes no registers while the warp works.
+struct alignas(8) StripWarp {
+  uint32_t tile, n;  // the CTA's n-th
+};
+
+// What a CTA has beside its tiles and stages.
 struct StripStatic {
   StripSigns row_signs, col_signs;
   uint32_t taken;  // how many of its tiles have been begun
@@ -123,7 +127,7 @@ __global__ void __launch_bounds__(strip_warps(kRow, kCodeArch) * 32, 1)
     quantize_strips_kernel(const QuantizeParams row, const QuantizeParams col,
                            const StripPlan row_plan, const StripPlan col_plan,
                            const StripGrid grid) {
-  MXT_DYNAMIC_SHARED(tiles, 128);
+  MXT_DYNAMIC_SHARED(dynamic, 128);
   __shared__ StripStatic fixed;
   StripSigns &row_signs = fixed.row_signs, &col_signs = fixed.col_signs;
   if (threadIdx.x == 0) fixed.taken = blockDim.x / 32;
@@ -140,47 +144,45 @@ __global__ void __launch_bounds__(strip_warps(kRow, kCodeArch) * 32, 1)
   }
   constexpr bool kStaged = kCol != Strip::kNone && !kFlat && has_stages(kCodeArch);
   const uint32_t warp = uniform_warp();
-  StripWarp& own = fixed.warps[warp];
-  const uint32_t stage_at = kStaged ? ptx::shared_address(&own.stage) : 0;
-  const StripOperand row_operand = {row_plan, row_keys, row_signs.word, stage_at, 0},
-                     col_operand = {col_plan, col_keys, col_signs.word, stage_at,
-                                    StripSquare::kBytes};
-  const uint32_t tiles_at = ptx::shared_address(tiles);
-  const uint32_t mine = tiles_at + warp * StripTraits::kTileBytes;
-  const Stages stages(tiles_at + blockDim.x / 32 * StripTraits::kTileBytes, fixed.barriers);
+  // Addresses that the compiler does not make anew wherever they are needed.
+  const uint32_t next = uniform(ptx::shared_address(&fixed.warps[warp]));
+  const Stages stages(uniform(ptx::shared_address(dynamic)),
+                      uniform(ptx::shared_address(&fixed.barriers)));
   if (kStaged && threadIdx.x == 0) stages.init();
+  const uint32_t tiles = stages.at + (grid.rounds != 0 ? StageTraits::kRequired : 0);
+  const uint32_t mine = tiles + warp * StripTraits::kTileBytes;
   const auto flush = [&](uint32_t square) {
     const uint32_t tile = tile_of<kStaged>(grid, square * StripSquare::kTiles);
     const StripPlace at = place_of<kFlat, kStaged>(grid, tile);
     stages.flush<kRow != Strip::kNone>(square, row, col, at.row, at.column);
   };
-  // A warp begins the tile of own.next, and takes the one after it.
-  const auto begin_tile = [&] {
-    const uint32_t n = uniform(own.next_n), square = n / StripSquare::kTiles;
-    const bool staged = kStaged && square < grid.rounds;
-    __syncwarp();
-    if (ptx::lane_id() == 0) {
-      own.next_n = atomicAdd(&fixed.taken, 1u);
-      own.next = tile_of<kStaged>(grid, own.next_n);
-      own.square = square;
-      own.stage = staged ? stages.stage(square) : 0;
-    }
-    if (!staged) return;
-    if (n % StripSquare::kTiles == 0 && square >= StageTraits::kLag)
-      flush(square - StageTraits::kLag);
-    stages.acquire(square);
-  };
-  uint32_t tile = tile_of<kStaged>(grid, warp);
-  if (ptx::lane_id() == 0) own.next_n = warp;
+  uint32_t n = warp, tile = tile_of<kStaged>(grid, n);
   __syncthreads();
-  if (tile < grid.tiles) copy_tile<kFlat, kStaged>(grid, tile, mine);
+  StripPlace place = place_of<kFlat, kStaged>(grid, tile);
+  if (tile < grid.tiles) copy_tile<kFlat>(grid, place, mine);
   while (tile < grid.tiles) {
-    const StripPlace at = place_of<kFlat, kStaged>(grid, tile);
-    begin_tile();
+    const StripPlace at = place;
+    const uint32_t square = n / StripSquare::kTiles;
+    const bool staged = kStaged && square < grid.rounds;
+    if (ptx::lane_id() == 0) {
+      const uint32_t then = atomicAdd(&fixed.taken, 1u);
+      ptx::st_shared_v2(next, tile_of<kStaged>(grid, then), then);
+    }
+    if (staged) {
+      if (n % StripSquare::kTiles == 0 && square >= StageTraits::kLag)
+        flush(square - StageTraits::kLag);
+      stages.acquire(square);
+    }
+    const StripOperand<kStaged> row_operand = {row_plan, row_keys, row_signs.word,
+                                               staged ? stages.row_stage(n) : 0},
+                                col_operand = {col_plan, col_keys, col_signs.word,
+                                               staged ? stages.col_stage(n) : 0};
     const auto copy_next = [&] {
       __syncwarp();
-      tile = uniform(own.next);
-      if (tile < grid.tiles) copy_tile<kFlat, kStaged>(grid, tile, mine);
+      tile = uniform(ptx::ld_shared_b32(next));
+      if (tile >= grid.tiles) return;
+      place = place_of<kFlat, kStaged>(grid, tile);
+      copy_tile<kFlat>(grid, place, mine);
     };
     ptx::cp_async_wait_all();
     __syncwarp();
@@ -196,9 +198,9 @@ __global__ void __launch_bounds__(strip_warps(kRow, kCodeArch) * 32, 1)
         column_pass<kCol, kRuns>(mine, pass, col, col_operand, at.column, at.row, [&] {
           if (pass == column_passes(kCol) - 1) copy_next();
         });
-    if (!kStaged) continue;
-    const uint32_t square = uniform(own.square);
-    if (square < grid.rounds) stages.commit(square);
+    if (staged) stages.commit(square);
+    n = uniform(ptx::ld_shared_b32(next + sizeof(uint32_t)));
+    __syncwarp();
   }
   const uint32_t left = min(grid.rounds, StageTraits::kLag);  // squares that are not yet written
   if (kStaged && warp < left) flush(grid.rounds - left + warp);

@@ -306,7 +306,8 @@ __device__ __forceinline__ StripBlock round_codes(const uint4& column, const uin
 // The same from any scales, by float32.
 __device__ __forceinline__ StripBlock round_values(const uint4& column, const uint4 (&scales)[4],
                                                    const QuantizeParams& p,
-                                                   const StripOperand& operand, uint32_t group) {
+                                                   const StripOperand<false>& operand,
+                                                   uint32_t group) {
   const uint32_t codes[4] = {column.x, column.y, column.z, column.w};
   float v[32];
 #pragma unroll
@@ -324,7 +325,7 @@ __device__ __forceinline__ StripBlock round_values(const uint4& column, const ui
 
 // A warp's band, in place: rows of codes to blocks of columns. at: of the tile.
 __device__ __forceinline__ void round_band(const QuantizeParams& p, const CodeGrid& g,
-                                           const CodePlace& at, const StripOperand& operand,
+                                           const CodePlace& at, const StripOperand<false>& operand,
                                            uint32_t band, CodeShared& tile) {
   const uint32_t lane = ptx::lane_id();
   const uint32_t k = at.row + 32 * band, kp = static_cast<uint32_t>(p.kp);
@@ -417,7 +418,7 @@ __global__ void __launch_bounds__(CodeTile::kThreads, CodeTraits::kCtas)
   copy_codes(g, at, warp, tile);
   copy_scales(p, g, at, thread_id(warp), tile);
   const PhiloxSchedule keys = uniform_schedule(p);
-  const StripOperand operand = {plan, keys, nullptr, 0, 0};
+  const StripOperand<false> operand = {plan, keys, nullptr, 0};
   ptx::cp_async_wait_all();
   __syncwarp();  // a warp waits for its own rows only
   round_band(p, g, at, operand, warp, tile);

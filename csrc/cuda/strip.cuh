@@ -34,9 +34,9 @@ struct StripSquare {
   static constexpr uint32_t kBytes = kRows * kRowScales;  // of one operand's scales
   static_assert(kRowScales == 8, "a lane writes a word of 8 bytes");
 
-  // Where the scale of a block lies, in a stage.
-  __device__ static __forceinline__ uint32_t scale(uint32_t stage, uint32_t row, uint32_t k) {
-    return stage + row % kRows * kRowScales + k / 32 % kRowScales;
+  // Where the scale of a block lies, from that of (row, k) = (0, 0) on.
+  __device__ static __forceinline__ uint32_t scale(uint32_t row, uint32_t k) {
+    return row * kRowScales + k / 32;
   }
 };
 
@@ -137,26 +137,16 @@ __device__ __forceinline__ PhiloxSchedule uniform_schedule(const QuantizeParams&
   return s;
 }
 
-// Where a warp is, and will be next, in shared memory: so it takes no registers while the warp
-// works.
-struct StripWarp {
-  uint32_t next, next_n;  // a tile, the CTA's n-th
-  uint32_t square;        // the CTA's, that the warp's tile is of
-  uint32_t stage;         // 0, or where the scales of the square wait for each other
-};
-
 // An operand of the kernels from floats: the plan among their parameters, the keys in uniform
-// registers, signs and warps in shared memory. stage_at: 0, or where the warp's `stage` lies; the
-// operand's scales lie `further` bytes on from there (strip_stages.cuh).
+// registers, signs in shared memory. stage: 0, or where the tile's scales wait for those of its
+// square (strip_stages.cuh); only where kStages.
+template <bool kStages>
 struct StripOperand {
+  static constexpr bool kStaged = kStages;
   const StripPlan& plan;
   const PhiloxSchedule& keys;
   const uint4* signs;
-  uint32_t stage_at, further;
-
-  __device__ __forceinline__ uint32_t stage() const {
-    return stage_at == 0 ? 0u : ptx::ld_shared_b32(stage_at);
-  }
+  uint32_t stage;
 };
 
 // An operand of the kernels from codes, in shared memory; keys: (k0, k1) of two rounds a uint4.
@@ -166,8 +156,7 @@ struct StripTables {
   StripPlan plan;
   uint32_t offset;
 
-  static constexpr uint32_t further = 0;
-  __device__ static __forceinline__ uint32_t stage() { return 0; }
+  static constexpr bool kStaged = false;
 };
 
 template <Strip kStrip>
@@ -208,7 +197,9 @@ __device__ __forceinline__ Philox4 draw_block(const StripTables& t, uint64_t gro
   return c;
 }
 
-__device__ __forceinline__ Philox4 draw_block(const StripOperand& o, uint64_t group, uint32_t) {
+template <bool kStages>
+__device__ __forceinline__ Philox4 draw_block(const StripOperand<kStages>& o, uint64_t group,
+                                              uint32_t) {
   return philox_group(o.keys, static_cast<uint32_t>(group));
 }
 
@@ -325,18 +316,30 @@ __device__ __forceinline__ void rotate64(float (&v)[2][32]) {
   }
 }
 
+// A block's row and k: those of the tile's corner, and how far it is from there.
+struct BlockPlace {
+  uint32_t row, k, tile_row, tile_k;
+
+  __device__ __forceinline__ BlockPlace below() const { return {row, k, tile_row + 1, tile_k}; }
+};
+
 // Neighbour lanes write the 32 bytes of codes, and the two scales, of 64 elements of a row.
 // group: of the block.
 template <class Tables>
 __device__ __forceinline__ void store_block(const QuantizeParams& p, const Tables& tables,
-                                            uint32_t row, uint32_t k, uint32_t group,
+                                            const BlockPlace& at, uint32_t group,
                                             const StripBlock& b) {
+  uint4* to = reinterpret_cast<uint4*>(p.data) + group;
+  if constexpr (Tables::kStaged) {
+    if (tables.stage != 0) {  // then the tile is a whole one
+      *to = b.codes;
+      return ptx::st_shared_u8(tables.stage + StripSquare::scale(at.tile_row, at.tile_k), b.scale);
+    }
+  }
+  const uint32_t row = at.row + at.tile_row, k = at.k + at.tile_k;
   if (row >= tables.plan.rows || k >= tables.plan.kp) return;
-  reinterpret_cast<uint4*>(p.data)[group] = b.codes;
-  const uint32_t stage = tables.stage();
-  if (stage != 0)
-    ptx::st_shared_u8(StripSquare::scale(stage, row, k) + tables.further, b.scale);
-  else if (p.swizzled)
+  *to = b.codes;
+  if (p.swizzled)
     *scale_at<Mxfp4>(p, row, k) = static_cast<uint8_t>(b.scale);
   else
     p.scale[group] = static_cast<uint8_t>(b.scale);
@@ -345,13 +348,13 @@ __device__ __forceinline__ void store_block(const QuantizeParams& p, const Table
 template <Strip kStrip, class Tables>
 __device__ __forceinline__ void finish_block(float (&v)[32], uint32_t max_bits,
                                              const QuantizeParams& p, const Tables& tables,
-                                             uint32_t row, uint32_t k) {
+                                             const BlockPlace& at) {
   if constexpr (rotates(kStrip)) {
     rotate_short(v, p.hadamard, p.hadamard_norm);
     max_bits = amax32(v);
   }
-  const uint32_t group = row * tables.plan.blocks + k / 32;
-  store_block(p, tables, row, k, group, quantize_block<kStrip>(v, max_bits, p, tables, group));
+  const uint32_t group = (at.row + at.tile_row) * tables.plan.blocks + (at.k + at.tile_k) / 32;
+  store_block(p, tables, at, group, quantize_block<kStrip>(v, max_bits, p, tables, group));
 }
 
 // Neighbour lanes hold the two blocks of neighbour rows. Afterwards the even lane has the first
@@ -369,25 +372,26 @@ __device__ __forceinline__ void exchange_blocks(StripBlock& first, StripBlock& s
   exchange(first.scale, second.scale);
 }
 
-// Lane i has the blocks at k and k + 32 of row first_row + i, an even one in even lanes. Its place
-// is found anew where it is needed, so that it takes no registers in between. after_first: called
-// when the first block's are free again.
+// Lane i has the blocks at k and k + 32 of row first + i of the tile, whose corner is (row, k), an
+// even one in even lanes. Its place is found anew where it is needed, so that it takes no registers
+// in between. after_first: called when the first block's are free again.
 template <Strip kStrip, class Tables, class AfterFirst>
 __device__ __forceinline__ void finish64(float (&v)[2][32], const QuantizeParams& p,
-                                         const Tables& tables, uint32_t first_row, uint32_t k,
-                                         AfterFirst after_first) {
+                                         const Tables& tables, uint32_t row, uint32_t k,
+                                         uint32_t first, AfterFirst after_first) {
   rotate64(v);
   const uint32_t blocks = tables.plan.blocks;
-  const auto group = [&](uint32_t lane) { return (first_row + lane) * blocks + k / 32; };
-  StripBlock first = quantize_block<kStrip>(v[0], amax32(v[0]), p, tables, group(ptx::lane_id()));
+  const auto group = [&](uint32_t lane) { return (row + first + lane) * blocks + k / 32; };
+  StripBlock even = quantize_block<kStrip>(v[0], amax32(v[0]), p, tables, group(ptx::lane_id()));
   after_first();
-  StripBlock second = quantize_block<kStrip>(v[1], amax32(v[1]), p, tables,
-                                                group(threadIdx.x % 32) + 1);
-  const uint32_t lane = ptx::lane_id(), odd = lane % 2, row = first_row + (lane - odd);
-  exchange_blocks(first, second, odd);  // so that together they write 32 bytes of a row at a time
-  const uint32_t at = row * blocks + k / 32 + odd;
-  store_block(p, tables, row, k + 32 * odd, at, first);
-  store_block(p, tables, row + 1, k + 32 * odd, at + blocks, second);
+  StripBlock odd =
+      quantize_block<kStrip>(v[1], amax32(v[1]), p, tables, group(threadIdx.x % 32) + 1);
+  const uint32_t lane = ptx::lane_id(), half = lane % 2;
+  exchange_blocks(even, odd, half);  // so that together they write 32 bytes of a row at a time
+  const BlockPlace at = {row, k, first + (lane - half), 32 * half};
+  const uint32_t to = group(lane - half) + half;
+  store_block(p, tables, at, to, even);
+  store_block(p, tables, at.below(), to + blocks, odd);
 }
 
 }  // namespace mxtrain::cuda

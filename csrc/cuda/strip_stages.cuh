@@ -34,10 +34,9 @@ struct Stages {
     uint64_t full[StageTraits::kStages], empty[StageTraits::kStages];
   };
 
-  __device__ __forceinline__ Stages(uint32_t at, const Barriers& barriers)
-      : at(at),
-        full(ptx::shared_address(barriers.full)),
-        empty(ptx::shared_address(barriers.empty)) {}
+  // barriers: where they lie.
+  __device__ __forceinline__ Stages(uint32_t at, uint32_t barriers)
+      : at(at), full(barriers), empty(barriers + sizeof(Barriers::full)) {}
 
   // One thread's; a __syncthreads() follows.
   __device__ __forceinline__ void init() const {
@@ -56,7 +55,20 @@ struct Stages {
   __device__ __forceinline__ uint32_t stage(uint32_t square) const {
     return at + index(square) * StageTraits::kBytes;
   }
-  // A warp, before a tile of the square leaves scales, and after.
+  // Where the scales of the CTA's n-th tile go, of the row operand and of the column operand.
+  __device__ __forceinline__ uint32_t row_stage(uint32_t n) const {
+    const uint32_t i = n % StripSquare::kTiles;
+    return stage(n / StripSquare::kTiles) +
+           StripSquare::scale(i / StripSquare::kSide * StripTraits::kTile,
+                              i % StripSquare::kSide * StripTraits::kTile);
+  }
+  __device__ __forceinline__ uint32_t col_stage(uint32_t n) const {
+    const uint32_t i = n % StripSquare::kTiles;
+    return stage(n / StripSquare::kTiles) + StripSquare::kBytes +
+           StripSquare::scale(i % StripSquare::kSide * StripTraits::kTile,
+                              i / StripSquare::kSide * StripTraits::kTile);
+  }
+  // A warp, before a tile of the square leaves scales, and after its tile.
   __device__ __forceinline__ void acquire(uint32_t square) const {
     ptx::mbarrier_wait(empty + 8 * index(square), parity(square) ^ 1);
   }

@@ -52,12 +52,13 @@ __device__ __forceinline__ void fill_from_row(float (&v)[32], const Tables& tabl
 // Blocks of bfloat16 pairs as they lie in x, nearest.
 template <class Tables>
 __device__ __forceinline__ void finish_row_pairs(const uint32_t (&w)[16], const QuantizeParams& p,
-                                                 const Tables& tables, uint32_t row, uint32_t k) {
+                                                 const Tables& tables, const BlockPlace& at) {
   const ScaleChooser<Mxfp4> scales(p);
   BlockScale s;
   const uint4 codes = tables.plan.fits ? quantize_row_block<true>(w, scales, s)
                                        : quantize_row_block<false>(w, scales, s);
-  store_block(p, tables, row, k, row * tables.plan.blocks + k / 32, {codes, s.code});
+  const uint32_t group = (at.row + at.tile_row) * tables.plan.blocks + (at.k + at.tile_k) / 32;
+  store_block(p, tables, at, group, {codes, s.code});
 }
 
 // The sum of a block of x, one element after the other: a run of rows (formats/column_sum.h).
@@ -70,7 +71,8 @@ __device__ __forceinline__ void store_run(const QuantizeParams& p, const StripPl
 template <bool kRuns, class Tables>
 __device__ __forceinline__ void finish_column_pairs(const uint32_t (&x2)[32],
                                                     const QuantizeParams& p, const Tables& tables,
-                                                    uint32_t row, uint32_t k) {
+                                                    const BlockPlace& at) {
+  const uint32_t row = at.row + at.tile_row, k = at.k + at.tile_k;
   if (kRuns) {
     float sum[2] = {};
 #pragma unroll
@@ -89,8 +91,8 @@ __device__ __forceinline__ void finish_column_pairs(const uint32_t (&x2)[32],
   else
     quantize_two_blocks<false>(x2, scales, s, codes);
   const uint32_t blocks = tables.plan.blocks, group = row * blocks + k / 32;
-  store_block(p, tables, row, k, group, {codes[0], s[0].code});
-  store_block(p, tables, row + 1, k, group + blocks, {codes[1], s[1].code});
+  store_block(p, tables, at, group, {codes[0], s[0].code});
+  store_block(p, tables, at.below(), group + blocks, {codes[1], s[1].code});
 }
 
 // Pass `pass` of the rows: lane 2 i + b takes block b of row 16 pass + i, or, for a group of 64,
@@ -111,7 +113,7 @@ __device__ __forceinline__ void row_pass(uint32_t tile, int pass, const Quantize
       read_row_block(from ^ (b * 64), w);
       fill_from_row<kStrip>(v[b], tables, b, w);
     }
-    return finish64<kStrip>(v, p, tables, row + pass * 32, k, after_read);
+    return finish64<kStrip>(v, p, tables, row, k, pass * 32, after_read);
   }
   const uint32_t b = lane % 2, r = pass * StripTraits::kPassRows + lane / 2;
   const uint32_t first = tile + strip_offset(lane / 2, 4 * b);
@@ -121,19 +123,21 @@ __device__ __forceinline__ void row_pass(uint32_t tile, int pass, const Quantize
                  w);
   if constexpr (kStrip == Strip::kPairs) {
     after_read();
-    return finish_row_pairs(w, p, tables, row + r, k + 32 * b);
+    return finish_row_pairs(w, p, tables, {row, k, r, 32 * b});
   }
   float v[32];
   uint32_t m = 0;
   if constexpr (!rotates(kStrip)) {
-    uint32_t m2 = ptx::max_nan_abs_bf16x2(w[0], w[1]);
+    uint32_t m4[4] = {w[0], w[1], w[2], w[3]};  // four chains
 #pragma unroll
-    for (int i = 2; i < 16; ++i) m2 = ptx::max_nan_abs_bf16x2(m2, w[i]);
+    for (int i = 4; i < 16; ++i) m4[i % 4] = ptx::max_nan_abs_bf16x2(m4[i % 4], w[i]);
+    const uint32_t m2 = ptx::max_nan_abs_bf16x2(ptx::max_nan_abs_bf16x2(m4[0], m4[1]),
+                                                ptx::max_nan_abs_bf16x2(m4[2], m4[3]));
     m = max(m2 << 16 & ~kSignBit, m2 & 0x7FFF0000u);
   }
   fill_from_row<kStrip>(v, tables, b, w);
   after_read();
-  finish_block<kStrip>(v, m, p, tables, row + r, k + 32 * b);
+  finish_block<kStrip>(v, m, p, tables, {row, k, r, 32 * b});
 }
 
 // Where column c has its elements of rows 32 b + j, j = 0 to 7; every 8 rows are a kilobyte
@@ -172,7 +176,7 @@ __device__ __forceinline__ void column_pass(uint32_t tile, int pass, const Quant
     column_addresses(tile, 0, c, from);
     fill_from_column<kStrip, false>(v[0], tables, 0, from);
     fill_from_column<kStrip, true>(v[1], tables, 1, from);
-    return finish64<kStrip>(v, p, tables, row + pass * 32, k, after_read);
+    return finish64<kStrip>(v, p, tables, row, k, pass * 32, after_read);
   }
   if constexpr (kStrip == Strip::kPairs) {
     const uint32_t half = lane % 2, c = pass * 32 + lane / 2 * 2;
@@ -182,7 +186,7 @@ __device__ __forceinline__ void column_pass(uint32_t tile, int pass, const Quant
     for (int i = 0; i < 32; ++i)
       x2[i] = ptx::ld_shared_b32(from[i % 8] + i * StripTraits::kRowBytes);
     after_read();
-    return finish_column_pairs<kRuns>(x2, p, tables, row + c, k + 32 * half);
+    return finish_column_pairs<kRuns>(x2, p, tables, {row, k, c, 32 * half});
   }
   const uint32_t b = lane % 2, c = pass * StripTraits::kPassRows + lane / 2;
   float v[32];
@@ -196,7 +200,7 @@ __device__ __forceinline__ void column_pass(uint32_t tile, int pass, const Quant
   }
   const uint32_t m = rotates(kStrip) ? 0 : amax32(v);
   after_read();
-  finish_block<kStrip>(v, m, p, tables, row + c, k + 32 * b);
+  finish_block<kStrip>(v, m, p, tables, {row, k, c, 32 * b});
 }
 
 }  // namespace mxtrain::cuda
