@@ -29,7 +29,7 @@ namespace {
 // ---- traits ----
 
 struct CodeTraits {
-  static constexpr int kCtas = 8;          // of an SM, as many as registers allow
+  static constexpr int kCtas = 9;          // of an SM, as many as registers allow
   static constexpr uint32_t kSquares = 8;  // 32 x 32, of a warp, each of 4 lanes
   // Scales that neither under- nor overflow on the way, and how far they may lie apart.
   static constexpr uint32_t kFirst = 16, kLast = 250, kBinades = 9;
@@ -333,17 +333,19 @@ __device__ __forceinline__ void round_band(const QuantizeParams& p, const CodeGr
   uint4(&rows)[CodeTraits::kSquares][4] = tile.rows[band];
   const Square square = survey(tile, band, g.pairs, rows);
   transpose_codes(tile, band);
-  const uint32_t columns = ptx::shared_address(tile.codes) + CodeTile::column(band, lane, 0);
-  const uint32_t scales =
-      ptx::shared_address(tile.block_scales) + CodeTile::block_scale(band, lane, 0);
   const uint32_t group = (at.column + lane * CodeTile::kLaneColumns) * (kp / 32) + k / 32;
   const auto each_column = [&](auto round) {
 #pragma unroll 1
     for (uint32_t n = 0; n < CodeTile::kLaneColumns; ++n) {
-      const uint4 column = ptx::ld_shared_v4(columns ^ (n * 16));
+      const uint32_t columns =
+          ptx::shared_address(tile.codes) + CodeTile::column(band, ptx::lane_id(), n);
+      const uint4 column = ptx::ld_shared_v4(columns);
       const StripBlock b = round(column, n);
-      ptx::st_shared_v4(columns ^ (n * 16), b.codes.x, b.codes.y, b.codes.z, b.codes.w);
-      ptx::st_shared_u8(scales + CodeTile::block_scale(0, 0, n), b.scale);
+      const uint32_t lane = ptx::lane_id();
+      ptx::st_shared_v4(ptx::shared_address(tile.codes) + CodeTile::column(band, lane, n),
+                        b.codes.x, b.codes.y, b.codes.z, b.codes.w);
+      ptx::st_shared_u8(
+          ptx::shared_address(tile.block_scales) + CodeTile::block_scale(band, lane, n), b.scale);
     }
   };
   if (square.fast) {
