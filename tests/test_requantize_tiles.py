@@ -123,8 +123,8 @@ def test_more_tiles_than_run_at_once(device):
     sms = 2
     if torch.device(device).type == "cuda":
         sms = torch.cuda.get_device_properties(device).multi_processor_count
-    # 8 CTAs a multiprocessor, 20 tiles below one another.
-    rows, cols = 128 * 20 - 3, 256 * -(-2 * 8 * sms // 20) + 64
+    # 9 CTAs a multiprocessor, 20 tiles below one another.
+    rows, cols = 128 * 20 - 3, 256 * -(-2 * 9 * sms // 20) + 64
     data, scale, _ = random_operand(rows, cols)
     scale[::997, ::3] = 60
     made = [

@@ -14,7 +14,7 @@
 //
 // A CTA has one tile, 128 rows x 256 columns of x: rows come in as lines of 128 bytes, and rows of
 // the result leave by 64. It is rounded in place in shared memory; code_tile.h says how it lies
-// there. While one CTA copies, the other seven of its multiprocessor round, and the hardware gives
+// there. While one CTA copies, the other eight of its multiprocessor round, and the hardware gives
 // the next tile to the multiprocessor that is first done with one.
 #include "cuda/code_tile.h"
 #include "cuda/divide.cuh"
@@ -337,6 +337,7 @@ __device__ __forceinline__ void round_band(const QuantizeParams& p, const CodeGr
   const auto each_column = [&](auto round) {
 #pragma unroll 1
     for (uint32_t n = 0; n < CodeTile::kLaneColumns; ++n) {
+      // The lane's place is found anew, or its addresses would take a register too many.
       const uint32_t columns =
           ptx::shared_address(tile.codes) + CodeTile::column(band, ptx::lane_id(), n);
       const uint4 column = ptx::ld_shared_v4(columns);
