@@ -179,7 +179,7 @@ __device__ __forceinline__ void fill_tables(StripTables& t, const QuantizeParams
 
 struct StripBlock {
   uint4 codes;
-  uint32_t scale;
+  uint32_t scale;  // in the low byte
 };
 
 // The call of a block, which is a group of draws.
@@ -248,6 +248,18 @@ __device__ __forceinline__ StripBlock quantize_odd_block(float (&v)[32], uint32_
           m >= kInfBits ? kE8M0Nan : code};
 }
 
+__device__ __forceinline__ bool is_ordinary(const StripPlan& plan, uint32_t max_bits) {
+  return max_bits - OrdinaryTraits::kFirst < plan.ordinary;
+}
+
+// The scale of an ordinary block, as a code; code: in the low byte.
+__device__ __forceinline__ uint32_t scale_code(const StripPlan& plan, uint32_t max_bits) {
+  return e8m0_scale<E2M1>(max_bits - plan.norm_shift, plan.round_up);
+}
+__device__ __forceinline__ uint32_t scale_bits_of(const StripPlan& plan, uint32_t code) {
+  return (code << 24 >> 1) + plan.norm_shift;
+}
+
 // v: a block, before a norm that moves the scale; max_bits: of its maximum; group: of its draws.
 template <Strip kStrip, class Tables>
 __device__ __forceinline__ StripBlock quantize_block(float (&v)[32], uint32_t max_bits,
@@ -255,16 +267,35 @@ __device__ __forceinline__ StripBlock quantize_block(float (&v)[32], uint32_t ma
                                                      uint64_t group) {
   const StripPlan& plan = tables.plan;
   // A path of its own, or the compiler moves all of v where the paths meet.
-  if (__builtin_expect(max_bits - OrdinaryTraits::kFirst >= plan.ordinary, 0))
+  if (!is_ordinary(plan, max_bits))
     return quantize_odd_block<kStrip>(v, max_bits, p, tables, group);
-  const uint32_t code = e8m0_scale<E2M1>(max_bits - plan.norm_shift, plan.round_up);
-  const uint32_t scale_bits = (code << 23) + plan.norm_shift;
+  const uint32_t code = scale_code(plan, max_bits), scale_bits = scale_bits_of(plan, code);
   if (!plan.plain) {
 #pragma unroll
     for (int i = 0; i < 32; ++i) v[i] *= p.prescale;
     if (!plan.fits) limit_block(v, scale_bits);
   }
   return {encode_block<kStrip>(v, scale_bits, p, tables, group), code};
+}
+
+// The same of an ordinary block where the plan is plain, from the code of its scale.
+template <Strip kStrip, class Tables>
+__device__ __forceinline__ StripBlock quantize_short(float (&v)[32], uint32_t code,
+                                                     const QuantizeParams& p, const Tables& tables,
+                                                     uint64_t group) {
+  return {encode_block<kStrip>(v, scale_bits_of(tables.plan, code), p, tables, group), code};
+}
+
+// Whether a warp's blocks, two a lane or one, go the short way, which has no branches: a jump waits
+// for instructions. Others go by a copy of the code that knows all cases.
+template <class Tables>
+__device__ __forceinline__ bool is_short(const Tables& tables, uint32_t max_bits,
+                                         uint32_t other_max_bits) {
+  const StripPlan& plan = tables.plan;
+  bool whole = true;
+  if constexpr (Tables::kStaged) whole = tables.stage != 0;
+  return __all_sync(kAllLanes, whole && plan.plain && is_ordinary(plan, max_bits) &&
+                                   is_ordinary(plan, other_max_bits));
 }
 
 // Largest |v| bits of 32 elements; a NaN wins.
@@ -324,14 +355,14 @@ struct BlockPlace {
 };
 
 // Neighbour lanes write the 32 bytes of codes, and the two scales, of 64 elements of a row.
-// group: of the block.
-template <class Tables>
+// group: of the block. kShort: see is_short.
+template <bool kShort, class Tables>
 __device__ __forceinline__ void store_block(const QuantizeParams& p, const Tables& tables,
                                             const BlockPlace& at, uint32_t group,
                                             const StripBlock& b) {
   uint4* to = reinterpret_cast<uint4*>(p.data) + group;
   if constexpr (Tables::kStaged) {
-    if (tables.stage != 0) {  // then the tile is a whole one
+    if (kShort || tables.stage != 0) {  // then the tile is a whole one
       *to = b.codes;
       return ptx::st_shared_u8(tables.stage + StripSquare::scale(at.tile_row, at.tile_k), b.scale);
     }
@@ -354,7 +385,12 @@ __device__ __forceinline__ void finish_block(float (&v)[32], uint32_t max_bits,
     max_bits = amax32(v);
   }
   const uint32_t group = (at.row + at.tile_row) * tables.plan.blocks + (at.k + at.tile_k) / 32;
-  store_block(p, tables, at, group, quantize_block<kStrip>(v, max_bits, p, tables, group));
+  if (is_short(tables, max_bits, max_bits)) {
+    const uint32_t code = scale_code(tables.plan, max_bits);
+    store_block<true>(p, tables, at, group, quantize_short<kStrip>(v, code, p, tables, group));
+  } else {
+    store_block<false>(p, tables, at, group, quantize_block<kStrip>(v, max_bits, p, tables, group));
+  }
 }
 
 // Neighbour lanes hold the two blocks of neighbour rows. Afterwards the even lane has the first
@@ -372,6 +408,33 @@ __device__ __forceinline__ void exchange_blocks(StripBlock& first, StripBlock& s
   exchange(first.scale, second.scale);
 }
 
+// See finish64; m: the maxima of both blocks.
+template <Strip kStrip, bool kShort, class Tables, class AfterFirst>
+__device__ __forceinline__ void finish_two(float (&v)[2][32], const uint32_t (&m)[2],
+                                           const QuantizeParams& p, const Tables& tables,
+                                           uint32_t row, uint32_t k, uint32_t first,
+                                           AfterFirst after_first) {
+  const uint32_t blocks = tables.plan.blocks;
+  const auto group = [&](uint32_t lane) { return (row + first + lane) * blocks + k / 32; };
+  const auto quantize = [&](int i, uint32_t lane, uint32_t codes) {
+    if constexpr (kShort)
+      return quantize_short<kStrip>(v[i], codes >> (8 * i), p, tables, group(lane) + i);
+    else
+      return quantize_block<kStrip>(v[i], amax32(v[i]), p, tables, group(lane) + i);
+  };
+  const StripPlan& plan = tables.plan;  // one register for both scales
+  const uint32_t codes = kShort ? scale_code(plan, m[0]) | scale_code(plan, m[1]) << 8 : 0;
+  StripBlock even = quantize(0, ptx::lane_id(), codes);
+  after_first();
+  StripBlock odd = quantize(1, threadIdx.x % 32, codes);
+  const uint32_t lane = ptx::lane_id(), half = lane % 2;
+  exchange_blocks(even, odd, half);  // so that together they write 32 bytes of a row at a time
+  const BlockPlace at = {row, k, first + (lane - half), 32 * half};
+  const uint32_t to = group(lane - half) + half;
+  store_block<kShort>(p, tables, at, to, even);
+  store_block<kShort>(p, tables, at.below(), to + blocks, odd);
+}
+
 // Lane i has the blocks at k and k + 32 of row first + i of the tile, whose corner is (row, k), an
 // even one in even lanes. Its place is found anew where it is needed, so that it takes no registers
 // in between. after_first: called when the first block's are free again.
@@ -380,18 +443,11 @@ __device__ __forceinline__ void finish64(float (&v)[2][32], const QuantizeParams
                                          const Tables& tables, uint32_t row, uint32_t k,
                                          uint32_t first, AfterFirst after_first) {
   rotate64(v);
-  const uint32_t blocks = tables.plan.blocks;
-  const auto group = [&](uint32_t lane) { return (row + first + lane) * blocks + k / 32; };
-  StripBlock even = quantize_block<kStrip>(v[0], amax32(v[0]), p, tables, group(ptx::lane_id()));
-  after_first();
-  StripBlock odd =
-      quantize_block<kStrip>(v[1], amax32(v[1]), p, tables, group(threadIdx.x % 32) + 1);
-  const uint32_t lane = ptx::lane_id(), half = lane % 2;
-  exchange_blocks(even, odd, half);  // so that together they write 32 bytes of a row at a time
-  const BlockPlace at = {row, k, first + (lane - half), 32 * half};
-  const uint32_t to = group(lane - half) + half;
-  store_block(p, tables, at, to, even);
-  store_block(p, tables, at.below(), to + blocks, odd);
+  const uint32_t m[2] = {amax32(v[0]), amax32(v[1])};
+  if (is_short(tables, m[0], m[1]))
+    finish_two<kStrip, true>(v, m, p, tables, row, k, first, after_first);
+  else
+    finish_two<kStrip, false>(v, m, p, tables, row, k, first, after_first);
 }
 
 }  // namespace mxtrain::cuda

@@ -58,7 +58,7 @@ __device__ __forceinline__ void finish_row_pairs(const uint32_t (&w)[16], const 
   const uint4 codes = tables.plan.fits ? quantize_row_block<true>(w, scales, s)
                                        : quantize_row_block<false>(w, scales, s);
   const uint32_t group = (at.row + at.tile_row) * tables.plan.blocks + (at.k + at.tile_k) / 32;
-  store_block(p, tables, at, group, {codes, s.code});
+  store_block<false>(p, tables, at, group, {codes, s.code});
 }
 
 // The sum of a block of x, one element after the other: a run of rows (formats/column_sum.h).
@@ -91,8 +91,8 @@ __device__ __forceinline__ void finish_column_pairs(const uint32_t (&x2)[32],
   else
     quantize_two_blocks<false>(x2, scales, s, codes);
   const uint32_t blocks = tables.plan.blocks, group = row * blocks + k / 32;
-  store_block(p, tables, at, group, {codes[0], s[0].code});
-  store_block(p, tables, at.below(), group + blocks, {codes[1], s[1].code});
+  store_block<false>(p, tables, at, group, {codes[0], s[0].code});
+  store_block<false>(p, tables, at.below(), group + blocks, {codes[1], s[1].code});
 }
 
 // Pass `pass` of the rows: lane 2 i + b takes block b of row 16 pass + i, or, for a group of 64,
