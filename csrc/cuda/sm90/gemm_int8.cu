@@ -58,7 +58,7 @@ struct alignas(16) StageFacts {
 struct Int8KernelArgs {
   Int8GemmParams p;
   TileOrder order;
-  int k_blocks;
+  int k_blocks, blocks_m, blocks_n;
   bool boxes;  // D's rows are whole 16-byte units: the copy engine stores them
 };
 
@@ -69,34 +69,36 @@ __device__ __forceinline__ StageFacts* facts_of(uint8_t* memory, int stage) {
 
 // ---- the producer ----
 
-// The facts of block k of the tile whose first blocks are i of A and j of B. Blocks beyond the edge
-// have no scale; what they would multiply is not stored.
+// A warp reads the facts of kBatch stages at once, a lane those of one part of one stage: what the
+// producer does each stage, it does in the issue slots that the consumers need.
+constexpr int kBatch = 16;
+
+struct LaneFacts {
+  float main, second;
+  uint32_t fallen;  // of the stage
+};
+
+// Of block k of the tile whose first blocks are i of A and j of B. Blocks beyond the edge have no
+// scale; what they would multiply is not stored.
 template <class T>
-__device__ __forceinline__ StageFacts read_facts(const Int8GemmParams& p, int i, int j, int k,
-                                                 int blocks_m, int blocks_n) {
+__device__ __forceinline__ LaneFacts read_facts(const Int8KernelArgs& args, int i, int j, int k,
+                                                int part) {
+  const Int8GemmParams& p = args.p;
   const auto scale = [&](const Int8Codes& codes, int block) {
     return __ldg(codes.scale + block * codes.stride_row + k * codes.stride_k);
   };
-  const auto fell_back = [&](int block) {
-    return p.mask && __ldg(p.mask + block * p.mask_stride_row + k * p.mask_stride_k);
-  };
-  StageFacts f = {};
-  if (i >= blocks_m) return f;
-  const float a = scale(p.a, i);
-  const bool a_fell_back = !p.residual_of_b && fell_back(i);
-  const float a_second = a_fell_back ? scale(p.residual, i) : 0.0f;
-  f.fallen = a_fell_back;
-#pragma unroll
-  for (int part = 0; part < T::kParts; ++part) {
-    if (j + part >= blocks_n) continue;
-    const float b = scale(p.b, j + part);
-    f.main[part] = a * b;
-    f.second[part] = a_second * b;
-    if (p.residual_of_b && fell_back(j + part)) {
-      f.second[part] = a * scale(p.residual, j + part);
-      f.fallen |= 2u << part;
-    }
+  LaneFacts f = {};
+  const bool in_a = i < args.blocks_m && k < args.k_blocks, in_b = in_a && j + part < args.blocks_n;
+  const int fallback = p.residual_of_b ? j + part : i;
+  if (p.mask && (p.residual_of_b ? in_b : in_a) &&
+      __ldg(p.mask + fallback * p.mask_stride_row + k * p.mask_stride_k))
+    f.fallen = p.residual_of_b ? 2u << part : 1u;
+  if (in_b) {
+    const float a = scale(p.a, i), b = scale(p.b, j + part);
+    f.main = a * b;
+    if (f.fallen) f.second = (p.residual_of_b ? a : b) * scale(p.residual, fallback);
   }
+  if constexpr (T::kParts == 2) f.fallen |= __shfl_xor_sync(~0u, f.fallen, 1);
   return f;
 }
 
@@ -115,32 +117,41 @@ __device__ __forceinline__ void load_residual(const TensorMaps& maps, uint32_t s
   parity ^= 1;
 }
 
+// All lanes; lane 0 copies.
 template <class T>
 __device__ __forceinline__ void produce(const TensorMaps& maps, const Int8KernelArgs& args,
-                                        uint8_t* memory, uint32_t shared, uint32_t rank) {
-  const int blocks_m = static_cast<int>((args.p.m + kInt8Block - 1) / kInt8Block),
-            blocks_n = static_cast<int>((args.p.n + kInt8Block - 1) / kInt8Block);
+                                        uint8_t* memory, uint32_t shared, uint32_t rank, int lane) {
+  const int part = lane % T::kParts, ahead = lane / T::kParts % kBatch;
   RingPosition<T> ring(shared);
   uint32_t residual_parity = 0;
-  float scale[T::kParts];  // of the stage
-  uint32_t fallen;
   for (int tile = blockIdx.x / T::kCluster; tile < args.order.count();
        tile += gridDim.x / T::kCluster) {
     int m, n;
     args.order.at(tile, m, n);
     const int i = m * T::kCluster + rank, j = n * T::kParts;
+    LaneFacts read;
     for (int block = 0; block < args.k_blocks; ++block) {
-      // Under the wait: most of the time the ring is full.
-      const StageFacts facts = read_facts<T>(args.p, i, j, block, blocks_m, blocks_n);
+      const int in_batch = block % kBatch;
+      // Before the wait: most of the time the ring is full.
+      if (in_batch == 0) read = read_facts<T>(args, i, j, block + ahead, part);
+      uint32_t fallen = __shfl_sync(~0u, read.fallen, in_batch * T::kParts);
       ptx::mbarrier_wait(ring.empty(), ring.parity ^ 1);
-      *facts_of<T>(memory, ring.stage) = facts;  // the arrival of load_stage publishes it
-      const int k = block * T::kTileK;
-      load_stage<T>(maps.a, maps.b, ring, k, i * T::kTileM, n * T::kTileN, rank);
-      if (facts.fallen & 1) load_residual<T>(maps, shared, k, i * T::kTileM, residual_parity);
+      if (ahead == in_batch) {
+        StageFacts& facts = *facts_of<T>(memory, ring.stage);
+        facts.main[part] = read.main;
+        facts.second[part] = read.second;
+        facts.fallen = fallen;
+      }
+      __syncwarp();  // the arrival of load_stage publishes it
+      if (lane == 0) {
+        const int k = block * T::kTileK;
+        load_stage<T>(maps.a, maps.b, ring, k, i * T::kTileM, n * T::kTileN, rank);
+        int row = (fallen & 1 ? i : j) * kInt8Block;
+        if (!(fallen & 1)) fallen >>= 1;
 #pragma unroll 1
-      for (uint32_t left = facts.fallen >> 1, row = j * kInt8Block; left;
-           left >>= 1, row += kInt8Block)
-        if (left & 1) load_residual<T>(maps, shared, k, row, residual_parity);
+        for (; fallen; fallen >>= 1, row += kInt8Block)
+          if (fallen & 1) load_residual<T>(maps, shared, k, row, residual_parity);
+      }
       ring.advance();
     }
   }
@@ -379,7 +390,8 @@ __global__ void __launch_bounds__(T::kThreads, 1)
   ptx::griddepcontrol_wait();  // the operands are there
   if (threadIdx.x < 128) {
     ptx::setmaxnreg_dec<T::kProducerRegisters>();
-    if (threadIdx.x == 0) produce<T>({map_a, map_b, map_residual}, args, memory, shared, rank);
+    if (threadIdx.x < 32)
+      produce<T>({map_a, map_b, map_residual}, args, memory, shared, rank, threadIdx.x);
     __syncwarp();
   } else {
     ptx::setmaxnreg_inc<T::kConsumerRegisters>();
@@ -409,6 +421,8 @@ static cudaError_t launch(const Int8GemmParams& p, int multiprocessors, cudaStre
   args.p = p;
   args.order = {ceil_div(p.m, T::kTileM * T::kCluster), ceil_div(p.n, T::kTileN)};
   args.k_blocks = ceil_div(p.kp, T::kTileK);
+  args.blocks_m = ceil_div(p.m, kInt8Block);
+  args.blocks_n = ceil_div(p.n, kInt8Block);
   return launch_persistent<T>(int8_gemm_kernel<T, kType>, args.order.count(), multiprocessors,
                               stream, map_a, map_b, map_residual, map_out, args);
 }
