@@ -20,6 +20,7 @@
 #include "cuda/sm90/gemm_consumer.cuh"
 #include "cuda/sm90/gemm_int8.h"
 #include "cuda/sm90/gemm_launch.h"
+#include "cuda/sm90/int8_order.cuh"
 #include "formats/int8.h"
 #include "ptx/memory.cuh"
 
@@ -44,7 +45,9 @@ struct Int8Traits : Int8RingTraits<kParts, kCluster> {
   static constexpr int kFactBytes = 32;
   static constexpr int kOffsetResidualFull = kOffsetFacts + Base::kStages * kFactBytes;
   static constexpr int kOffsetResidualEmpty = kOffsetResidualFull + 8;
-  static constexpr int kSharedBytes = kOffsetResidualEmpty + 8;
+  static constexpr int kOffsetOrder = kOffsetResidualEmpty + 8;
+  static constexpr int kSharedBytes =
+      kOffsetOrder + (Deal<kCluster>::kOrdered ? int{sizeof(RowOrder)} : 0);
   static_assert(kSharedBytes <= 227 * 1024, "the shared memory of a block");
 };
 
@@ -52,6 +55,7 @@ struct Int8Traits : Int8RingTraits<kParts, kCluster> {
 struct alignas(16) PassFacts {
   float scale[2];   // products of scales, of each part
   uint32_t fallen;  // bit 0: A's block fell back; bits 1 and 2: those of B's parts; or kOnResidual
+  uint16_t row, n;  // main: the tile, in rows of blocks and in tiles
 };
 constexpr uint32_t kOnResidual = 8;
 
@@ -70,6 +74,11 @@ struct Int8KernelArgs {
 template <class T>
 __device__ __forceinline__ StageFacts* facts_of(uint8_t* memory, int stage) {
   return reinterpret_cast<StageFacts*>(memory + T::kOffsetFacts + stage * T::kFactBytes);
+}
+
+template <class T>
+__device__ __forceinline__ Deal<T::kCluster> deal(const Int8KernelArgs& args, uint8_t* memory) {
+  return {*reinterpret_cast<RowOrder*>(memory + T::kOffsetOrder), args.order};
 }
 
 // ---- the producer ----
@@ -126,17 +135,15 @@ __device__ __forceinline__ void load_residual(const TensorMaps& maps, uint32_t s
 template <class T>
 __device__ __forceinline__ void produce(const TensorMaps& maps, const Int8KernelArgs& args,
                                         uint8_t* memory, uint32_t shared, uint32_t rank, int lane) {
-  const int part = lane % T::kParts, ahead = lane / T::kParts % kBatch;
   RingPosition<T> ring(shared);
   uint32_t residual_parity = 0;
-  for (int tile = blockIdx.x / T::kCluster; tile < args.order.count();
-       tile += gridDim.x / T::kCluster) {
-    int m, n;
-    args.order.at(tile, m, n);
-    const int i = m * T::kCluster + rank, j = n * T::kParts;
+  for (auto tiles = deal<T>(args, memory); tiles.more(); ++tiles.round) {
+    const Place place = tiles.place();
+    const int i = place.row, j = place.n * T::kParts;
     LaneFacts read;
     for (int block = 0; block < args.k_blocks; ++block) {
-      const int in_batch = block % kBatch;
+      const int in_batch = block % kBatch, part = ptx::opaque(lane) % T::kParts,
+                ahead = ptx::opaque(lane) / T::kParts % kBatch;  // anew: registers are few
       // Before the wait: most of the time the ring is full.
       if (in_batch == 0) read = read_facts<T>(args, i, j, block + ahead, part);
       uint32_t fallen = __shfl_sync(~0u, read.fallen, in_batch * T::kParts);
@@ -146,11 +153,14 @@ __device__ __forceinline__ void produce(const TensorMaps& maps, const Int8Kernel
         facts.main.scale[part] = read.main;
         facts.second.scale[part] = read.second;
         facts.main.fallen = fallen;
+        facts.main.row = i;
+        facts.main.n = place.n;
       }
       __syncwarp();  // the arrival of load_stage publishes it
       if (lane == 0) {
         const int k = block * T::kTileK;
-        load_stage<T>(maps.a, maps.b, ring, k, i * T::kTileM, n * T::kTileN, rank);
+        load_stage<T>(maps.a, maps.b, ring, k, i * T::kTileM, j * kInt8Block, rank,
+                      Deal<T::kCluster>::kOrdered && place.along_n);
         int row = (fallen & 1 ? i : j) * kInt8Block;
         if (!(fallen & 1)) fallen >>= 1;
 #pragma unroll 1
@@ -331,13 +341,12 @@ template <class T, FloatType kType>
 struct Output {
   const CUtensorMap& map_out;
   const Int8KernelArgs& args;
-  const uint32_t shared, rank;
+  const uint32_t shared;
   int m, n;  // the tile's first row and column
 
-  __device__ __forceinline__ void at(int tile) {
-    args.order.at(tile, m, n);
-    m = (m * T::kCluster + rank) * T::kTileM;
-    n *= T::kTileN;
+  __device__ __forceinline__ void at(const PassFacts& facts) {
+    m = facts.row * T::kTileM;
+    n = facts.n * T::kTileN;
   }
   // kPlain: plain() is known.
   __device__ __forceinline__ bool plain() const { return args.boxes && args.p.bias == nullptr; }
@@ -366,13 +375,11 @@ template <class T, FloatType kType>
 __device__ __forceinline__ void consume(const CUtensorMap& map_out, const Int8KernelArgs& args,
                                         uint8_t* memory, uint32_t shared, uint32_t rank) {
   const int warp = threadIdx.x / 32 - 4, lane = threadIdx.x % 32;
-  const int tiles = args.order.count(), step = gridDim.x / T::kCluster;
-  Output<T, kType> out = {map_out, args, shared, rank};
+  Output<T, kType> out = {map_out, args, shared};
   Multiplier<T> work(memory, shared, warp, lane);
-  for (int tile = blockIdx.x / T::kCluster; tile < tiles; tile += step) {
+  for (auto tiles = deal<T>(args, memory); tiles.more(); ++tiles.round) {
 #pragma unroll
     for (int i = 0; i < 64 * T::kParts; ++i) work.d[i] = 0.0f;
-    out.at(tile);
     bool stored = false;
     int left = args.k_blocks;  // stages, with this one
 #pragma unroll 1
@@ -383,6 +390,7 @@ __device__ __forceinline__ void consume(const CUtensorMap& map_out, const Int8Ke
         left -= ~work.fallen & 1;
         work.template multiply<true>([](int) {});
       }
+      if (left == 1) out.at(work.facts(false));
       stored = left == 1 && !(work.fallen & 6) && out.plain();
       work.template multiply<false>([&](int unit) {
         if (stored) out.template store<true>(work.d, unit);
@@ -427,6 +435,9 @@ __global__ void __launch_bounds__(T::kThreads, 1)
   __syncthreads();
   sync_cluster<T>();           // no arrival and no copy before every block's barriers exist
   ptx::griddepcontrol_wait();  // the operands are there
+  if constexpr (Deal<T::kCluster>::kOrdered)
+    order_rows<T::kThreads>(args.p, args.order.tiles_m * T::kCluster, args.blocks_m, args.k_blocks,
+                            *reinterpret_cast<RowOrder*>(memory + T::kOffsetOrder));
   if (threadIdx.x < 128) {
     ptx::setmaxnreg_dec<T::kProducerRegisters>();
     if (threadIdx.x < 32)
