@@ -298,7 +298,8 @@ cudaError_t run_int8_gemm(const char* op, const Tensor& t, const Int8GemmParams&
                           cudaStream_t stream) {
   const auto [major, minor] = capability_of(op, t.get_device_index());
 #ifdef MXT_HAVE_SM90
-  if (int8_on_sm90(major, minor)) return sm90::launch_int8_gemm(p, stream);
+  if (int8_on_sm90(major, minor) && p.m <= sm90::kMostInt8Rows && p.n <= sm90::kMostInt8Rows)
+    return sm90::launch_int8_gemm(p, stream);
 #endif
   return launch_int8_gemm(p, stream);
 }

@@ -55,6 +55,21 @@ def test_bytes(shape, device):
         assert_same_bytes(got, expected(left, right), str(shape))
 
 
+@pytest.mark.parametrize("heavy", [(0,), (3,), (1, 4), (0, 2, 5), (0, 1, 2, 3, 4, 5)])
+def test_rows_that_fell_back_as_a_whole(heavy, device):
+    """Their tiles come first, in pairs, and one that is left over along N."""
+    rows, n, k = (25 * 128 - 5, 12 * 256 - 3, 384) if device == "cuda" else (6 * 128 - 5, 130, 384)
+    a, b = operands(rows, n, k, "cpu")
+    mask = a.mask.clone()
+    mask[::7, 1], mask[list(heavy)] = 1, 1
+    residual = torch.randint(-127, 128, a.data.shape, dtype=torch.int8)
+    scale = torch.rand(a.scale.shape) * 1e-3
+    a = Int8Operand.of((a.data, a.scale, residual, scale, mask), a.shape)
+    got = mxtrain.int8_gemm(move(a, device), move(b, device), out_dtype=torch.float32)
+    of_cpu = mxtrain.int8_gemm(a, b, out_dtype=torch.float32)  # the reference would take minutes
+    assert_same_bytes(got, of_cpu if device == "cuda" else expected(a, b))
+
+
 @pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_bias_and_output_types(out_dtype, device):
     a, b = operands(130, 200, 256, device)

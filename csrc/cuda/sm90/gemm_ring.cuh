@@ -56,20 +56,21 @@ struct RingPosition {
 };
 
 // Has the copy engine load a stage: the columns from k on of rows from m on of A, and of the rows
-// from n on of B, of which each block of the cluster (rank) fetches a part for all.
+// from n on of B, of which each block of the cluster (rank) fetches a part for all; own: this block
+// fetches all of them for itself.
 template <class T>
 __device__ __forceinline__ void load_stage(const CUtensorMap& map_a, const CUtensorMap& map_b,
                                            const RingPosition<T>& ring, int k, int m, int n,
-                                           uint32_t rank) {
+                                           uint32_t rank, bool own = false) {
   constexpr int kBytes = T::kBoxB * T::kTileK;
   ptx::mbarrier_arrive_expect_tx(ring.full(), T::kBytesA + T::kBytesB);
   ptx::cp_async_bulk_tensor_2d_load(ring.a(), &map_a, k, m, ring.full());
-  if constexpr (T::kCluster > 1) {
+  if (T::kCluster > 1 && !own) {
     ptx::cp_async_bulk_tensor_2d_multicast(ring.b() + rank * kBytes, &map_b, k, n + rank * T::kBoxB,
                                            ring.full(), (1 << T::kCluster) - 1);
   } else {
 #pragma unroll
-    for (int box = 0; box < T::kParts; ++box)
+    for (int box = 0; box < T::kTileN / T::kBoxB; ++box)
       ptx::cp_async_bulk_tensor_2d_load(ring.b() + box * kBytes, &map_b, k, n + box * T::kBoxB,
                                         ring.full());
   }
