@@ -14,6 +14,8 @@ quantized, a tensor that was not seen, a rate of no blocks. NaN is a value: some
 - X and dY are seen at the last forward and backward before a row, on a sample of the tokens. Under
   torch.compile they are not: the traced code would have to leave the graph.
   `torch.compiler.set_stance("force_eager")` around a step that makes a row shows them.
+- The layers have hooks only while the next step makes a row. A graph that is compiled just then is
+  compiled once more; one that was compiled before or after runs at every step.
 - Nothing waits for the device: a row is copied when it is complete, and written with the next one.
 - What is watched does not change what is computed: torch's generators are left alone. The probe's
   forward draws the same numbers every time, so that y_change is the weights' doing.
@@ -23,15 +25,15 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import itertools
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.hooks import RemovableHandle
 
 from . import weight_watch
 from .checks import check_int, kind, refusal, show
@@ -40,15 +42,14 @@ from .linear import MXLinear
 from .oscillation import (
     RATES,
     RATIO_EDGES,
-    STATISTICS,
     output_change,
     quantizer_sums,
-    rates_of_sums,
     row_sample,
     weight_quantizer,
 )
 from .recipe import Quantizer
-from .weight_watch import Asked, Plan, Row, forward_values
+from .rows import Row, copied
+from .weight_watch import Asked, Plan, forward_values
 
 QUANTIZERS = ("fprop_x", "fprop_w", "dgrad_dy", "dgrad_w", "wgrad_dy", "wgrad_x")
 _WEIGHT = ("w_change", "q_change", "flips", "oscillating", "ratio")
@@ -81,6 +82,9 @@ class _Watched:
         self.sums: dict[str, Row] = {}
         self.output: Tensor | None = None
         self.output_moved: Tensor | None = None
+        self.seen: tuple[Any, ...] | None = None  # the view of which `views` has rows
+        self.views: dict[Any, tuple[Tensor, Tensor | None]] = {}
+        self.hook: RemovableHandle | None = None  # on the layer, for X and dY
         self.steps = 0
         self.trained = False  # an optimizer has stepped it
         self.restart()
@@ -93,8 +97,25 @@ class _Watched:
 
     # ---- the weight ----
 
+    def view(self) -> tuple[Any, ...] | None:
+        """Differs where `weight` would not be the views of memory that it was; None: it may."""
+        weight, ema = self.layer._parameters.get("weight"), None
+        if type(weight) is not nn.Parameter:  # a shard, or made anew at every access
+            return None
+        if self.layer.ema_active:
+            ema = self.layer.weight_ema.data_ptr()
+        return self.watch, weight.data_ptr(), ema
+
     def weight(self, rows: slice) -> tuple[Tensor, Tensor | None]:
         """These rows of the weight, and of what it rounds toward. Of a shard, its own rows."""
+        view, key = self.view(), (rows.stop, rows.step)
+        if view is None or view != self.seen:
+            self.seen, self.views = view, {}
+        if key not in self.views:
+            self.views[key] = self._viewed(rows)
+        return self.views[key]
+
+    def _viewed(self, rows: slice) -> tuple[Tensor, Tensor | None]:
         weight, layer = self.layer.weight.detach(), self.layer
         if hasattr(weight, "to_local"):
             return weight.to_local()[rows], None
@@ -117,15 +138,6 @@ class _Watched:
             q = getattr(self.layer.recipe, field)
             if q.square:
                 self._quantized(field, q, self.weight(self.together())[0])
-
-    def view(self) -> tuple[Any, ...] | None:
-        """Differs where `weight` would not be the views of memory that it was; None: it may."""
-        weight, ema = self.layer._parameters.get("weight"), None
-        if type(weight) is not nn.Parameter:  # a shard, or made anew at every access
-            return None
-        if self.layer.ema_active:
-            ema = self.layer.weight_ema.data_ptr()
-        return self.watch, weight.data_ptr(), ema
 
     def fprop_w(self) -> Asked | None:
         q = self.layer.recipe.fprop_w
@@ -206,33 +218,6 @@ def _put(cells: list[Any], start: int, values: list[Any]) -> None:
     cells[start : start + len(values)] = values
 
 
-def _copied(rows: list[list[Row]]) -> Callable[[], list[list[list[float]]]]:
-    """Start to copy rows to the host, all of one width and device at once. The function that is
-    returned waits for it, and returns their values; of STATISTICS, the rates.
-    """
-    tables: dict[Any, dict[int, Tensor]] = {}
-    for table, _ in itertools.chain(*rows):
-        tables.setdefault((table.device, table.shape[1]), {})[id(table)] = table
-    starts: dict[int, tuple[int, int]] = {}
-    for n, some in enumerate(tables.values()):
-        lengths = itertools.accumulate((len(t) for t in some.values()), initial=0)
-        starts |= {key: (n, start) for key, start in zip(some, lengths, strict=False)}
-    places = [[(starts[id(t)][0], starts[id(t)][1] + i) for t, i in some] for some in rows]
-    joined = [torch.cat(list(some.values())) for some in tables.values()]
-    copies = [t.to("cpu", non_blocking=True) for t in joined]
-    streams = {t.device: torch.cuda.current_stream(t.device) for t in joined if t.is_cuda}
-    events = [stream.record_event() for stream in streams.values()]
-
-    def values() -> list[list[list[float]]]:
-        for event in events:
-            event.synchronize()
-        told = (rates_of_sums(t) if t.shape[1] == len(STATISTICS) else t for t in copies)
-        lists = [t.tolist() for t in told]
-        return [[lists[n][i] for n, i in some] for some in places]
-
-    return values
-
-
 def _tokens(x: Tensor, elements: int) -> Tensor:
     """[N, K] of about that many elements, in whole groups of 256 tokens: all where they are few,
     else from the start, the middle and the end, or from the middle alone where K is large."""
@@ -265,11 +250,21 @@ class Monitor:
         self._file = open(path, "w", newline="")  # noqa: SIM115 - close() closes it
         self._csv = csv.writer(self._file)
         self._csv.writerow(COLUMNS)
-        self._handles = [register_optimizer_step_post_hook(torch.compiler.disable(self._stepped))]
-        for module in layers.values():
-            self._handles.append(module.register_forward_hook(self._forwarded))
+        self._handle = register_optimizer_step_post_hook(torch.compiler.disable(self._stepped))
+        self._listen(self._watched.values())
 
     # ---- hooks ----
+
+    def _listen(self, watched: Iterable[_Watched]) -> None:
+        """Have hooks on the layers whose next step makes a row, and on no others: torch.compile
+        checks every hook that it saw when it traced, at each call."""
+        for w in watched:
+            due = (w.steps + 1) % self.every == 0
+            if due and w.hook is None:
+                w.hook = w.layer.register_forward_hook(self._forwarded)
+            elif not due and w.hook is not None:
+                w.hook.remove()
+                w.hook = None
 
     def _forwarded(self, layer: nn.Module, args: tuple[Any, ...], y: Tensor) -> None:
         if torch.compiler.is_compiling():
@@ -321,6 +316,7 @@ class Monitor:
         if due:
             self._run_probe(due)
             self._record(due)
+        self._listen(moved)
 
     def _with_frozen(self, moved: list[_Watched]) -> list[_Watched]:
         """And the layers that go with the ones that have stepped most."""
@@ -383,13 +379,13 @@ class Monitor:
         rows = [w.row(moved.get(id(w.watch))) for w in due]
         self._write(before=self._lead)
         makers = [(w.steps, cells) for w, (cells, _) in zip(due, rows, strict=True)]
-        self._pending.append((self._lead, makers, _copied([some for _, some in rows])))
+        self._pending.append((self._lead, makers, copied([some for _, some in rows])))
 
     def _write(self, before: float = math.inf) -> None:
         """Write the rows that were copied before that step of the leading layer."""
         while self._pending and self._pending[0][0] < before:
-            _, makers, copied = self._pending.pop(0)
-            for (step, cells), values in zip(makers, copied(), strict=True):
+            _, makers, arrived = self._pending.pop(0)
+            for (step, cells), values in zip(makers, arrived(), strict=True):
                 self._csv.writerow([step, *cells(values)])
             self._file.flush()
 
@@ -397,11 +393,14 @@ class Monitor:
         """Write what is left, and stop watching. A second call does nothing."""
         if self._file.closed:
             return
-        for handle in self._handles:
-            handle.remove()
-        self._plans.clear()
+        self._handle.remove()
+        for w in self._watched.values():
+            if w.hook is not None:
+                w.hook.remove()
         self._write()
         self._file.close()
+        self._plans.clear()  # they hold the weights' memory
+        self._watched.clear()
 
     def __enter__(self) -> Monitor:
         return self

@@ -24,15 +24,9 @@ from .oscillation import (
     ratio_summary,
 )
 from .recipe import Quantizer
+from .rows import Row
 
 T = TypeVar("T")
-
-
-class Row(NamedTuple):
-    """Row i of a tensor [N, values], float64; the other rows are those of others."""
-
-    table: Tensor
-    i: int
 
 
 def _chunks(items: Sequence[T], *quantizers: Quantizer | None) -> Iterator[list[T]]:
