@@ -124,7 +124,7 @@ class _Watched:
     def stepped(self) -> None:
         """An optimizer step has moved the weight."""
         self.steps += 1
-        if self.layer.recipe is not self.recipe:
+        if self.layer._recipe is not self.recipe:
             self.restart()
 
     def together(self) -> slice:
