@@ -14,6 +14,8 @@ quantized, a tensor that was not seen, a rate of no blocks. NaN is a value: some
 - X and dY are seen at the last forward and backward before a row, on a sample of the tokens. Under
   torch.compile they are not: the traced code would have to leave the graph.
   `torch.compiler.set_stance("force_eager")` around a step that makes a row shows them.
+- The layers have hooks only while the next step makes a row. A graph that is compiled just then is
+  compiled once more; one that was compiled before or after runs at every step.
 - Nothing waits for the device: a row is copied when it is complete, and written with the next one.
 - What is watched does not change what is computed: torch's generators are left alone. The probe's
   forward draws the same numbers every time, so that y_change is the weights' doing.
@@ -25,31 +27,31 @@ import contextlib
 import csv
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.hooks import RemovableHandle
 
 from . import weight_watch
 from .checks import check_int, kind, refusal, show
 from .formats import FORMATS
 from .linear import MXLinear
 from .oscillation import (
+    RATES,
     RATIO_EDGES,
-    STATISTICS,
-    as_seen,
     output_change,
-    quantizer_rates,
     quantizer_sums,
     row_sample,
     weight_quantizer,
 )
 from .recipe import Quantizer
+from .rows import Row, copied
+from .weight_watch import Asked, Plan, forward_values
 
 QUANTIZERS = ("fprop_x", "fprop_w", "dgrad_dy", "dgrad_w", "wgrad_dy", "wgrad_x")
-RATES = ("snr", "underflow", "clip", "confidence", "nonfinite")
 _WEIGHT = ("w_change", "q_change", "flips", "oscillating", "ratio")
 
 _FALLBACK = ("fallback_rate", "fallback_threshold", "fallback_nonfinite")
@@ -67,6 +69,7 @@ fallback_threshold: what that made of their limit; fallback_nonfinite: share of 
 or Inf in that step. ratio<E: share of weights with R between the edge before and E. Then for each
 quantizer its snr (dB), underflow, clip, confidence and nonfinite."""
 
+_AT = {column: i for i, column in enumerate(COLUMNS)}
 _SEED = 0x5EED  # of what the probe's forward draws
 
 
@@ -76,9 +79,12 @@ class _Watched:
     def __init__(self, name: str, layer: MXLinear, elements: int) -> None:
         self.name, self.layer, self.elements = name, layer, elements
         self.rows = row_sample(layer.out_features, layer.in_features, elements)
-        self.sums: dict[str, Tensor] = {}
+        self.sums: dict[str, Row] = {}
         self.output: Tensor | None = None
         self.output_moved: Tensor | None = None
+        self.seen: tuple[Any, ...] | None = None  # the view of which `views` has rows
+        self.views: dict[Any, tuple[Tensor, Tensor | None]] = {}
+        self.hook: RemovableHandle | None = None  # on the layer, for X and dY
         self.steps = 0
         self.trained = False  # an optimizer has stepped it
         self.restart()
@@ -91,8 +97,25 @@ class _Watched:
 
     # ---- the weight ----
 
+    def view(self) -> tuple[Any, ...] | None:
+        """Differs where `weight` would not be the views of memory that it was; None: it may."""
+        weight, ema = self.layer._parameters.get("weight"), None
+        if type(weight) is not nn.Parameter:  # a shard, or made anew at every access
+            return None
+        if self.layer.ema_active:
+            ema = self.layer.weight_ema.data_ptr()
+        return self.watch, weight.data_ptr(), ema
+
     def weight(self, rows: slice) -> tuple[Tensor, Tensor | None]:
         """These rows of the weight, and of what it rounds toward. Of a shard, its own rows."""
+        view, key = self.view(), (rows.stop, rows.step)
+        if view is None or view != self.seen:
+            self.seen, self.views = view, {}
+        if key not in self.views:
+            self.views[key] = self._viewed(rows)
+        return self.views[key]
+
+    def _viewed(self, rows: slice) -> tuple[Tensor, Tensor | None]:
         weight, layer = self.layer.weight.detach(), self.layer
         if hasattr(weight, "to_local"):
             return weight.to_local()[rows], None
@@ -101,7 +124,7 @@ class _Watched:
     def stepped(self) -> None:
         """An optimizer step has moved the weight."""
         self.steps += 1
-        if self.layer.recipe is not self.recipe:
+        if self.layer._recipe is not self.recipe:
             self.restart()
 
     def together(self) -> slice:
@@ -116,18 +139,19 @@ class _Watched:
             if q.square:
                 self._quantized(field, q, self.weight(self.together())[0])
 
-    def fprop_w(self) -> tuple[Any, ...] | None:
-        """As weight_watch.sums takes it."""
+    def fprop_w(self) -> Asked | None:
         q = self.layer.recipe.fprop_w
-        return (self, q, *self.weight(self.rows)) if q.format in FORMATS else None
+        return Asked(self, q, *self.weight(self.rows)) if q.format in FORMATS else None
 
-    def dgrad_w(self) -> tuple[Any, ...] | None:
+    def dgrad_w(self) -> Asked | None:
         """The same of W^T."""
         recipe, q = self.layer.recipe, self.layer.recipe.dgrad_w
         if q.format not in FORMATS:
             return None
         w, ema = self.weight(self.together())
-        return self, q, w if q.source == "original" else _forward(w, recipe.fprop_w, ema), None
+        if q.source == "original":
+            return Asked(self, q, w)
+        return Asked(self, q, w, ema, recipe.fprop_w)
 
     # ---- X and dY ----
 
@@ -136,7 +160,7 @@ class _Watched:
         self._quantized("fprop_x", recipe.fprop_x, x)
         wgrad = recipe.wgrad_x
         again = wgrad.format in FORMATS and wgrad.source == "forward"  # squares: the same codes
-        source = _forward(x, recipe.fprop_x) if again else x
+        source = forward_values(x, recipe.fprop_x) if again else x
         self._quantized("wgrad_x", wgrad, source, transpose=True)
 
     def saw_dy(self, dy: Tensor) -> None:
@@ -149,45 +173,49 @@ class _Watched:
     ) -> None:  # fmt: skip
         if q.format is not None and x.numel():
             limit = self.layer.fallback_threshold if q.fallback and self.layer.training else None
-            self.sums[field] = quantizer_sums(x, q, transpose=transpose, threshold=limit)
+            sums = quantizer_sums(x, q, transpose=transpose, threshold=limit)
+            self.sums[field] = Row(sums[None], 0)
 
     # ---- the row ----
 
-    def row(self, moved: Tensor | None) -> tuple[Callable[[list[float]], list[Any]], Tensor]:
+    def row(self, moved: Row | None) -> tuple[Callable[[list[Any]], list[Any]], list[Row]]:
         """A function that makes the cells of its values, and the values, still on the device.
         moved: how the weight moved, as weight_watch.values has it."""
-        recipe = self.layer.recipe
-        fields, values = list(self.sums), list(self.sums.values())
-        weight = moved is not None
-        if weight:
-            values.append(moved)
-        probed = self.output_moved is not None
-        if probed:
-            values.append(self.output_moved.double().reshape(1))
+        at = [_AT[f"{field}.{RATES[0]}"] for field in self.sums]
+        rows = list(self.sums.values())
+        if moved is not None:
+            at.append(-1)
+            rows.append(moved)
+        if self.output_moved is not None:
+            at.append(_AT["y_change"])
+            rows.append(Row(self.output_moved.double().reshape(1, 1), 0))
         rate = self.layer.last_fallback_rate()
         if rate is not None:
             rates = rate, self.layer.fallback_threshold, self.layer.last_nonfinite_rate()
-            values.append(torch.cat([t.reshape(1) for t in rates]).double())
-        name, recipe_name = self.name, recipe.name
+            at.append(_AT[_FALLBACK[0]])
+            rows.append(Row(torch.cat([t.reshape(1) for t in rates]).double()[None], 0))
+        name, recipe_name = self.name, self.layer.recipe.name
         self.sums, self.output_moved = {}, None
 
-        def cells(numbers: list[float]) -> list[Any]:
-            found: dict[str, Any] = {"layer": name, "recipe": recipe_name}
-            for i, field in enumerate(fields):
-                sums = numbers[i * len(STATISTICS) : (i + 1) * len(STATISTICS)]
-                rates = quantizer_rates(dict(zip(STATISTICS, sums, strict=True)))
-                found |= {f"{field}.{rate}": value for rate, value in rates.items()}
-            rest = iter(numbers[len(fields) * len(STATISTICS) :])
-            columns = (*_WEIGHT, *_BINS) if weight else ()
-            known = ("y_change",) * probed + _FALLBACK * (rate is not None)
-            for column in (*columns, *known):
-                value = next(rest)
-                if column not in _FALLBACK or not math.isnan(value):  # NaN: no block was counted
-                    found[column] = value
-            return [found.get(column, "") for column in COLUMNS[1:]]
+        def cells(values: list[list[float]]) -> list[Any]:
+            found: list[Any] = [""] * len(COLUMNS)
+            found[_AT["layer"]], found[_AT["recipe"]] = name, recipe_name
+            for start, some in zip(at, values, strict=True):
+                if start < 0:  # of the weight: in two places
+                    _put(found, _AT[_WEIGHT[0]], some[: len(_WEIGHT)])
+                    _put(found, _AT[_BINS[0]], some[len(_WEIGHT) :])
+                elif start == _AT[_FALLBACK[0]]:  # NaN: no block was counted
+                    _put(found, start, ["" if math.isnan(v) else v for v in some])
+                else:
+                    _put(found, start, some)
+            return found[1:]
 
-        device = self.layer.weight.device
-        return cells, torch.cat(values) if values else torch.empty(0, device=device)
+        return cells, rows
+
+
+def _put(cells: list[Any], start: int, values: list[Any]) -> None:
+    """Into consecutive cells."""
+    cells[start : start + len(values)] = values
 
 
 def _tokens(x: Tensor, elements: int) -> Tensor:
@@ -204,11 +232,6 @@ def _tokens(x: Tensor, elements: int) -> Tensor:
     return torch.cat([x[start : start + length] for start in starts])
 
 
-def _forward(x: Tensor, q: Quantizer, toward: Tensor | None = None) -> Tensor:
-    """The values of the forward operand, which double quantization quantizes again."""
-    return as_seen(x, q, toward, stochastic=True)[1].dequantize(torch.float32)
-
-
 class Monitor:
     """Watches a model's MXLinear and writes a CSV. `monitor` makes one; use it with `with`."""
 
@@ -221,16 +244,27 @@ class Monitor:
         self._watched = {id(m): _Watched(name, m, elements) for name, m in layers.items()}
         self._lead = 0  # steps of the layer that has made most
         self._pending: list[tuple[Any, ...]] = []
+        self._plans: dict[int, tuple[list[Any], Plan]] = {}  # by the first layer's id
         self._devices = _cuda_devices(model, probe)
         self._run_probe(list(self._watched.values()))  # it may raise: nothing is open or hooked yet
         self._file = open(path, "w", newline="")  # noqa: SIM115 - close() closes it
         self._csv = csv.writer(self._file)
         self._csv.writerow(COLUMNS)
-        self._handles = [register_optimizer_step_post_hook(torch.compiler.disable(self._stepped))]
-        for module in layers.values():
-            self._handles.append(module.register_forward_hook(self._forwarded))
+        self._handle = register_optimizer_step_post_hook(torch.compiler.disable(self._stepped))
+        self._listen(self._watched.values())
 
     # ---- hooks ----
+
+    def _listen(self, watched: Iterable[_Watched]) -> None:
+        """Have hooks on the layers whose next step makes a row, and on no others: torch.compile
+        checks every hook that it saw when it traced, at each call."""
+        for w in watched:
+            due = (w.steps + 1) % self.every == 0
+            if due and w.hook is None:
+                w.hook = w.layer.register_forward_hook(self._forwarded)
+            elif not due and w.hook is not None:
+                w.hook.remove()
+                w.hook = None
 
     def _forwarded(self, layer: nn.Module, args: tuple[Any, ...], y: Tensor) -> None:
         if torch.compiler.is_compiling():
@@ -249,9 +283,13 @@ class Monitor:
         if getattr(optimizer, "_calibrating", False):
             return
         params = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        held = [w for w in self._watched.values() if id(w.layer.weight) in params]
-        for w in held:
-            w.trained |= w.layer.weight.requires_grad
+        held = []
+        for w in self._watched.values():
+            weight = w.layer._parameters.get("weight")  # quicker than the attribute
+            weight = w.layer.weight if weight is None else weight
+            if id(weight) in params:
+                w.trained |= weight.requires_grad
+                held.append(w)
         moved = [w for w in held if w.trained] or held
         if moved:
             self._advance(moved)
@@ -271,18 +309,35 @@ class Monitor:
         most = max(w.steps for w in moved)
         if most > self._lead:
             self._lead = most
-            known = set(moved)
-            for w in self._watched.values():
-                if not (w in known or w.trained or w.layer.weight.requires_grad):
-                    w.stepped()
-                    known.add(w)
-            moved = [w for w in self._watched.values() if w in known]
-        weights = [(w.watch, *w.weight(w.rows)) for w in moved if w.watch is not None]
-        weight_watch.update(weights)
+            if len(moved) < len(self._watched):
+                moved = self._with_frozen(moved)
+        self._watch([w for w in moved if w.watch is not None])
         due = [w for w in moved if w.steps % self.every == 0]
         if due:
             self._run_probe(due)
             self._record(due)
+        self._listen(moved)
+
+    def _with_frozen(self, moved: list[_Watched]) -> list[_Watched]:
+        """And the layers that go with the ones that have stepped most."""
+        known = set(moved)
+        for w in self._watched.values():
+            if not (w in known or w.trained or w.layer.weight.requires_grad):
+                w.stepped()
+                known.add(w)
+        return [w for w in self._watched.values() if w in known]
+
+    def _watch(self, moved: list[_Watched]) -> None:
+        """See the weights as they are now. Their views are made anew only where one is another."""
+        if not moved:
+            return
+        views = [w.view() for w in moved]
+        known, plan = self._plans.get(id(moved[0]), (None, None))
+        if plan is None or known != views or not plan.holds():
+            plan = Plan((w.watch, *w.weight(w.rows)) for w in moved)
+            if None not in views:
+                self._plans[id(moved[0])] = views, plan
+        plan.update()
 
     # ---- rows ----
 
@@ -316,39 +371,36 @@ class Monitor:
         for field in ("fprop_w", "dgrad_w"):
             asked = [getattr(w, field)() for w in due]
             found = weight_watch.sums([one for one in asked if one], field == "dgrad_w")
-            for w, sums in found.items():
-                w.sums[field] = sums
+            for w, row in found.items():
+                w.sums[field] = row
         for w in due:
             w.squares()
         moved = weight_watch.values([w.watch for w in due if w.watch is not None])
         rows = [w.row(moved.get(id(w.watch))) for w in due]
         self._write(before=self._lead)
-        copies = [values.to("cpu", non_blocking=True) for _, values in rows]
-        event = None
-        if any(values.is_cuda for _, values in rows):
-            event = torch.cuda.Event()
-            event.record()
         makers = [(w.steps, cells) for w, (cells, _) in zip(due, rows, strict=True)]
-        self._pending.append((self._lead, makers, copies, event))
+        self._pending.append((self._lead, makers, copied([some for _, some in rows])))
 
     def _write(self, before: float = math.inf) -> None:
         """Write the rows that were copied before that step of the leading layer."""
         while self._pending and self._pending[0][0] < before:
-            _, makers, copies, event = self._pending.pop(0)
-            if event is not None:
-                event.synchronize()
-            for (step, cells), values in zip(makers, copies, strict=True):
-                self._csv.writerow([step, *cells(values.tolist())])
+            _, makers, arrived = self._pending.pop(0)
+            for (step, cells), values in zip(makers, arrived(), strict=True):
+                self._csv.writerow([step, *cells(values)])
             self._file.flush()
 
     def close(self) -> None:
         """Write what is left, and stop watching. A second call does nothing."""
         if self._file.closed:
             return
-        for handle in self._handles:
-            handle.remove()
+        self._handle.remove()
+        for w in self._watched.values():
+            if w.hook is not None:
+                w.hook.remove()
         self._write()
         self._file.close()
+        self._plans.clear()  # they hold the weights' memory
+        self._watched.clear()
 
     def __enter__(self) -> Monitor:
         return self

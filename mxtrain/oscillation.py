@@ -117,11 +117,16 @@ def oscillation_step_(state: Tensor, w: Tensor, operand: Operand, *, groups: int
     check_tensor("oscillation_step_", "w", w)
     _check_operand("oscillation_step_", operand)
     _check_groups("oscillation_step_", groups, len(w), operand)
+    return _by_group(_step_parts(state, w, operand), groups)
+
+
+def _step_parts(state: Tensor, w: Tensor, operand: Operand) -> Tensor:
+    """oscillation_step_, unchecked; its sums in parts, `[MOST_GROUPS, 5]`."""
     sums = w.new_empty((STATISTICS_PARTS, len(MOVEMENTS)), dtype=torch.float64)
     parts = (operand.data, operand.plain_scale(), operand.tensor_scale)
     code = FORMATS[operand.format].code
     torch.ops.mxtrain.oscillation_step_(state, sums, w, *parts, code)
-    return _by_group(sums, groups)
+    return sums
 
 
 def _check_operand(what: str, operand: object) -> None:
@@ -208,27 +213,28 @@ def quantizer_sums(
     return quantization_statistics(x, op, quantizer.prescale, groups=groups)
 
 
+RATES = ("snr", "underflow", "clip", "confidence", "nonfinite")
+"""What `quantizer_rates` says."""
+
+
 def quantizer_rates(sums: Mapping[str, float]) -> dict[str, float]:
     """snr (dB), underflow, clip, confidence and nonfinite (shares) of sums by name of STATISTICS.
 
     What has no elements is NaN; an SNR without noise is inf.
     """
-    s = dict(sums)
-    noise, signal = s["noise"], s["signal"]
-    snr = float("nan") if signal == 0 else float("inf")
-    if noise > 0 and signal > 0:
-        snr = 10 * torch.tensor(signal / noise, dtype=torch.float64).log10().item()
-    return {
-        "snr": snr,
-        "underflow": _share(s["underflow"], s["nonzero"]),
-        "clip": _share(s["clip"], s["elements"]),
-        "confidence": _share(s["confidence"], s["elements"]),
-        "nonfinite": _share(s["nonfinite"], s["elements"] + s["nonfinite"]),
-    }
+    row = torch.tensor([[sums[name] for name in STATISTICS]], dtype=torch.float64)
+    return dict(zip(RATES, rates_of_sums(row)[0].tolist(), strict=True))
 
 
-def _share(part: float, whole: float) -> float:
-    return part / whole if whole else float("nan")
+def rates_of_sums(sums: Tensor) -> Tensor:
+    """quantizer_rates of rows of sums: float64 [N, 8] by STATISTICS to [N, 5] by RATES."""
+    elements, nonfinite, nonzero, underflow, clip, signal, noise, sure = sums.unbind(1)
+    snr = torch.full_like(signal, torch.inf).masked_fill_(signal == 0, torch.nan)
+    snr = torch.where((noise > 0) & (signal > 0), 10 * (signal / noise).log10(), snr)
+    parts = torch.stack([underflow, clip, sure, nonfinite], 1)
+    wholes = torch.stack([nonzero, elements, elements, elements + nonfinite], 1)
+    shares = torch.where(wholes == 0, torch.nan, parts / wholes)
+    return torch.cat([snr[:, None], shares], 1)
 
 
 def quantizer_statistics(
@@ -311,10 +317,14 @@ class Oscillation:
         Returns:
             Sums over this transition, float64 [5] by MOVEMENTS, on w's device; None the first time.
         """
-        q = self.quantizer
-        _check_quantizer("Oscillation.update", w, q)
-        _check_groups("Oscillation.update", self.groups, len(w), q)
-        w, op = as_seen(w, q, toward)
+        _check_quantizer("Oscillation.update", w, self.quantizer)
+        _check_groups("Oscillation.update", self.groups, len(w), self.quantizer)
+        parts = self.step(w, toward)
+        return None if parts is None else _by_group(parts, self.groups)
+
+    def step(self, w: Tensor, toward: Tensor | None) -> Tensor | None:
+        """update of a checked w; its sums in parts, `[MOST_GROUPS, 5]`, which are not yet added."""
+        w, op = as_seen(w, self.quantizer, toward)
         if self._state is None:
             self._state = self._begin(w, op)
             return None
@@ -326,7 +336,7 @@ class Oscillation:
             )
             raise ValueError(message)
         self.transitions += 1
-        return oscillation_step_(self._state, w, op, groups=self.groups)
+        return _step_parts(self._state, w, op)
 
     @staticmethod
     def _begin(w: Tensor, op: Operand) -> Tensor:
@@ -363,9 +373,7 @@ class Oscillation:
 
     def summary(self) -> Tensor:
         """Share of elements with R > 16, and R's mean: float32 [2]; NaN where one is."""
-        r = self._ratios()
-        over = torch.where(r.isnan(), r, (r > OSCILLATING).float())
-        return self._told(torch.stack([over.mean(1), r.mean(1)], 1))
+        return self._told(ratio_summary(self._ratios()))
 
     def _ratios(self) -> Tensor:
         return self.ratio().reshape(self.groups, -1)
@@ -378,10 +386,20 @@ class Oscillation:
 
         An element whose R is NaN is in none.
         """
-        r = self._ratios()
-        below = torch.stack([(r < edge).float().mean(1) for edge in RATIO_EDGES], 1)
-        zero, all_of_them = torch.zeros_like(below[:, :1]), (~r.isnan()).float().mean(1)[:, None]
-        return self._told(torch.cat([zero, below, all_of_them], 1).diff())
+        return self._told(ratio_histogram(self._ratios()))
+
+
+def ratio_summary(r: Tensor) -> Tensor:
+    """Oscillation.summary of the R of several, `[N, elements]`: float32 [N, 2]."""
+    over = torch.where(r.isnan(), r, (r > OSCILLATING).float())
+    return torch.stack([over.mean(1), r.mean(1)], 1)
+
+
+def ratio_histogram(r: Tensor) -> Tensor:
+    """Oscillation.histogram of the same: float32 [N, 10]."""
+    below = torch.stack([(r < edge).float().mean(1) for edge in RATIO_EDGES], 1)
+    zero, all_of_them = torch.zeros_like(below[:, :1]), (~r.isnan()).float().mean(1)[:, None]
+    return torch.cat([zero, below, all_of_them], 1).diff()
 
 
 def rate_of_change(sums: Tensor) -> tuple[Tensor, Tensor]:
@@ -426,6 +444,7 @@ __all__ = [
     "MOST_GROUPS",
     "MOVEMENTS",
     "OSCILLATING",
+    "RATES",
     "RATIO_EDGES",
     "STATISTICS",
     "Oscillation",
@@ -438,6 +457,9 @@ __all__ = [
     "quantizer_statistics",
     "quantizer_sums",
     "rate_of_change",
+    "rates_of_sums",
+    "ratio_histogram",
+    "ratio_summary",
     "row_sample",
     "weight_quantizer",
 ]

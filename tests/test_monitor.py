@@ -284,12 +284,17 @@ def test_layers_of_one_shape_share_their_ops(tmp_path, device, recipe):
                 model[3].recipe = mxtrain.get_recipe("mxfp4_baseline")
                 alone[3] = Oscillation(model[3].recipe.fprop_w)
                 moves[3].clear()
+            if step == 7:  # other memory, of which the views that were kept know nothing
+                model[0].weight.data = model[0].weight.data * 1.5
             for layer in model:
                 layer(torch.randn(40, layer.in_features, device=device)).square().mean().backward()
             with Calls() as calls:
                 optimizer.step()
             if step in (2, 7):  # of 8 + 4 + 1 and the other shape; of 8 + 4, the converted one too
                 assert calls.count["oscillation_step_"] <= (5 if shared else len(model))
+            if step in (3, 5):  # nothing layer by layer, and the row before has not changed that
+                assert calls.count["aten.slice.Tensor"] == 0
+                assert calls.count["aten.cat"] <= 4
             optimizer.zero_grad()
             if step == 5:  # a row was made at the fourth
                 for a, m in zip(alone, moves, strict=True):
@@ -381,6 +386,18 @@ def test_under_compile_the_weights_are_seen(tmp_path, device):
     assert len(rows) == 16
     assert all(r["fprop_x.snr"] == "" and float(r["fprop_w.snr"]) > 5 for r in rows)
     assert all(float(r["w_change"]) > 0 for r in rows)
+
+
+def test_hooks_are_there_before_a_row_alone(tmp_path):
+    model, optimizer = build("tetrajet")
+    layers = [m for m in model.modules() if isinstance(m, MXLinear)]
+    seen = []
+    with monitor(model, tmp_path / "run.csv", every=3):
+        for _ in range(7):
+            seen.append({len(m._forward_hooks) for m in layers})
+            train(model, optimizer, 1)
+    assert seen == [{0}, {0}, {1}, {0}, {0}, {1}, {0}]
+    assert all(float(row["fprop_x.snr"]) > 5 for row in rows_of(tmp_path / "run.csv"))
 
 
 def test_errors(tmp_path):
