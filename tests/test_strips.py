@@ -148,8 +148,8 @@ def test_dual(row, col, shape, device):
 @pytest.mark.parametrize("squares", [3, 14])
 @pytest.mark.parametrize("row, col", [("stochastic", 0), ("stochastic", 64), ("nearest", 0)])
 def test_scales_by_squares(row, col, squares, device):
-    """Where squares of 256 x 256 cover x, scales leave square by square: one for a CTA and tiles left
-    over, and so many that a CTA's stages come round. Transposed, of one operand, too.
+    """Where squares of 256 x 256 cover x, scales leave square by square: one for a CTA and tiles
+    left over, and so many that a CTA's stages come round. Transposed, of one operand, too.
     """
     if device == "cuda":
         squares *= torch.cuda.get_device_properties(0).multi_processor_count // 2
