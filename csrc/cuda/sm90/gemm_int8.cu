@@ -157,7 +157,9 @@ __device__ __forceinline__ void produce(const TensorMaps& maps, const Int8Kernel
         facts.main.n = place.n;
       }
       __syncwarp();  // the arrival of load_stage publishes it
-      if (lane == 0) {
+      if (lane != 0) {
+        if (kWarpArrivals == 32) ptx::mbarrier_arrive(ring.full());
+      } else {
         const int k = block * T::kTileK;
         load_stage<T>(maps.a, maps.b, ring, k, i * T::kTileM, j * kInt8Block, rank,
                       Deal<T::kCluster>::kOrdered && place.along_n);
@@ -421,7 +423,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
   const uint32_t shared = ptx::shared_address(memory);
   const uint32_t rank = T::kCluster > 1 ? ptx::cluster_ctarank() : 0;
   if (threadIdx.x == 0) {
-    init_ring<T>(shared, 1);
+    init_ring<T>(shared, kWarpArrivals);
     for (int stage = 0; stage < T::kStages; ++stage)
       facts_of<T>(memory, stage)->second.fallen = kOnResidual;
     ptx::mbarrier_init(shared + T::kOffsetResidualFull, 1);
