@@ -395,17 +395,16 @@ __device__ __forceinline__ void finish_block(float (&v)[32], uint32_t max_bits,
 
 // Neighbour lanes hold the two blocks of neighbour rows. Afterwards the even lane has the first
 // block of both rows, the odd lane the second.
-__device__ __forceinline__ void exchange_blocks(StripBlock& first, StripBlock& second, bool odd) {
-  const auto exchange = [&](uint32_t& a, uint32_t& b) {
-    const uint32_t got = __shfl_xor_sync(kAllLanes, odd ? a : b, 1);
-    a = odd ? got : a;
-    b = odd ? b : got;
-  };
-  exchange(first.codes.x, second.codes.x);
-  exchange(first.codes.y, second.codes.y);
-  exchange(first.codes.z, second.codes.z);
-  exchange(first.codes.w, second.codes.w);
-  exchange(first.scale, second.scale);
+__device__ __forceinline__ void exchange(uint32_t& first, uint32_t& second, bool odd) {
+  const uint32_t got = __shfl_xor_sync(kAllLanes, odd ? first : second, 1);
+  first = odd ? got : first;
+  second = odd ? second : got;
+}
+__device__ __forceinline__ void exchange_codes(StripBlock& first, StripBlock& second, bool odd) {
+  exchange(first.codes.x, second.codes.x, odd);
+  exchange(first.codes.y, second.codes.y, odd);
+  exchange(first.codes.z, second.codes.z, odd);
+  exchange(first.codes.w, second.codes.w, odd);
 }
 
 // See finish64; m: the maxima of both blocks.
@@ -428,9 +427,17 @@ __device__ __forceinline__ void finish_two(float (&v)[2][32], const uint32_t (&m
   after_first();
   StripBlock odd = quantize(1, threadIdx.x % 32, codes);
   const uint32_t lane = ptx::lane_id(), half = lane % 2;
-  exchange_blocks(even, odd, half);  // so that together they write 32 bytes of a row at a time
-  const BlockPlace at = {row, k, first + (lane - half), 32 * half};
+  exchange_codes(even, odd, half);  // so that together they write 32 bytes of a row at a time
   const uint32_t to = group(lane - half) + half;
+  if constexpr (kShort && Tables::kStaged) {
+    ptx::st_shared_u16(tables.stage + StripSquare::scale(first + lane, 0), codes);
+    uint4* data = reinterpret_cast<uint4*>(p.data) + to;
+    data[0] = even.codes;
+    data[blocks] = odd.codes;
+    return;
+  }
+  exchange(even.scale, odd.scale, half);
+  const BlockPlace at = {row, k, first + (lane - half), 32 * half};
   store_block<kShort>(p, tables, at, to, even);
   store_block<kShort>(p, tables, at.below(), to + blocks, odd);
 }

@@ -96,6 +96,12 @@ __device__ __forceinline__ void st_shared_v2(uint32_t shared, uint32_t w0, uint3
   asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(shared), "r"(w0), "r"(w1) : "memory");
 }
 
+// st.shared.u16: 2 bytes.
+__device__ __forceinline__ void st_shared_u16(uint32_t shared, uint32_t bytes) {
+  asm volatile("st.shared.u16 [%0], %1;" ::"r"(shared), "h"(static_cast<uint16_t>(bytes))
+               : "memory");
+}
+
 // st.shared.u8.
 __device__ __forceinline__ void st_shared_u8(uint32_t shared, uint32_t byte) {
   asm volatile("st.shared.u8 [%0], %1;" ::"r"(shared), "r"(byte) : "memory");

@@ -69,6 +69,9 @@ inline void stmatrix_x4(uint32_t shared, uint32_t w0, uint32_t w1, uint32_t w2, 
 inline void st_shared_v2(uint32_t shared, uint32_t w0, uint32_t w1) {
   store_shared(shared, uint2{w0, w1});
 }
+inline void st_shared_u16(uint32_t shared, uint32_t bytes) {
+  store_shared(shared, static_cast<uint16_t>(bytes));
+}
 inline void st_shared_u8(uint32_t shared, uint32_t byte) {
   store_shared(shared, static_cast<uint8_t>(byte));
 }
