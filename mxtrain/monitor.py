@@ -104,7 +104,8 @@ class _Watched:
             return None
         if self.layer.ema_active:
             ema = self.layer.weight_ema.data_ptr()
-        return self.watch, weight.data_ptr(), ema
+        memory = weight.data_ptr(), weight.shape, weight.stride(), weight.dtype
+        return self.watch, memory, ema
 
     def weight(self, rows: slice) -> tuple[Tensor, Tensor | None]:
         """These rows of the weight, and of what it rounds toward. Of a shard, its own rows."""
@@ -397,10 +398,12 @@ class Monitor:
         for w in self._watched.values():
             if w.hook is not None:
                 w.hook.remove()
-        self._write()
-        self._file.close()
-        self._plans.clear()  # they hold the weights' memory
-        self._watched.clear()
+        try:
+            self._write()
+        finally:
+            self._file.close()
+            self._plans.clear()  # they hold the weights' memory
+            self._watched.clear()
 
     def __enter__(self) -> Monitor:
         return self

@@ -88,7 +88,7 @@ __device__ __forceinline__ void copy_tile(const StripGrid& g, StripPlace at, uin
   }
   const uint32_t elements = column >= g.width ? 0 : min(g.width - column, 8u);
 #pragma unroll 1
-  for (int i = first; i < StripTraits::kTile; i += kStep, from += pitch * kStep) {
+  for (int i = first; i < StripTraits::kTile; i += kStep, from += uint64_t{pitch} * kStep) {
     const bool inside = at.row + i < g.height && elements > 0;
     copy_chunk(to + strip_offset(i, chunk), inside ? from : g.x, inside ? elements : 0);
   }
@@ -169,8 +169,10 @@ __global__ void __launch_bounds__(strip_warps(kRow, kCodeArch) * 32, 1)
       ptx::st_shared_v2(next, tile_of<kStaged>(grid, then), then);
     }
     if (staged) {
-      if (n % StripSquare::kTiles == 0 && square >= StageTraits::kLag)
+      if (n % StripSquare::kTiles == 0 && square >= StageTraits::kLag) {
+        stages.await_turn(square - StageTraits::kLag);
         flush(square - StageTraits::kLag);
+      }
       stages.acquire(square);
     }
     const StripOperand<kStaged> row_operand = {row_plan, row_keys, row_signs.word,
@@ -202,8 +204,10 @@ __global__ void __launch_bounds__(strip_warps(kRow, kCodeArch) * 32, 1)
     n = uniform(ptx::ld_shared_b32(next + sizeof(uint32_t)));
     __syncwarp();
   }
-  const uint32_t left = min(grid.rounds, StageTraits::kLag);  // squares that are not yet written
-  if (kStaged && warp < left) flush(grid.rounds - left + warp);
+  if (!kStaged) return;
+  __syncthreads();  // all tiles are done, and all squares written but the last
+  const uint32_t left = min(grid.rounds, StageTraits::kLag);
+  if (warp < left) flush(grid.rounds - left + warp);
 }
 
 // The packed tile that requantize reads: 32 bytes of codes and two scales of a row. Lane 2 i + b

@@ -14,7 +14,7 @@
 //
 // A CTA has one tile, 128 rows x 256 columns of x: rows come in as lines of 128 bytes, and rows of
 // the result leave by 64. It is rounded in place in shared memory; code_tile.h says how it lies
-// there. While one CTA copies, the other eight of its multiprocessor round, and the hardware gives
+// there. While one CTA copies, the others of its multiprocessor round, and the hardware gives
 // the next tile to the multiprocessor that is first done with one.
 #include "cuda/code_tile.h"
 #include "cuda/divide.cuh"
@@ -29,7 +29,8 @@ namespace {
 // ---- traits ----
 
 struct CodeTraits {
-  static constexpr int kCtas = 9;          // of an SM, as many as registers allow
+  // Of an SM, as many as registers allow without spilling.
+  static constexpr int kCtas = kCodeArch == 90 ? 9 : 8;
   static constexpr uint32_t kSquares = 8;  // 32 x 32, of a warp, each of 4 lanes
   // Scales that neither under- nor overflow on the way, and how far they may lie apart.
   static constexpr uint32_t kFirst = 16, kLast = 250, kBinades = 9;

@@ -7,8 +7,10 @@
 // A CTA takes `rounds` whole squares, one tile after the other, and then single tiles, which write
 // their own scales. Its warps are at 24 tiles in a row or so, in two squares or three; a square is
 // written by the warp that begins the third one after it, when nearly always all of its tiles are
-// done, and its stage serves the fourth. Waits follow the order in which tiles are taken, so they
-// come to an end.
+// done, and its stage serves the fourth. Squares are written one after the other, since a wait for
+// a phase cannot tell its end from that of the phase two before: while a square is not written, no
+// tile of the fourth to the seventh after it can be worked, which is more tiles than warps hold, so
+// no warp comes to one whose wait could be mistaken.
 #pragma once
 
 #include "cuda/strip.cuh"
@@ -20,6 +22,8 @@ struct StageTraits {
   static constexpr uint32_t kStages = 4, kLag = kStages - 1;
   static constexpr uint32_t kBytes = 2 * StripSquare::kBytes;  // of both operands' scales
   static constexpr int kRequired = kStages * kBytes;
+  static_assert(2 * StripTraits::kMostWarps <= kLag * StripSquare::kTiles,
+                "a warp holds two tiles, one of them taken only: see above");
 };
 
 // Architectures whose multiprocessors have room for the stages beside the tiles of as many warps as
@@ -76,6 +80,10 @@ struct Stages {
     ptx::mbarrier_arrive_warp(full + 8 * index(square));
   }
 
+  // A warp, before it writes the scales of a square that others may still be ahead of.
+  __device__ __forceinline__ void await_turn(uint32_t square) const {
+    if (square != 0) ptx::mbarrier_wait(empty + 8 * index(square - 1), parity(square - 1));
+  }
   // A warp writes the scales of a square, once all are there; (row, column): of x, at its corner.
   template <bool kHasRow>
   __device__ __forceinline__ void flush(uint32_t square, const QuantizeParams& row_operand,

@@ -339,8 +339,6 @@ void* at_shared(uint32_t address, uint32_t bytes) {
 
 void copy_async(uint32_t to, const void* from, uint32_t size, uint32_t bytes) {
   if (bytes > size) fail("cp.async of %u bytes is asked for %u", size, bytes);
-  if (size == 16 && bytes % 16 != 0)
-    fail("cp.async of 16 bytes is asked for %u and would read all of them", bytes);
   if (reinterpret_cast<uintptr_t>(from) % size != 0)
     fail("cp.async of %u bytes is not aligned", size);
   const Copy c = {static_cast<uint8_t*>(at_shared(to, size)), from, size, bytes, self->group};

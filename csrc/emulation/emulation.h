@@ -50,7 +50,7 @@ void init_phases(uint32_t barrier, uint32_t arrivals);
 void arrive(uint32_t barrier);
 void await_phase(uint32_t barrier, uint32_t parity, const char* what, const char* file, int line);
 
-// cp.async, of `bytes` that are followed by zeros up to `size`; of 16, of all or none.
+// cp.async, of `bytes` that are followed by zeros up to `size`.
 void copy_async(uint32_t to, const void* from, uint32_t size, uint32_t bytes);
 void commit_copies();
 void await_copies(unsigned pending);  // all but the last `pending` groups

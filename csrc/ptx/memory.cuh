@@ -40,8 +40,8 @@ __device__ __forceinline__ void prefetch_global_l2(const void* p) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
 }
 
-// cp.async.cg.shared.global: 16 bytes into shared memory, of p (bytes: 16) or zeros (0). Of a part,
-// the hardware reads all 16, which may lie behind a tensor's end.
+// cp.async.cg.shared.global: 16 bytes into shared memory, of which the first `bytes` come from p
+// and the rest are zero. memcheck counts 16 as read of a part too: they must lie in the tensor.
 __device__ __forceinline__ void cp_async_16(uint32_t shared, const void* p, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(p), "r"(bytes));
 }
