@@ -71,7 +71,9 @@ void (*kernel)(const void*);
 const void* kernel_context;
 char message[1024];
 cudaError_t last_error;
-int64_t order = -1;  // 0: threads and blocks in turn; otherwise the seed; -1: from the environment
+// 0: threads and blocks in turn; otherwise the seed, and above it 1 + a warp that runs only when no
+// other can; -1: from the environment
+int64_t order = -1;
 uint64_t random_state;
 
 uint64_t next_random() {  // Marsaglia's xorshift64
@@ -141,7 +143,10 @@ void prepare(Fiber* f) {
 
 Fiber* next() {
   if (ready.empty()) fail_stuck();
-  const size_t i = order == 0 ? 0 : next_random() % ready.size();
+  size_t i = order == 0 ? 0 : next_random() % ready.size();
+  const unsigned last_warp = static_cast<unsigned>(order >> 32) - 1;
+  for (size_t tries = 0; tries < ready.size() && ready[i]->index / 32 == last_warp; ++tries)
+    i = (i + 1) % ready.size();
   Fiber* f = ready[i];
   if (order == 0) {
     ready.erase(ready.begin());
