@@ -107,14 +107,13 @@ OPTIMIZERS = {
 }
 
 
-# The full suite, and a later run of what has changed since, whose rows stand for the older ones.
-RUNS = ("nvidia-h200.json", "nvidia-h200-layers.json")
+# The full suite.
+RUN = "nvidia-h200.json"
 
 
 def measured_table(title: str, column: str, rows: dict[str, str]) -> str:
     """Rows of the committed measurements, by the names that the README gives them."""
-    runs = (json.loads((MEASURED / file).read_text())["results"] for file in RUNS)
-    found = {row["name"]: row for results in runs for row in results}
+    found = {row["name"]: row for row in json.loads((MEASURED / RUN).read_text())["results"]}
     lines = [f"| row | {title} |", "| --- | --- |"]
     lines += [f"| {label} | {found[name][column]:.2f} |" for label, name in rows.items()]
     return "\n".join(lines)
