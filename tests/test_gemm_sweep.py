@@ -82,10 +82,9 @@ def served(call: Call, device: str) -> str:
     return call.backend if folds else "auto"
 
 
-def in_cublas(call: Call, device: str) -> bool:
-    name = served(call, device)
-    name = gemm_backend_here(call.format) if name == "auto" else name
-    return device == "cuda" and name == "dequant"
+def resolved(name: str, call: Call) -> str:
+    """The backend that "auto" takes for the call; another is itself."""
+    return gemm_backend_here(call.format) if name == "auto" else name
 
 
 @contextlib.contextmanager
@@ -182,8 +181,7 @@ def check(call: Call, seed: int, device: str) -> None:
     expected = product if other is None else product + other
     if device == "cpu" and name in BACKENDS:
         name = "cpu"
-    elif name == "auto":
-        name = gemm_backend_here(call.format)
+    name = resolved(name, call)
     error = float32_error(call, tolerance(call, name), product, magnitude, other)
     low, high = ((expected + e).float().to(out_dtype) for e in (-error, error))
     assert out.shape == (call.m, call.n) and out.dtype == out_dtype, call
@@ -198,7 +196,7 @@ def test_random_calls(part, device):
     r = random.Random(part)
     for i in range(CALLS):
         call = Call.draw(r)
-        if OWN_KERNELS and in_cublas(call, device):
+        if OWN_KERNELS and resolved(served(call, device), call) == "dequant":
             call = replace(call, format="mxfp4", backend="auto")
         check(call, 1000 * part + i, device)
 

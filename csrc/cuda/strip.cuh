@@ -352,6 +352,10 @@ struct BlockPlace {
   uint32_t row, k, tile_row, tile_k;
 
   __device__ __forceinline__ BlockPlace below() const { return {row, k, tile_row + 1, tile_k}; }
+  // The block's number, which is that of its draws. blocks: of a row.
+  __device__ __forceinline__ uint32_t group(uint32_t blocks) const {
+    return (row + tile_row) * blocks + (k + tile_k) / 32;
+  }
 };
 
 // Neighbour lanes write the 32 bytes of codes, and the two scales, of 64 elements of a row.
@@ -384,7 +388,7 @@ __device__ __forceinline__ void finish_block(float (&v)[32], uint32_t max_bits,
     rotate_short(v, p.hadamard, p.hadamard_norm);
     max_bits = amax32(v);
   }
-  const uint32_t group = (at.row + at.tile_row) * tables.plan.blocks + (at.k + at.tile_k) / 32;
+  const uint32_t group = at.group(tables.plan.blocks);
   if (is_short(tables, max_bits, max_bits)) {
     const uint32_t code = scale_code(tables.plan, max_bits);
     store_block<true>(p, tables, at, group, quantize_short<kStrip>(v, code, p, tables, group));
@@ -407,7 +411,7 @@ __device__ __forceinline__ void exchange_codes(StripBlock& first, StripBlock& se
   exchange(first.codes.w, second.codes.w, odd);
 }
 
-// See finish64; m: the maxima of both blocks.
+// See finish64; m: the maxima of both blocks, for kShort.
 template <Strip kStrip, bool kShort, class Tables, class AfterFirst>
 __device__ __forceinline__ void finish_two(float (&v)[2][32], const uint32_t (&m)[2],
                                            const QuantizeParams& p, const Tables& tables,
@@ -418,7 +422,7 @@ __device__ __forceinline__ void finish_two(float (&v)[2][32], const uint32_t (&m
   const auto quantize = [&](int i, uint32_t lane, uint32_t codes) {
     if constexpr (kShort)
       return quantize_short<kStrip>(v[i], codes >> (8 * i), p, tables, group(lane) + i);
-    else
+    else  // the maximum anew: to keep it would take a register too many
       return quantize_block<kStrip>(v[i], amax32(v[i]), p, tables, group(lane) + i);
   };
   const StripPlan& plan = tables.plan;  // one register for both scales

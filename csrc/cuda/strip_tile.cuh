@@ -57,8 +57,7 @@ __device__ __forceinline__ void finish_row_pairs(const uint32_t (&w)[16], const 
   BlockScale s;
   const uint4 codes = tables.plan.fits ? quantize_row_block<true>(w, scales, s)
                                        : quantize_row_block<false>(w, scales, s);
-  const uint32_t group = (at.row + at.tile_row) * tables.plan.blocks + (at.k + at.tile_k) / 32;
-  store_block<false>(p, tables, at, group, {codes, s.code});
+  store_block<false>(p, tables, at, at.group(tables.plan.blocks), {codes, s.code});
 }
 
 // The sum of a block of x, one element after the other: a run of rows (formats/column_sum.h).
