@@ -351,7 +351,9 @@ __device__ __forceinline__ void rotate64(float (&v)[2][32]) {
 struct BlockPlace {
   uint32_t row, k, tile_row, tile_k;
 
-  __device__ __forceinline__ BlockPlace below() const { return {row, k, tile_row + 1, tile_k}; }
+  __device__ __forceinline__ BlockPlace below(uint32_t rows) const {
+    return {row, k, tile_row + rows, tile_k};
+  }
   // The block's number, which is that of its draws. blocks: of a row.
   __device__ __forceinline__ uint32_t group(uint32_t blocks) const {
     return (row + tile_row) * blocks + (k + tile_k) / 32;
@@ -397,7 +399,13 @@ __device__ __forceinline__ void finish_block(float (&v)[32], uint32_t max_bits,
   }
 }
 
-// Neighbour lanes hold the two blocks of neighbour rows. Afterwards the even lane has the first
+// Which row of a pass a lane has in finish64, and how many rows on its odd neighbour's is.
+struct RowLanes {
+  static constexpr uint32_t kNeighbour = 1;
+  __device__ static __forceinline__ uint32_t row(uint32_t lane) { return lane; }
+};
+
+// Neighbour lanes hold the two blocks of two rows. Afterwards the even lane has the first
 // block of both rows, the odd lane the second.
 __device__ __forceinline__ void exchange(uint32_t& first, uint32_t& second, bool odd) {
   const uint32_t got = __shfl_xor_sync(kAllLanes, odd ? first : second, 1);
@@ -412,13 +420,15 @@ __device__ __forceinline__ void exchange_codes(StripBlock& first, StripBlock& se
 }
 
 // See finish64; m: the maxima of both blocks, for kShort.
-template <Strip kStrip, bool kShort, class Tables, class AfterFirst>
+template <Strip kStrip, class Lanes, bool kShort, class Tables, class AfterFirst>
 __device__ __forceinline__ void finish_two(float (&v)[2][32], const uint32_t (&m)[2],
                                            const QuantizeParams& p, const Tables& tables,
                                            uint32_t row, uint32_t k, uint32_t first,
                                            AfterFirst after_first) {
   const uint32_t blocks = tables.plan.blocks;
-  const auto group = [&](uint32_t lane) { return (row + first + lane) * blocks + k / 32; };
+  const auto group = [&](uint32_t lane) {
+    return (row + first + Lanes::row(lane)) * blocks + k / 32;
+  };
   const auto quantize = [&](int i, uint32_t lane, uint32_t codes) {
     if constexpr (kShort)
       return quantize_short<kStrip>(v[i], codes >> (8 * i), p, tables, group(lane) + i);
@@ -434,31 +444,31 @@ __device__ __forceinline__ void finish_two(float (&v)[2][32], const uint32_t (&m
   exchange_codes(even, odd, half);  // so that together they write 32 bytes of a row at a time
   const uint32_t to = group(lane - half) + half;
   if constexpr (kShort && Tables::kStaged) {
-    ptx::st_shared_u16(tables.stage + StripSquare::scale(first + lane, 0), codes);
+    ptx::st_shared_u16(tables.stage + StripSquare::scale(first + Lanes::row(lane), 0), codes);
     uint4* data = reinterpret_cast<uint4*>(p.data) + to;
     data[0] = even.codes;
-    data[blocks] = odd.codes;
+    data[Lanes::kNeighbour * blocks] = odd.codes;
     return;
   }
   exchange(even.scale, odd.scale, half);
-  const BlockPlace at = {row, k, first + (lane - half), 32 * half};
+  const BlockPlace at = {row, k, first + Lanes::row(lane - half), 32 * half};
   store_block<kShort>(p, tables, at, to, even);
-  store_block<kShort>(p, tables, at.below(), to + blocks, odd);
+  store_block<kShort>(p, tables, at.below(Lanes::kNeighbour), to + Lanes::kNeighbour * blocks, odd);
 }
 
-// Lane i has the blocks at k and k + 32 of row first + i of the tile, whose corner is (row, k), an
-// even one in even lanes. Its place is found anew where it is needed, so that it takes no registers
+// Lane i has the blocks at k and k + 32 of row first + Lanes::row(i) of the tile, whose corner is
+// (row, k). Its place is found anew where it is needed, so that it takes no registers
 // in between. after_first: called when the first block's are free again.
-template <Strip kStrip, class Tables, class AfterFirst>
+template <Strip kStrip, class Lanes, class Tables, class AfterFirst>
 __device__ __forceinline__ void finish64(float (&v)[2][32], const QuantizeParams& p,
                                          const Tables& tables, uint32_t row, uint32_t k,
                                          uint32_t first, AfterFirst after_first) {
   rotate64(v);
   const uint32_t m[2] = {amax32(v[0]), amax32(v[1])};
   if (is_short(tables, m[0], m[1]))
-    finish_two<kStrip, true>(v, m, p, tables, row, k, first, after_first);
+    finish_two<kStrip, Lanes, true>(v, m, p, tables, row, k, first, after_first);
   else
-    finish_two<kStrip, false>(v, m, p, tables, row, k, first, after_first);
+    finish_two<kStrip, Lanes, false>(v, m, p, tables, row, k, first, after_first);
 }
 
 }  // namespace mxtrain::cuda

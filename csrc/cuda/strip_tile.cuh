@@ -91,7 +91,7 @@ __device__ __forceinline__ void finish_column_pairs(const uint32_t (&x2)[32],
     quantize_two_blocks<false>(x2, scales, s, codes);
   const uint32_t blocks = tables.plan.blocks, group = row * blocks + k / 32;
   store_block<false>(p, tables, at, group, {codes[0], s[0].code});
-  store_block<false>(p, tables, at.below(), group + blocks, {codes[1], s[1].code});
+  store_block<false>(p, tables, at.below(1), group + blocks, {codes[1], s[1].code});
 }
 
 // Pass `pass` of the rows: lane 2 i + b takes block b of row 16 pass + i, or, for a group of 64,
@@ -112,7 +112,7 @@ __device__ __forceinline__ void row_pass(uint32_t tile, int pass, const Quantize
       read_row_block(from ^ (b * 64), w);
       fill_from_row<kStrip>(v[b], tables, b, w);
     }
-    return finish64<kStrip>(v, p, tables, row, k, pass * 32, after_read);
+    return finish64<kStrip, RowLanes>(v, p, tables, row, k, pass * 32, after_read);
   }
   const uint32_t b = lane % 2, r = pass * StripTraits::kPassRows + lane / 2;
   const uint32_t first = tile + strip_offset(lane / 2, 4 * b);
@@ -148,37 +148,71 @@ __device__ __forceinline__ void column_addresses(uint32_t tile, uint32_t b, uint
   for (int j = 1; j < 8; ++j) from[j] = from[0] ^ (j * 16);
 }
 
-// A block of a column. kNext: 32 rows below those of the addresses, whose chunks are moved by 4.
-template <Strip kStrip, bool kNext, class Tables>
+// Columns by ldmatrix.trans: its lane l gets value l / 4 of two of the 16-byte chunks that others
+// address, and which rows and chunks of columns these are is free. So a lane comes to have one
+// column, of its own chunk, and in a word its rows r and r + kApart. Groups of 64: lane l has a
+// whole column of chunk l % 4; else half l % 2 of one of chunk l % 4 / 2. In either case the 8
+// chunks of a matrix lie in different banks.
+template <bool k64>
+struct ColumnLanes {
+  static constexpr uint32_t kApart = k64 ? 4 : 2;
+  static constexpr uint32_t kChunks = k64 ? 4 : 2;  // of a pass
+  static constexpr uint32_t kNeighbour = 8;         // see RowLanes; where k64
+
+  // The column of a lane, in its pass.
+  __device__ static __forceinline__ uint32_t row(uint32_t lane) {
+    return lane % 4 / (4 / kChunks) * 8 + lane / 4;
+  }
+  // Which matrix has row i % 8 of its 8 rows, and the first row of a matrix.
+  __device__ static constexpr int matrix(int i) {
+    return i % static_cast<int>(kApart) + (k64 ? 0 : i % 8 / 4 * 2);
+  }
+  __device__ static constexpr uint32_t first_row(uint32_t m) {
+    return m % kApart + m / kApart * 2 * kApart;
+  }
+  // What a lane addresses, of the first 8 rows; every 8 rows are a kilobyte further.
+  __device__ static __forceinline__ uint32_t address(uint32_t tile, uint32_t pass, uint32_t lane) {
+    const uint32_t to = lane % 8 / 2, half = k64 ? 0 : to % 2,
+                   r = first_row(lane / 8) + lane % 2 * kApart + 32 * half;
+    return tile + strip_offset(r, pass * kChunks + to / (4 / kChunks));
+  }
+};
+
+// A block of a column, from the address that ColumnLanes has for its first rows.
+template <Strip kStrip, class Tables>
 __device__ __forceinline__ void fill_from_column(float (&v)[32], const Tables& tables, int b,
-                                                 const uint32_t (&from)[8]) {
+                                                 uint32_t from) {
+  using Lanes = ColumnLanes<rotates64(kStrip)>;
+  uint32_t w[4][4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) ptx::ldmatrix_x4_trans(w[i], from + i * 8 * StripTraits::kRowBytes);
   fill_block<kStrip>(v, tables, b, [&](int i, uint32_t sign) {
-    const uint32_t at = from[(kNext ? i ^ 4 : i) % 8];
-    const int row = i + (kNext ? 32 : 0);
-    return widen_with_sign(ptx::ld_shared_u16(at + row * StripTraits::kRowBytes), sign);
+    const uint32_t pair = w[i / 8][Lanes::matrix(i)];
+    return i & Lanes::kApart ? bits_float((pair & 0xFFFF0000u) ^ sign)
+                             : widen_with_sign(pair, sign);
   });
 }
 
-// Pass `pass` of the columns: lane 2 i + b takes rows 32 b and up of column 16 pass + i, or, in
-// pairs, of columns 32 pass + 2 i and the next, or, for a group of 64, lane i all of column
-// 32 pass + i. (row, k): the operand's at the tile's corner. kRuns: also their sums, to p.runs.
+// Pass `pass` of the columns: in pairs, lane 2 i + b takes rows 32 b and up of columns 32 pass + 2
+// i and the next; else lanes take 16 columns, or for a group of 64, 32, by ColumnLanes. (row, k):
+// the operand's at the tile's corner. kRuns: also their sums, to p.runs.
 template <Strip kStrip, bool kRuns, class Tables, class AfterRead>
 __device__ __forceinline__ void column_pass(uint32_t tile, int pass, const QuantizeParams& p,
                                             const Tables& tables, uint32_t row, uint32_t k,
                                             AfterRead after_read) {
   static_assert(!kRuns || !rotates(kStrip), "what is rotated has no sums of x");
+  using Lanes = ColumnLanes<rotates64(kStrip)>;
   const uint32_t lane = rotates64(kStrip) ? ptx::lane_id() : threadIdx.x % 32;
-  uint32_t from[8];
   if constexpr (rotates64(kStrip)) {
-    const uint32_t c = pass * 32 + lane;
+    const uint32_t from = Lanes::address(tile, pass, lane);
     float v[2][32];
-    column_addresses(tile, 0, c, from);
-    fill_from_column<kStrip, false>(v[0], tables, 0, from);
-    fill_from_column<kStrip, true>(v[1], tables, 1, from);
-    return finish64<kStrip>(v, p, tables, row, k, pass * 32, after_read);
+    fill_from_column<kStrip>(v[0], tables, 0, from);  // the second block's chunks are moved by 4
+    fill_from_column<kStrip>(v[1], tables, 1, (from ^ 64) + 32 * StripTraits::kRowBytes);
+    return finish64<kStrip, Lanes>(v, p, tables, row, k, pass * 32, after_read);
   }
   if constexpr (kStrip == Strip::kPairs) {
     const uint32_t half = lane % 2, c = pass * 32 + lane / 2 * 2;
+    uint32_t from[8];
     column_addresses(tile, half, c, from);
     uint32_t x2[32];
 #pragma unroll
@@ -187,10 +221,9 @@ __device__ __forceinline__ void column_pass(uint32_t tile, int pass, const Quant
     after_read();
     return finish_column_pairs<kRuns>(x2, p, tables, {row, k, c, 32 * half});
   }
-  const uint32_t b = lane % 2, c = pass * StripTraits::kPassRows + lane / 2;
+  const uint32_t b = lane % 2, c = pass * StripTraits::kPassRows + Lanes::row(lane);
   float v[32];
-  column_addresses(tile, b, c, from);
-  fill_from_column<kStrip, false>(v, tables, b, from);
+  fill_from_column<kStrip>(v, tables, b, Lanes::address(tile, pass, lane));
   if (kRuns) {
     float sum = 0.0f;
 #pragma unroll

@@ -81,6 +81,15 @@ __device__ __forceinline__ void ldmatrix_x4(uint32_t (&w)[4], uint32_t shared) {
                : "memory");
 }
 
+// ldmatrix.x4.trans: lane l gives addresses as for stmatrix_x4 and gets, in w[i], values l / 4 of
+// rows 2 (l % 4), in the low half, and 2 (l % 4) + 1 of matrix i.
+__device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&w)[4], uint32_t shared) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3])
+               : "r"(shared)
+               : "memory");
+}
+
 // stmatrix.x4: four 8x8 matrices of 16-bit values into shared memory. Lane l gives the address of
 // row l % 8 of matrix l / 8 and, in w[i], the values 2 (l % 4) and 2 (l % 4) + 1 of row l / 4 of
 // matrix i. sm_90 and up.
@@ -128,13 +137,6 @@ __device__ __forceinline__ uint4 ld_shared_v4(uint32_t shared) {
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                : "r"(shared)
                : "memory");
-  return v;
-}
-
-// ld.shared.u16, widened.
-__device__ __forceinline__ uint32_t ld_shared_u16(uint32_t shared) {
-  uint16_t v;
-  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(shared) : "memory");
   return v;
 }
 

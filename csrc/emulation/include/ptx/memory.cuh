@@ -58,6 +58,20 @@ inline void ldmatrix_x4(uint32_t (&w)[4], uint32_t shared, MXT_HERE) {
     memcpy(&w[i], reinterpret_cast<const uint8_t*>(&v) + lane % 4 * 4, 4);
   }
 }
+inline void ldmatrix_x4_trans(uint32_t (&w)[4], uint32_t shared, MXT_HERE) {
+  const uint64_t* row = emulation::exchange("ldmatrix", 0xFFFFFFFFu, shared, file, line);
+  const uint32_t lane = emulation::lane;
+  const auto value = [&](uint32_t r) -> uint32_t {
+    const uint4 v = load_shared<uint4>(static_cast<uint32_t>(row[r]));
+    uint16_t values[8];
+    memcpy(values, &v, sizeof v);
+    return values[lane / 4];
+  };
+  for (uint32_t i = 0; i < 4; ++i) {
+    const uint32_t r = 8 * i + lane % 4 * 2;
+    w[i] = value(r) | value(r + 1) << 16;
+  }
+}
 inline void stmatrix_x4(uint32_t shared, uint32_t w0, uint32_t w1, uint32_t w2, uint32_t w3,
                         MXT_HERE) {
   const uint64_t* row = emulation::exchange("stmatrix", 0xFFFFFFFFu, shared, file, line);
@@ -78,7 +92,6 @@ inline void st_shared_u8(uint32_t shared, uint32_t byte) {
 inline uint32_t ld_shared_b32(uint32_t shared) { return load_shared<uint32_t>(shared); }
 inline uint2 ld_shared_v2(uint32_t shared) { return load_shared<uint2>(shared); }
 inline uint4 ld_shared_v4(uint32_t shared) { return load_shared<uint4>(shared); }
-inline uint32_t ld_shared_u16(uint32_t shared) { return load_shared<uint16_t>(shared); }
 inline void st_shared_v4(uint32_t shared, uint32_t w0, uint32_t w1, uint32_t w2, uint32_t w3) {
   store_shared(shared, uint4{w0, w1, w2, w3});
 }
