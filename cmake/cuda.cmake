@@ -53,7 +53,7 @@ target_compile_options(mxt_cuda_portable PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:${MX
 mxt_set_archs(mxt_cuda_portable ${MXT_FAMILY_ARCHS})
 
 target_sources(mxtrain PRIVATE csrc/dispatch.cpp
-  csrc/ops/cuda_quantize.cpp csrc/ops/cuda_convert.cpp csrc/ops/cuda_gemm.cpp csrc/ops/cuda_optimizer.cpp csrc/ops/cuda_statistics.cpp
+  csrc/ops/cuda_quantize.cpp csrc/ops/cuda_convert.cpp csrc/ops/cuda_gemm.cpp csrc/ops/cuda_matmul.cpp csrc/ops/cuda_optimizer.cpp csrc/ops/cuda_statistics.cpp
   csrc/ops/cuda_int8.cpp csrc/ops/cuda_context.cpp $<TARGET_OBJECTS:mxt_cuda_portable>)
 
 # What needs one architecture's instructions: its folder, for that architecture only; dispatch.cpp knows by MXT_HAVE_*.

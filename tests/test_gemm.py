@@ -95,6 +95,19 @@ def test_agrees_with_the_reference_gemm(format, device):
     )
 
 
+@pytest.mark.parametrize("format", ["mxfp4", "mxfp8_e4m3"])
+def test_a_bfloat16_result_is_rounded_once(format, device):
+    """Of few elements and a long K, whose parts a library might add in bfloat16.
+
+    Each such addition is off by up to 2^-9 of a sum as large as the result; two float32 results by
+    some 2^-18 of it.
+    """
+    a, b = (operand(48, 32768, format, seed=s, device=device) for s in (1, 2))
+    exact, got = mxtrain.gemm(a, b, out_dtype=torch.float32), mxtrain.gemm(a, b).float()
+    allowed = 2.0**-9 * exact.abs() + 2.0**-14 * exact.square().mean().sqrt()
+    assert ((got - exact).abs() <= allowed).all()
+
+
 def test_empty_and_deterministic(device):
     a, b = operand(0, 64, "mxfp4", device=device), operand(30, 64, "mxfp4", device=device)
     assert mxtrain.gemm(a, b).shape == (0, 30) and mxtrain.gemm(b, a).shape == (30, 0)

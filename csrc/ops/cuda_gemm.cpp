@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // gemm and gemm_add_ on CUDA; dispatch.h chooses the backend.
 //   dequant  decode both operands to bfloat16 (exact for every format here within bfloat16's range;
-//            nvfp4's tensor scales wait for the epilogue), cuBLAS through torch with a float32
-//            result, one epilogue
+//            nvfp4's tensor scales wait for the epilogue), cuBLAS with the result, where it is
+//            bfloat16 without a bias, or with float32 sums and one epilogue
 //   fold     fold both operands into E5M2 (exact; cuda/fold.cu), multiply on the FP8 tensor cores
 //            (fold_mma: by mma.sync)
 //   sm120    multiply the operands as they are stored on block-scaled tensor cores
@@ -10,11 +10,10 @@
 // Scales may be swizzled for every backend.
 #include <torch/csrc/stable/accelerator.h>
 
-#include <array>
-
 #include "cuda/quantize.h"
 #include "formats/layout.h"
 #include "ops/cuda_common.h"
+#include "ops/cuda_matmul.h"
 #include "ops/ops.h"
 
 namespace mxtrain::cuda {
@@ -36,16 +35,6 @@ struct GemmArguments {
   }
 };
 
-// aten::mm.dtype_out: bfloat16 in, float32 out; unlike mm it is not one of the operators that
-// autocast lowers.
-static void matmul_into(Tensor& out, const Tensor& a, const Tensor& b) {
-  using torch::stable::detail::from;
-  std::array<StableIValue, 4> stack = {from(a), from(b), from(ScalarType::Float), from(out)};
-  TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::mm", "dtype_out", stack.data(), TORCH_ABI_VERSION));
-  torch::stable::detail::to<Tensor>(stack[0]);  // takes the returned reference back
-}
-
 static void gemm_dequant(const char* op, const GemmArguments& g, Tensor& out, cudaStream_t stream) {
   const bool two_level = kFormats[g.format].e4m3_scale;
   OptionalTensor one;
@@ -53,11 +42,11 @@ static void gemm_dequant(const char* op, const GemmArguments& g, Tensor& out, cu
     one = torch::stable::fill_(torch::stable::new_empty(g.a, {1}, ScalarType::Float), 1.0);
   const Tensor av = dequantize(g.a, g.a_scale, one, g.format, g.kp, ScalarType::BFloat16);
   const Tensor bv = dequantize(g.b, g.b_scale, one, g.format, g.kp, ScalarType::BFloat16);
-  const Tensor bt = torch::stable::transpose(bv, 0, 1);
-  const bool plain =
-      g.out_dtype == ScalarType::Float && !g.bias && g.alpha == 1.0f && !two_level && !g.add;
+  const bool bare = !g.bias && !two_level && !g.add,
+             plain = bare && g.out_dtype == ScalarType::Float && g.alpha == 1.0f;
+  if (bare && g.out_dtype == ScalarType::BFloat16 && matmul_bfloat16(out, av, bv, g.alpha)) return;
   Tensor acc = plain ? out : torch::stable::new_empty(g.a, {g.m, g.n}, ScalarType::Float);
-  matmul_into(acc, av, bt);
+  matmul_float32(acc, av, bv);
   if (plain) return;
   EpilogueParams p = {};
   p.acc = acc.const_data_ptr<float>();
