@@ -99,12 +99,12 @@ def test_agrees_with_the_reference_gemm(format, device):
 def test_a_bfloat16_result_is_rounded_once(format, device):
     """Of few elements and a long K, whose parts a library might add in bfloat16.
 
-    Each such addition is off by up to 2^-9 of a sum as large as the result; two float32 results by
+    Each such addition is off by up to 2^-8 of a sum as large as the result; two float32 results by
     some 2^-18 of it.
     """
     a, b = (operand(48, 32768, format, seed=s, device=device) for s in (1, 2))
     exact, got = mxtrain.gemm(a, b, out_dtype=torch.float32), mxtrain.gemm(a, b).float()
-    allowed = 2.0**-9 * exact.abs() + 2.0**-14 * exact.square().mean().sqrt()
+    allowed = 2.0**-8 * exact.abs() + 2.0**-14 * exact.square().mean().sqrt()
     assert ((got - exact).abs() <= allowed).all()
 
 
