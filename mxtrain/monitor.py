@@ -11,7 +11,8 @@ quantized, a tensor that was not seen, a rate of no blocks. NaN is a value: some
 - A layer's steps are those of the optimizer that holds its weight, so several optimizers each have
   their own rows. Layers whose weight is frozen go with the one that has stepped most. The steps of
   QRamping.calibrate, which are undone, are not seen.
-- X and dY are seen at the last forward and backward before a row, on a sample of the tokens. Under
+- X and dY are seen at the last forward and backward before a row, on a sample of the tokens, which
+  is copied there and quantized when the row is made, those of layers of one shape together. Under
   torch.compile they are not: the traced code would have to leave the graph.
   `torch.compiler.set_stance("force_eager")` around a step that makes a row shows them.
 - The layers have hooks only while the next step makes a row. A graph that is compiled just then is
@@ -49,7 +50,7 @@ from .oscillation import (
 )
 from .recipe import Quantizer
 from .rows import Row, copied
-from .weight_watch import Asked, Plan, forward_values
+from .weight_watch import Asked, Plan
 
 QUANTIZERS = ("fprop_x", "fprop_w", "dgrad_dy", "dgrad_w", "wgrad_dy", "wgrad_x")
 _WEIGHT = ("w_change", "q_change", "flips", "oscillating", "ratio")
@@ -80,6 +81,7 @@ class _Watched:
         self.name, self.layer, self.elements = name, layer, elements
         self.rows = row_sample(layer.out_features, layer.in_features, elements)
         self.sums: dict[str, Row] = {}
+        self.asked: dict[str, Asked] = {}  # of X and dY, until the row
         self.output: Tensor | None = None
         self.output_moved: Tensor | None = None
         self.seen: tuple[Any, ...] | None = None  # the view of which `views` has rows
@@ -138,11 +140,13 @@ class _Watched:
         for field in ("fprop_w", "dgrad_w"):
             q = getattr(self.layer.recipe, field)
             if q.square:
-                self._quantized(field, q, self.weight(self.together())[0])
+                self._square(field, q, self.weight(self.together())[0])
 
     def fprop_w(self) -> Asked | None:
         q = self.layer.recipe.fprop_w
-        return Asked(self, q, *self.weight(self.rows)) if q.format in FORMATS else None
+        if q.format not in FORMATS:
+            return None
+        return Asked((self, "fprop_w"), q, *self.weight(self.rows))
 
     def dgrad_w(self) -> Asked | None:
         """The same of W^T."""
@@ -151,31 +155,39 @@ class _Watched:
             return None
         w, ema = self.weight(self.together())
         if q.source == "original":
-            return Asked(self, q, w)
-        return Asked(self, q, w, ema, recipe.fprop_w)
+            return Asked((self, "dgrad_w"), q, w)
+        return Asked((self, "dgrad_w"), q, w, ema, recipe.fprop_w)
 
     # ---- X and dY ----
 
     def saw_x(self, x: Tensor) -> None:
-        recipe, x = self.layer.recipe, _tokens(x, self.elements)
-        self._quantized("fprop_x", recipe.fprop_x, x)
-        wgrad = recipe.wgrad_x
-        again = wgrad.format in FORMATS and wgrad.source == "forward"  # squares: the same codes
-        source = forward_values(x, recipe.fprop_x) if again else x
-        self._quantized("wgrad_x", wgrad, source, transpose=True)
+        recipe = self.layer._recipe
+        first = recipe.fprop_x if recipe.wgrad_x.source == "forward" else None
+        self._saw(x, ("fprop_x", recipe.fprop_x, None), ("wgrad_x", recipe.wgrad_x, first))
 
     def saw_dy(self, dy: Tensor) -> None:
-        recipe, dy = self.layer.recipe, _tokens(dy, self.elements)
-        self._quantized("dgrad_dy", recipe.dgrad_dy, dy)
-        self._quantized("wgrad_dy", recipe.wgrad_dy, dy, transpose=True)
+        recipe = self.layer._recipe
+        self._saw(dy, ("dgrad_dy", recipe.dgrad_dy, None), ("wgrad_dy", recipe.wgrad_dy, None))
 
-    def _quantized(
-        self, field: str, q: Quantizer, x: Tensor, transpose: bool = False
-    ) -> None:  # fmt: skip
-        if q.format is not None and x.numel():
+    def _saw(self, x: Tensor, *fields: tuple[str, Quantizer, Quantizer | None]) -> None:
+        """Keep a sample for the quantizers of these fields, the second after `first`, if any."""
+        if not x.numel() or all(q.format is None for _, q, _ in fields):
+            return
+        x = _tokens(x, self.elements)
+        for field, q, first in fields:
+            if q.square:  # now, by the threshold that the forward had; X^T has the codes of X
+                self._square(field, q, x)
+            elif q.format is not None:
+                self.asked[field] = Asked((self, field), q, x, None, first)
+
+    def _square(self, field: str, q: Quantizer, x: Tensor) -> None:
+        if x.numel():
             limit = self.layer.fallback_threshold if q.fallback and self.layer.training else None
-            sums = quantizer_sums(x, q, transpose=transpose, threshold=limit)
-            self.sums[field] = Row(sums[None], 0)
+            self.sums[field] = Row(quantizer_sums(x, q, threshold=limit)[None], 0)
+
+    def taken(self, *fields: str) -> list[Asked]:
+        """What is asked in these fields, once."""
+        return [one for field in fields if (one := self.asked.pop(field, None)) is not None]
 
     # ---- the row ----
 
@@ -220,14 +232,14 @@ def _put(cells: list[Any], start: int, values: list[Any]) -> None:
 
 
 def _tokens(x: Tensor, elements: int) -> Tensor:
-    """[N, K] of about that many elements, in whole groups of 256 tokens: all where they are few,
-    else from the start, the middle and the end, or from the middle alone where K is large."""
+    """A copy [N, K] of about that many elements, in whole groups of 256 tokens: all where they are
+    few, else from the start, the middle and the end, or from the middle alone where K is large."""
     x = x.detach().reshape(-1, x.shape[-1])
     n, groups = len(x), elements // max(x.shape[1], 1) // 256
     runs = 3 if groups >= 3 else 1
     length = 256 * max(1, groups // runs)
     if n <= runs * length:
-        return x
+        return x.clone()
     # Of whole squares and of whole blocks along the tokens.
     starts = [at // 128 * 128 for at in ((n - length) // 2, 0, n - length)[:runs]]
     return torch.cat([x[start : start + length] for start in starts])
@@ -369,10 +381,13 @@ class Monitor:
             one.output = y
 
     def _record(self, due: list[_Watched]) -> None:
-        for field in ("fprop_w", "dgrad_w"):
-            asked = [getattr(w, field)() for w in due]
-            found = weight_watch.sums([one for one in asked if one], field == "dgrad_w")
-            for w, row in found.items():
+        whole = [w.fprop_w() for w in due], ("fprop_x", "dgrad_dy")
+        turned = [w.dgrad_w() for w in due], ("wgrad_x", "wgrad_dy")
+        for transpose, (weights, fields) in enumerate((whole, turned)):
+            asked = [one for one in weights if one is not None]
+            for w in due:
+                asked += w.taken(*fields)
+            for (w, field), row in weight_watch.sums(asked, bool(transpose)).items():
                 w.sums[field] = row
         for w in due:
             w.squares()
