@@ -1,8 +1,8 @@
 """--deterministic: sums in one order, so that the same seed ends in the same bits.
 
 On one kind of device, with the same software, options and text; compiled or not, but not one like
-the other. mxtrain's own kernels always add in one order. Of torch's do by default neither the
-backward of attention nor what torch.compile chooses by timing, and cuBLAS is free to split a sum.
+the other. mxtrain's own kernels always add in one order. Of torch's, the backward of attention has
+none by default, torch.compile chooses some by timing, and cuBLAS may split sums as it has memory.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import torch
-import torch._inductor.config
 
 # cuBLAS reads it when it starts: a process that multiplies before it comes here needs it outside.
 ENVIRONMENT = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
@@ -26,13 +26,19 @@ _SWITCHES = (
     (_CUDA.enable_cudnn_sdp, _CUDA.cudnn_sdp_enabled, False),
     (_CUDA.enable_mem_efficient_sdp, _CUDA.mem_efficient_sdp_enabled, False),
 )
-# Reductions of torch.compile that are not chosen by timing; convolutions neither. Filling what is
-# not yet written, as torch does besides, would only cost time.
-_ATTRIBUTES = (
-    (torch._inductor.config, "deterministic", True),
-    (torch.backends.cudnn, "benchmark", False),
-    (torch.utils.deterministic, "fill_uninitialized_memory", False),
-)
+
+
+def _attributes() -> list[tuple[Any, str, Any]]:
+    """Reductions of torch.compile that are not chosen by timing; convolutions neither. Filling what
+    is not yet written, as torch does besides, would only cost time. Those that this torch has."""
+    import torch._inductor.config as inductor  # two seconds
+
+    wanted = (
+        (inductor, "deterministic", True),
+        (torch.backends.cudnn, "benchmark", False),
+        (torch.utils.deterministic, "fill_uninitialized_memory", False),
+    )
+    return [one for one in wanted if hasattr(*one[:2])]
 
 
 @contextlib.contextmanager
@@ -42,9 +48,7 @@ def fixed_order(wanted: bool) -> Iterator[None]:
         yield
         return
     os.environ.update({**ENVIRONMENT, **os.environ})
-    attributes = [
-        (owner, name, value) for owner, name, value in _ATTRIBUTES if hasattr(owner, name)
-    ]
+    attributes = _attributes()
     switched = [(put, get()) for put, get, _ in _SWITCHES]
     changed = [(owner, name, getattr(owner, name)) for owner, name, _ in attributes]
     try:

@@ -350,14 +350,14 @@ def test_a_fixed_order_is_undone(monkeypatch):
 
     def state():
         return [get() for _, get, _ in fixed_order._SWITCHES] + [
-            getattr(owner, name, None) for owner, name, _ in fixed_order._ATTRIBUTES
+            getattr(owner, name) for owner, name, _ in fixed_order._attributes()
         ]
 
     before = state()
     with fixed_order.fixed_order(False):
         assert state() == before and "CUBLAS_WORKSPACE_CONFIG" not in os.environ
     with pytest.raises(KeyError), fixed_order.fixed_order(True):
-        wanted = [value for *_, value in (*fixed_order._SWITCHES, *fixed_order._ATTRIBUTES)]
+        wanted = [value for *_, value in (*fixed_order._SWITCHES, *fixed_order._attributes())]
         assert state() == wanted and torch.are_deterministic_algorithms_enabled()
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
         raise KeyError
