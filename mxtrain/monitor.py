@@ -46,6 +46,7 @@ from .oscillation import (
     output_change,
     quantizer_sums,
     row_sample,
+    token_sample,
     weight_quantizer,
 )
 from .recipe import Quantizer
@@ -72,6 +73,8 @@ quantizer its snr (dB), underflow, clip, confidence and nonfinite."""
 
 _AT = {column: i for i, column in enumerate(COLUMNS)}
 _SEED = 0x5EED  # of what the probe's forward draws
+_FIELDS = ("fprop_w", "fprop_x", "dgrad_dy"), ("dgrad_w", "wgrad_x", "wgrad_dy")  # turned: by W^T
+MOST_HELD = 1 << 28  # elements of X and dY that are kept for the row, half a GiB in BF16
 
 
 class _Watched:
@@ -142,43 +145,42 @@ class _Watched:
             if q.square:
                 self._square(field, q, self.weight(self.together())[0])
 
-    def fprop_w(self) -> Asked | None:
-        q = self.layer.recipe.fprop_w
-        if q.format not in FORMATS:
-            return None
-        return Asked((self, "fprop_w"), q, *self.weight(self.rows))
-
-    def dgrad_w(self) -> Asked | None:
-        """The same of W^T."""
-        recipe, q = self.layer.recipe, self.layer.recipe.dgrad_w
-        if q.format not in FORMATS:
-            return None
-        w, ema = self.weight(self.together())
-        if q.source == "original":
-            return Asked((self, "dgrad_w"), q, w)
-        return Asked((self, "dgrad_w"), q, w, ema, recipe.fprop_w)
+    def ask_weight(self) -> None:
+        """What the other formats do to it, and to W^T."""
+        recipe, again = self.layer._recipe, self.layer._recipe.dgrad_w
+        if recipe.fprop_w.format in FORMATS:
+            sample = self.weight(self.rows)
+            self.asked["fprop_w"] = Asked((self, "fprop_w"), recipe.fprop_w, *sample)
+        if again.format in FORMATS:
+            w, ema = self.weight(self.together())
+            more = (ema, recipe.fprop_w) if again.source == "forward" else ()
+            self.asked["dgrad_w"] = Asked((self, "dgrad_w"), again, w, *more)
 
     # ---- X and dY ----
 
-    def saw_x(self, x: Tensor) -> None:
+    def saw_x(self, x: Tensor) -> int:
         recipe = self.layer._recipe
         first = recipe.fprop_x if recipe.wgrad_x.source == "forward" else None
-        self._saw(x, ("fprop_x", recipe.fprop_x, None), ("wgrad_x", recipe.wgrad_x, first))
+        return self._saw(x, ("fprop_x", recipe.fprop_x, None), ("wgrad_x", recipe.wgrad_x, first))
 
-    def saw_dy(self, dy: Tensor) -> None:
+    def saw_dy(self, dy: Tensor) -> int:
         recipe = self.layer._recipe
-        self._saw(dy, ("dgrad_dy", recipe.dgrad_dy, None), ("wgrad_dy", recipe.wgrad_dy, None))
+        return self._saw(
+            dy, ("dgrad_dy", recipe.dgrad_dy, None), ("wgrad_dy", recipe.wgrad_dy, None)
+        )
 
-    def _saw(self, x: Tensor, *fields: tuple[str, Quantizer, Quantizer | None]) -> None:
-        """Keep a sample for the quantizers of these fields, the second after `first`, if any."""
+    def _saw(self, x: Tensor, *fields: tuple[str, Quantizer, Quantizer | None]) -> int:
+        """Keep a sample, of so many elements, for the quantizers of these fields, each of which
+        reads what another leaves of it, if that is not None."""
         if not x.numel() or all(q.format is None for _, q, _ in fields):
-            return
-        x = _tokens(x, self.elements)
+            return 0
+        x = token_sample(x, self.elements)
         for field, q, first in fields:
             if q.square:  # now, by the threshold that the forward had; X^T has the codes of X
                 self._square(field, q, x)
             elif q.format is not None:
                 self.asked[field] = Asked((self, field), q, x, None, first)
+        return x.numel()
 
     def _square(self, field: str, q: Quantizer, x: Tensor) -> None:
         if x.numel():
@@ -231,20 +233,6 @@ def _put(cells: list[Any], start: int, values: list[Any]) -> None:
     cells[start : start + len(values)] = values
 
 
-def _tokens(x: Tensor, elements: int) -> Tensor:
-    """A copy [N, K] of about that many elements, in whole groups of 256 tokens: all where they are
-    few, else from the start, the middle and the end, or from the middle alone where K is large."""
-    x = x.detach().reshape(-1, x.shape[-1])
-    n, groups = len(x), elements // max(x.shape[1], 1) // 256
-    runs = 3 if groups >= 3 else 1
-    length = 256 * max(1, groups // runs)
-    if n <= runs * length:
-        return x.clone()
-    # Of whole squares and of whole blocks along the tokens.
-    starts = [at // 128 * 128 for at in ((n - length) // 2, 0, n - length)[:runs]]
-    return torch.cat([x[start : start + length] for start in starts])
-
-
 class Monitor:
     """Watches a model's MXLinear and writes a CSV. `monitor` makes one; use it with `with`."""
 
@@ -256,6 +244,7 @@ class Monitor:
         self._model, self._probe = model, probe
         self._watched = {id(m): _Watched(name, m, elements) for name, m in layers.items()}
         self._lead = 0  # steps of the layer that has made most
+        self._held = 0  # elements
         self._pending: list[tuple[Any, ...]] = []
         self._plans: dict[int, tuple[list[Any], Plan]] = {}  # by the first layer's id
         self._devices = _cuda_devices(model, probe)
@@ -287,9 +276,9 @@ class Monitor:
             return
         if (watched.steps + 1) % self.every != 0:
             return
-        watched.saw_x(args[0])
+        self._hold(watched.saw_x(args[0]))
         if isinstance(y, Tensor) and y.requires_grad:
-            y.register_hook(watched.saw_dy)
+            y.register_hook(lambda dy: self._hold(watched.saw_dy(dy)))
 
     def _stepped(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         """After a step of an optimizer that holds one of the weights."""
@@ -380,17 +369,25 @@ class Monitor:
                 one.output_moved = output_change(one.output, y)
             one.output = y
 
-    def _record(self, due: list[_Watched]) -> None:
-        whole = [w.fprop_w() for w in due], ("fprop_x", "dgrad_dy")
-        turned = [w.dgrad_w() for w in due], ("wgrad_x", "wgrad_dy")
-        for transpose, (weights, fields) in enumerate((whole, turned)):
-            asked = [one for one in weights if one is not None]
-            for w in due:
-                asked += w.taken(*fields)
-            for (w, field), row in weight_watch.sums(asked, bool(transpose)).items():
+    def _hold(self, elements: int) -> None:
+        """So many more wait for the row, unless they are too many."""
+        self._held += elements
+        if self._held > MOST_HELD:
+            self._settle(self._watched.values())
+
+    def _settle(self, watched: Iterable[_Watched]) -> None:
+        """Quantize what is asked, that of one shape together."""
+        self._held = 0
+        for turned, fields in enumerate(_FIELDS):
+            asked = [one for w in watched for one in w.taken(*fields)]
+            for (w, field), row in weight_watch.sums(asked, bool(turned)).items():
                 w.sums[field] = row
+
+    def _record(self, due: list[_Watched]) -> None:
         for w in due:
             w.squares()
+            w.ask_weight()
+        self._settle(due)
         moved = weight_watch.values([w.watch for w in due if w.watch is not None])
         rows = [w.row(moved.get(id(w.watch))) for w in due]
         self._write(before=self._lead)

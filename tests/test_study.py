@@ -158,10 +158,13 @@ def test_a_row_is_the_run_of_the_script_but_for_the_optimizer():
 
 def test_rates_of_fallback_are_recorded_and_drawn(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # the text that it reads is kept in a file there
+    compiled = []  # how such layers compile is tested elsewhere, and takes 15 seconds
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda block, **how: compiled.append(how))
     text = "--context 32 --text library --megabytes 0.5 --windows 16"
     run = make_run("llama/int8_fallback", more=text)
     for _ in run.train():
         pass
+    assert compiled == [{"dynamic": False}]  # of one block
     names = [f"blocks.0.{name}" for name in ("qkv", "proj", "gate_up", "down")]
     assert run.record["fallback_layers"] == names
     rates = torch.tensor(run.record["fallback"])
