@@ -19,7 +19,10 @@ from mxtrain import MXLinear, Quantizer, convert, monitor, plot
 from mxtrain.monitor import COLUMNS, QUANTIZERS, RATES
 from mxtrain.oscillation import Oscillation, quantizer_statistics
 
-pytestmark = pytest.mark.ops("quantize", "quantize_dual", "requantize", "dequantize", "gemm")
+pytestmark = [
+    pytest.mark.ops("quantize", "quantize_dual", "requantize", "dequantize", "gemm"),
+    pytest.mark.usefixtures("one_thread"),
+]
 
 
 def build(recipe, device="cpu"):

@@ -15,7 +15,10 @@ from mxtrain import MXLinear, monitor, weight_watch
 from mxtrain.monitor import RATES
 from mxtrain.oscillation import quantizer_statistics
 
-pytestmark = pytest.mark.ops("quantize", "quantize_dual", "requantize", "dequantize", "gemm")
+pytestmark = [
+    pytest.mark.ops("quantize", "quantize_dual", "requantize", "dequantize", "gemm"),
+    pytest.mark.usefixtures("one_thread"),
+]
 MODULE = importlib.import_module("mxtrain.monitor")  # mxtrain.monitor is its function
 
 
