@@ -71,6 +71,7 @@ class Trainer:
     """A model, its optimizer and a batch; `step` trains once and returns the loss.
 
     capturable: whether a CUDA graph may hold steps.
+    compiled: whether blocks and loss are under torch.compile; else they run op by op.
     """
 
     def __init__(
@@ -82,16 +83,18 @@ class Trainer:
         context: int,
         device: torch.device,
         capturable: bool = False,
+        compiled: bool = True,
     ) -> None:
         torch.manual_seed(0)
         self.model = GPT(layers, width, context).to(device)
         if recipe != "bf16":
             mxtrain.convert(self.model, recipe, include="blocks.*", strict=True)
-        # Each block by itself, so that all share one graph: 24 of them compile as fast as one does.
-        options = {"backend": BACKEND, "dynamic": False}
-        for block in self.model.blocks:
-            block.compile(**options)
-        self.model.loss = torch.compile(self.model.loss, **options)
+        if compiled:
+            # Each block by itself, so that all share one graph: 24 compile as fast as one does.
+            options = {"backend": BACKEND, "dynamic": False}
+            for block in self.model.blocks:
+                block.compile(**options)
+            self.model.loss = torch.compile(self.model.loss, **options)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=3e-4, fused=True, capturable=capturable
         )

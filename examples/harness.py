@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import hashlib
 import itertools
 import math
 import os
@@ -37,6 +38,7 @@ from checkpoint import (
     refuse,
     save_checkpoint,
 )
+from fixed_order import fixed_order
 from llama import compress_contexts
 from matplotlib.figure import Figure
 from options import check_outputs, read_options
@@ -372,6 +374,15 @@ def checksum(data: Iterable[Tensor]) -> int:
     return found
 
 
+def digest(model: nn.Module) -> str:
+    """sha256 of all parameters and buffers: two runs that ended in the same bits have the same."""
+    found = hashlib.sha256()
+    for tensor in model.state_dict().values():
+        if isinstance(tensor, Tensor):
+            found.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
 def train(task: Task, args: argparse.Namespace, checkpoint: Fields | None) -> int:
     """All runs, one after another. Returns the exit status."""
     torch.set_num_threads(args.threads)
@@ -427,7 +438,8 @@ def main(task: Task, argv: list[str] | None = None) -> int:
             for recipe in [*mxtrain.RECIPES.values(), *mxtrain.MIXES.values()]:
                 print(f"{recipe.name:22} {recipe.reference}")
             return 0
-        return train(task, args, checkpoint)
+        with fixed_order(args.deterministic):
+            return train(task, args, checkpoint)
     except (BadInput, OSError) as error:
         print(f"{task.name}: {error}", file=sys.stderr)
         return 2

@@ -35,6 +35,8 @@ def make_parser(task: Task) -> argparse.ArgumentParser:
     add("--eval-every", type=int, default=50, help="steps between validations, the rows of the log")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--compile", action="store_true", help="each block under torch.compile")
+    help = "sums in one order: the same seed ends in the same bits, in more time (fixed_order.py)"
+    add("--deterministic", action="store_true", help=help)
     add("--device", default=device, help="cpu, cuda, cuda:1, ...")
     out = task.name.replace("train_", "runs/")
     add("--out", metavar="DIR", default=out, help="folder of log.csv and curves.png")

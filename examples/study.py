@@ -2,7 +2,8 @@
 
     python examples/study.py run --plan main --gpus 0 1 2 3 --budget 540 --out runs/study
     python examples/study.py run --runs gpt/bf16@0 gpt/tetrajet@0 --out runs/study
-    python examples/study.py report --out runs/study --against docs/study.json
+    python examples/study.py run --plan repeat --gpus 0 --out runs/repeat
+    python examples/study.py report --out runs/repeat --against docs/study.json
     python examples/study.py list
 
 `run` keeps one process for each GPU (more with --per-gpu) and gives it one run after another, those
@@ -10,7 +11,10 @@ of a row together. Every finished run is in DIR/results.json at once; runs that 
 or in a file of --done, are not made again. No run begins that would not end within --budget
 seconds, by the time that others took; at its end what still runs is stopped, and table.md is
 written. `report` writes it again, with a figure of the learning curves for each part of it; with
---against it prints beside each run what another results file has.
+--against it prints beside each run what another results file has, and whether the weights ended in
+the same bits; --repeats names files of runs that were made again, by which a gap's spread is at
+least that of a run and its repetition. Runs of the plan `repeat` add in a fixed order, as all do
+with --deterministic, so that a second time ends in the same bits.
 """
 
 from __future__ import annotations
@@ -33,8 +37,9 @@ from typing import Any, TextIO
 STARTED = time.monotonic()  # the budget counts from here: the imports take seconds
 
 from checkpoint import BadInput  # noqa: E402
+from fixed_order import ENVIRONMENT  # noqa: E402
 from study_report import comparison, read_results, write_report, write_results  # noqa: E402
-from study_rows import PLANS, ROWS  # noqa: E402
+from study_rows import DETERMINISTIC, PLANS, ROWS  # noqa: E402
 
 Fields = dict[str, Any]
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -91,8 +96,11 @@ class Study:
         self.results_path = os.path.join(args.out, "results.json")
         self.records = read_results([self.results_path, *args.done])
         done = {record["run"] for record in self.records}
+        fixed = " ".join([*args.options.split(), "--deterministic"])
         self.jobs = [
-            Job(run, args.options, not args.no_compile) for run in args.runs if run not in done
+            Job(run, fixed if run in args.fixed else args.options, not args.no_compile)
+            for run in args.runs
+            if run not in done
         ]
         self.events: queue.Queue[tuple[Worker, str | None]] = queue.Queue()
         self.log: TextIO = open(os.path.join(args.out, "log.txt"), "a")  # noqa: SIM115
@@ -112,6 +120,8 @@ class Study:
             "TRITON_CACHE_DIR": os.path.join(scratch, "triton"),
             "TORCHINDUCTOR_COMPILE_THREADS": str(max(1, (os.cpu_count() or 1) // self.count)),
         }
+        if self.args.fixed:
+            environment = {**ENVIRONMENT, **environment}
         if gpus:
             environment["CUDA_VISIBLE_DEVICES"] = gpus[index // per_gpu]
         process = subprocess.Popen(
@@ -299,9 +309,13 @@ def make_parser() -> argparse.ArgumentParser:
     run.add_argument("--expect", type=float, default=120.0, help="seconds of a run, at first")
     run.add_argument("--options", default="", help="options of the script for every run")
     run.add_argument("--no-compile", action="store_true", help="eager, though a row says --compile")
+    help = "sums in one order in all runs, not in those of the plan repeat alone (fixed_order.py)"
+    run.add_argument("--deterministic", action="store_true", help=help)
     run.add_argument("--scratch", metavar="DIR", help="text and compiled kernels (a temporary one)")
     report = commands.add_parser("report", help="write the table and the figures")
     report.add_argument("--against", metavar="FILE", help="results to set beside these")
+    help = "the same runs made again: a gap's spread is at least theirs"
+    report.add_argument("--repeats", nargs="+", default=[], metavar="FILE", help=help)
     for command in (run, report):
         command.add_argument("--out", metavar="DIR", required=True)
         command.add_argument("--done", nargs="+", default=[], metavar="FILE", help="other results")
@@ -311,6 +325,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 def check(args: argparse.Namespace) -> None:
     args.runs = list(dict.fromkeys([run for plan in args.plan for run in PLANS[plan]] + args.runs))
+    fixed = args.runs if args.deterministic else []
+    args.fixed = {*fixed, *(run for plan in DETERMINISTIC & {*args.plan} for run in PLANS[plan])}
     for run in args.runs:
         row, _, seed = run.rpartition("@")
         if row not in ROWS or not seed.isdigit():
@@ -328,8 +344,9 @@ def check(args: argparse.Namespace) -> None:
 
 
 def check_files(args: argparse.Namespace) -> None:
-    against = getattr(args, "against", None)
-    for option, paths in (("done", args.done), ("against", [against] if against else [])):
+    against, repeats = getattr(args, "against", None), getattr(args, "repeats", [])
+    named = {"done": args.done, "against": [against] if against else [], "repeats": repeats}
+    for option, paths in named.items():
         for path in paths:
             if not os.path.exists(path):
                 must = f"--{option} must name results.json files"
@@ -367,9 +384,11 @@ def main(argv: list[str] | None = None) -> int:
                     for number, handler in before.items():
                         signal.signal(number, handler)
         records = read_results([os.path.join(args.out, "results.json"), *args.done])
-        print(write_report(records, args.out, figures=args.command == "report"))
+        repeats = [read_results([path]) for path in getattr(args, "repeats", [])]
+        print(write_report(records, args.out, args.command == "report", repeats))
         if getattr(args, "against", None):
-            print(f"beside {args.against}:\n\n{comparison(records, read_results([args.against]))}")
+            others = read_results([args.against])
+            print(f"beside {args.against}:\n\n{comparison(records, others, repeats)}")
         return 0
     except (BadInput, OSError) as error:
         print(f"study: {error}", file=sys.stderr)

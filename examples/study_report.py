@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import statistics
 from collections.abc import Sequence
@@ -96,12 +97,42 @@ def speeds(records: list[Fields], bf16: list[Fields]) -> tuple[float | None, flo
     return mine.get(seed), base.get(seed)
 
 
-def spread(values: Sequence[float | None], style: str) -> str:
+def spread(values: Sequence[float | None], style: str, least: float | None = None) -> str:
+    """The mean and, of several, the standard deviation; where least is known, not less than it."""
     known = [v for v in values if v is not None]
-    return mean_and_spread(known, style) if known else "-"
+    if not known or least is None:
+        return mean_and_spread(known, style) if known else "-"
+    deviation = statistics.stdev(known) if len(known) > 1 else 0.0
+    mean, deviation = statistics.fmean(known), max(least, deviation)
+    return f"{mean:{style}} ± {deviation:{style.lstrip('+')}}"
 
 
-def line(name: str, records: list[Fields], bf16: list[Fields]) -> tuple[str, ...]:
+def run_to_run(
+    records: list[Fields], repeats: Sequence[list[Fields]], task: str
+) -> tuple[float | None, int]:  # fmt: skip
+    """The standard deviation of a gap, in points, from one run of a seed to the next, pooled over
+    the runs of the task that were made more than once; None without one. And how many those are.
+
+    The deviation over seeds has this in it already, so a gap is known to the larger of the two, not
+    to both together: that of three seeds is often too small by chance. repeats: results files, each
+    with a BF16 of its own. Runs that ended alike are one.
+    """
+    gaps: dict[str, list[float | None]] = {}
+    for some in (records, *repeats):
+        for record in some:
+            if row_of(record).split("/")[0] == task and "%" not in record["metric"]:
+                gaps.setdefault(record["run"], []).append(gap_of(record, some))
+    groups = [list(dict.fromkeys(g for g in found if g is not None)) for found in gaps.values()]
+    again = [found for found in groups if len(found) > 1]
+    if not again:
+        return None, 0
+    squares = sum(statistics.variance(found) * (len(found) - 1) for found in again)
+    return math.sqrt(squares / sum(len(found) - 1 for found in again)), len(again)
+
+
+def line(
+    name: str, records: list[Fields], bf16: list[Fields], least: float | None = None
+) -> tuple[str, ...]:  # fmt: skip
     baseline = {r["seed"]: r for r in bf16}
     good = [r for r in records if finished(r)]
     diverged = len(records) - len(good)
@@ -118,7 +149,7 @@ def line(name: str, records: list[Fields], bf16: list[Fields]) -> tuple[str, ...
         gap = f"{spread(gaps, '+.2f')} points" if gaps else "-"
     else:
         gaps = [loss_gap(r, baseline) for r in good]
-        gap = spread(gaps, "+.2f") + (" %" if any(g is not None for g in gaps) else "")
+        gap = spread(gaps, "+.2f", least) + (" %" if any(g is not None for g in gaps) else "")
     rate, base = speeds(records, bf16)
     peak = [r["peak_bytes"] / 2**30 for r in good if r["peak_bytes"]]
     watched = [
@@ -138,12 +169,15 @@ def line(name: str, records: list[Fields], bf16: list[Fields]) -> tuple[str, ...
     )
 
 
-def table(rows: dict[str, list[Fields]], bf16: list[Fields]) -> str:
-    """A markdown table; columns in which no row has anything are left out."""
+def table(
+    rows: dict[str, list[Fields]], bf16: list[Fields], least: float | None = None
+) -> str:  # fmt: skip
+    """A markdown table; columns in which no row has anything are left out. least: of a gap's
+    spread."""
     first = next(iter(rows.values()))[0]
     headings = list(HEADINGS)
     headings[3], headings[5] = first["metric"], f"{first['unit']}/s"
-    lines = [line(name, records, bf16) for name, records in rows.items()]
+    lines = [line(name, records, bf16, least) for name, records in rows.items()]
     kept = [i for i in range(len(headings)) if any(text[i] != "-" for text in lines)]
     shown = [headings, ["---"] * len(headings), *lines]
     return "\n".join("| " + " | ".join(row[i] for i in kept) + " |" for row in shown)
@@ -157,14 +191,30 @@ def heading(task: str, group: str, rows: dict[str, list[Fields]]) -> str:
     return f"## {task}, {group}\n\n{what} {record['unit']}; {where}"
 
 
-def write_report(records: list[Fields], folder: str, figures: bool = False) -> str:
+def note(least: float | None, count: int) -> str:
+    """What the spread of a gap is."""
+    if least is None:
+        return ""
+    runs = "one run that was" if count == 1 else f"{count} runs that were"
+    return (
+        "\n\nThe spread of a gap is that of one run: its standard deviation over the seeds, or "
+        f"over repetitions of a seed where that is larger, {least:.2f} points, pooled over {runs} "
+        "made again."
+    )
+
+
+def write_report(
+    records: list[Fields], folder: str, figures: bool = False,
+    repeats: Sequence[list[Fields]] = (),
+) -> str:  # fmt: skip
     """table.md, and with `figures` TASK-GROUP.png, and TASK-ROW-rates.png of a row whose layers
-    fall back. Returns the text of the table.
+    fall back. Returns the text of the table. repeats: see run_to_run.
     """
     parts = []
     for (task, group), rows in groups_of(records).items():
         bf16 = [r for r in records if row_of(r) == f"{task}/bf16"]
-        parts.append(f"{heading(task, group, rows)}\n\n{table(rows, bf16)}")
+        again = run_to_run(records, repeats, task)
+        parts.append(f"{heading(task, group, rows)}\n\n{table(rows, bf16, again[0])}{note(*again)}")
         if figures:
             everything = {f"{task}/bf16": bf16, **rows} if bf16 else rows
             write_figure(everything, os.path.join(folder, f"{task}-{group}.png"))
@@ -178,14 +228,18 @@ def write_report(records: list[Fields], folder: str, figures: bool = False) -> s
     return text
 
 
-def comparison(records: list[Fields], others: list[Fields]) -> str:
+def comparison(
+    records: list[Fields], others: list[Fields], repeats: Sequence[list[Fields]] = ()
+) -> str:  # fmt: skip
     """A markdown table of the runs that others hold too: for results that were made again.
 
     Seeds there: the gap's mean and spread over all of theirs, within which it should be. Losses
     themselves are comparable where the data are the same: another environment has another text.
+    Same weights: whether both ended in the same bits, as runs with --deterministic do.
     """
     theirs = {r["run"]: r for r in others}
-    rows = [("run", "validation loss", "there", "above BF16", "there", "seeds there", "same data")]
+    rows = [("run", "validation loss", "there", "above BF16", "there", "seeds there", "same data",
+             "same weights")]  # fmt: skip
     rows.append(("---",) * len(rows[0]))
     for mine in records:
         if (other := theirs.get(mine["run"])) is None:
@@ -193,12 +247,19 @@ def comparison(records: list[Fields], others: list[Fields]) -> str:
         losses = [f"{r['rows'][-1][2]:.4f}" if finished(r) else "-" for r in (mine, other)]
         gaps = [gap_of(mine, records), gap_of(other, others)]
         seeds = [gap_of(r, others) for r in others if row_of(r) == row_of(mine)]
-        data = mine.get("data"), other.get("data")  # older records do not say
-        same = "unknown" if None in data else "yes" if data[0] == data[1] else "no"
-        gaps = [spread(gap, "+.2f") + " %" * any(g is not None for g in gap)
-                for gap in ([gaps[0]], [gaps[1]], seeds)]  # fmt: skip
-        rows.append((mine["run"], *losses, *gaps, same))
+        least = run_to_run(others, repeats, row_of(mine).split("/")[0])[0]
+        told = ([gaps[0]], None), ([gaps[1]], None), (seeds, least)
+        gaps = [spread(gap, "+.2f", floor) + " %" * any(g is not None for g in gap)
+                for gap, floor in told]  # fmt: skip
+        same = (same_field(mine, other, name) for name in ("data", "weights"))
+        rows.append((mine["run"], *losses, *gaps, *same))
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def same_field(mine: Fields, other: Fields, name: str) -> str:
+    """yes, no, or unknown: older records have no such field."""
+    found = mine.get(name), other.get(name)
+    return "unknown" if None in found else "yes" if found[0] == found[1] else "no"
 
 
 def gap_of(record: Fields, records: list[Fields]) -> float | None:

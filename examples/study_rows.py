@@ -274,4 +274,5 @@ PLANS["small_ema"] = [run for rows in SMALL_EMA.values() for run in runs(rows, [
 PLANS["vit"] = runs(VIT, [0, 1, 2])
 PLANS["llama"] = runs(LLAMAS, [0, 1, 2])
 # One seed of three rows: to repeat the table by.
+DETERMINISTIC = {"repeat"}  # plans whose runs are made with --deterministic
 PLANS["repeat"] = runs(["gpt/bf16", "gpt/tetrajet", "gpt/mxfp4_backward"], [0])

@@ -22,7 +22,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from harness import Run, checksum
+from fixed_order import fixed_order
+from harness import Run, checksum, digest
 from llama import compress_contexts
 from options import make_parser
 from study_rows import ROWS, Row
@@ -223,7 +224,7 @@ class Worker:
         self.device, self.folder = device, folder
         self.loaded: tuple[Any, ...] | None = None  # key, task, args
         self.data = 0  # its checksum
-        self.compiled: str | None = None  # the row whose graphs are at hand
+        self.compiled: str | None = None  # what the graphs at hand were made for
 
     def task(self, row: Row, options: list[str]) -> tuple[Any, Any]:
         """The task of a row with its data, and its arguments."""
@@ -243,11 +244,14 @@ class Worker:
         args = argparse.Namespace(**vars(args))  # the next run may compile
         args.compile = args.compile and job["compile"]
         started = time.perf_counter()
-        fresh, self.compiled = self.compiled != name, name
-        run = StudyRun(row, task, args, int(seed), fresh)
-        record = run.record
-        for _ in run.train():
-            say("row", run=job["run"], row=record["rows"][-1])
+        # What was compiled for another order of the sums is not used again.
+        graphs = f"{name} {args.deterministic}"
+        fresh, self.compiled = self.compiled != graphs, graphs
+        with fixed_order(args.deterministic):
+            run = StudyRun(row, task, args, int(seed), fresh)
+            record = run.record
+            for _ in run.train():
+                say("row", run=job["run"], row=record["rows"][-1])
         rate = run.throughput()
         record["rows"] = [row[:4] for row in record["rows"]]
         parameters = sum(p.numel() for p in run.model.parameters())
@@ -264,6 +268,8 @@ class Worker:
                 "steps": args.steps,
                 "units": args.steps * args.batch * task.units(args),
                 "compiled": args.compile,
+                "deterministic": args.deterministic,
+                "weights": digest(run.model),
                 "data": self.data,
                 "device": device_name(args.device),
                 "torch": torch.__version__,

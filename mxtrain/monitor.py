@@ -11,7 +11,8 @@ quantized, a tensor that was not seen, a rate of no blocks. NaN is a value: some
 - A layer's steps are those of the optimizer that holds its weight, so several optimizers each have
   their own rows. Layers whose weight is frozen go with the one that has stepped most. The steps of
   QRamping.calibrate, which are undone, are not seen.
-- X and dY are seen at the last forward and backward before a row, on a sample of the tokens. Under
+- X and dY are seen at the last forward and backward before a row, on a sample of the tokens, which
+  is copied there and quantized when the row is made, those of layers of one shape together. Under
   torch.compile they are not: the traced code would have to leave the graph.
   `torch.compiler.set_stance("force_eager")` around a step that makes a row shows them.
 - The layers have hooks only while the next step makes a row. A graph that is compiled just then is
@@ -45,11 +46,12 @@ from .oscillation import (
     output_change,
     quantizer_sums,
     row_sample,
+    token_sample,
     weight_quantizer,
 )
 from .recipe import Quantizer
 from .rows import Row, copied
-from .weight_watch import Asked, Plan, forward_values
+from .weight_watch import Asked, Plan
 
 QUANTIZERS = ("fprop_x", "fprop_w", "dgrad_dy", "dgrad_w", "wgrad_dy", "wgrad_x")
 _WEIGHT = ("w_change", "q_change", "flips", "oscillating", "ratio")
@@ -71,6 +73,8 @@ quantizer its snr (dB), underflow, clip, confidence and nonfinite."""
 
 _AT = {column: i for i, column in enumerate(COLUMNS)}
 _SEED = 0x5EED  # of what the probe's forward draws
+_FIELDS = ("fprop_w", "fprop_x", "dgrad_dy"), ("dgrad_w", "wgrad_x", "wgrad_dy")  # turned: by W^T
+MOST_HELD = 1 << 28  # elements of X and dY that are kept for the row, half a GiB in BF16
 
 
 class _Watched:
@@ -80,6 +84,7 @@ class _Watched:
         self.name, self.layer, self.elements = name, layer, elements
         self.rows = row_sample(layer.out_features, layer.in_features, elements)
         self.sums: dict[str, Row] = {}
+        self.asked: dict[str, Asked] = {}  # of X and dY, until the row
         self.output: Tensor | None = None
         self.output_moved: Tensor | None = None
         self.seen: tuple[Any, ...] | None = None  # the view of which `views` has rows
@@ -138,44 +143,53 @@ class _Watched:
         for field in ("fprop_w", "dgrad_w"):
             q = getattr(self.layer.recipe, field)
             if q.square:
-                self._quantized(field, q, self.weight(self.together())[0])
+                self._square(field, q, self.weight(self.together())[0])
 
-    def fprop_w(self) -> Asked | None:
-        q = self.layer.recipe.fprop_w
-        return Asked(self, q, *self.weight(self.rows)) if q.format in FORMATS else None
-
-    def dgrad_w(self) -> Asked | None:
-        """The same of W^T."""
-        recipe, q = self.layer.recipe, self.layer.recipe.dgrad_w
-        if q.format not in FORMATS:
-            return None
-        w, ema = self.weight(self.together())
-        if q.source == "original":
-            return Asked(self, q, w)
-        return Asked(self, q, w, ema, recipe.fprop_w)
+    def ask_weight(self) -> None:
+        """What the other formats do to it, and to W^T."""
+        recipe, again = self.layer._recipe, self.layer._recipe.dgrad_w
+        if recipe.fprop_w.format in FORMATS:
+            sample = self.weight(self.rows)
+            self.asked["fprop_w"] = Asked((self, "fprop_w"), recipe.fprop_w, *sample)
+        if again.format in FORMATS:
+            w, ema = self.weight(self.together())
+            more = (ema, recipe.fprop_w) if again.source == "forward" else ()
+            self.asked["dgrad_w"] = Asked((self, "dgrad_w"), again, w, *more)
 
     # ---- X and dY ----
 
-    def saw_x(self, x: Tensor) -> None:
-        recipe, x = self.layer.recipe, _tokens(x, self.elements)
-        self._quantized("fprop_x", recipe.fprop_x, x)
-        wgrad = recipe.wgrad_x
-        again = wgrad.format in FORMATS and wgrad.source == "forward"  # squares: the same codes
-        source = forward_values(x, recipe.fprop_x) if again else x
-        self._quantized("wgrad_x", wgrad, source, transpose=True)
+    def saw_x(self, x: Tensor) -> int:
+        recipe = self.layer._recipe
+        first = recipe.fprop_x if recipe.wgrad_x.source == "forward" else None
+        return self._saw(x, ("fprop_x", recipe.fprop_x, None), ("wgrad_x", recipe.wgrad_x, first))
 
-    def saw_dy(self, dy: Tensor) -> None:
-        recipe, dy = self.layer.recipe, _tokens(dy, self.elements)
-        self._quantized("dgrad_dy", recipe.dgrad_dy, dy)
-        self._quantized("wgrad_dy", recipe.wgrad_dy, dy, transpose=True)
+    def saw_dy(self, dy: Tensor) -> int:
+        recipe = self.layer._recipe
+        return self._saw(
+            dy, ("dgrad_dy", recipe.dgrad_dy, None), ("wgrad_dy", recipe.wgrad_dy, None)
+        )
 
-    def _quantized(
-        self, field: str, q: Quantizer, x: Tensor, transpose: bool = False
-    ) -> None:  # fmt: skip
-        if q.format is not None and x.numel():
+    def _saw(self, x: Tensor, *fields: tuple[str, Quantizer, Quantizer | None]) -> int:
+        """Keep a sample, of so many elements, for the quantizers of these fields, each of which
+        reads what another leaves of it, if that is not None."""
+        if not x.numel() or all(q.format is None for _, q, _ in fields):
+            return 0
+        x = token_sample(x, self.elements)
+        for field, q, first in fields:
+            if q.square:  # now, by the threshold that the forward had; X^T has the codes of X
+                self._square(field, q, x)
+            elif q.format is not None:
+                self.asked[field] = Asked((self, field), q, x, None, first)
+        return x.numel()
+
+    def _square(self, field: str, q: Quantizer, x: Tensor) -> None:
+        if x.numel():
             limit = self.layer.fallback_threshold if q.fallback and self.layer.training else None
-            sums = quantizer_sums(x, q, transpose=transpose, threshold=limit)
-            self.sums[field] = Row(sums[None], 0)
+            self.sums[field] = Row(quantizer_sums(x, q, threshold=limit)[None], 0)
+
+    def taken(self, *fields: str) -> list[Asked]:
+        """What is asked in these fields, once."""
+        return [one for field in fields if (one := self.asked.pop(field, None)) is not None]
 
     # ---- the row ----
 
@@ -219,20 +233,6 @@ def _put(cells: list[Any], start: int, values: list[Any]) -> None:
     cells[start : start + len(values)] = values
 
 
-def _tokens(x: Tensor, elements: int) -> Tensor:
-    """[N, K] of about that many elements, in whole groups of 256 tokens: all where they are few,
-    else from the start, the middle and the end, or from the middle alone where K is large."""
-    x = x.detach().reshape(-1, x.shape[-1])
-    n, groups = len(x), elements // max(x.shape[1], 1) // 256
-    runs = 3 if groups >= 3 else 1
-    length = 256 * max(1, groups // runs)
-    if n <= runs * length:
-        return x
-    # Of whole squares and of whole blocks along the tokens.
-    starts = [at // 128 * 128 for at in ((n - length) // 2, 0, n - length)[:runs]]
-    return torch.cat([x[start : start + length] for start in starts])
-
-
 class Monitor:
     """Watches a model's MXLinear and writes a CSV. `monitor` makes one; use it with `with`."""
 
@@ -244,6 +244,7 @@ class Monitor:
         self._model, self._probe = model, probe
         self._watched = {id(m): _Watched(name, m, elements) for name, m in layers.items()}
         self._lead = 0  # steps of the layer that has made most
+        self._held = 0  # elements
         self._pending: list[tuple[Any, ...]] = []
         self._plans: dict[int, tuple[list[Any], Plan]] = {}  # by the first layer's id
         self._devices = _cuda_devices(model, probe)
@@ -275,9 +276,9 @@ class Monitor:
             return
         if (watched.steps + 1) % self.every != 0:
             return
-        watched.saw_x(args[0])
+        self._hold(watched.saw_x(args[0]))
         if isinstance(y, Tensor) and y.requires_grad:
-            y.register_hook(watched.saw_dy)
+            y.register_hook(lambda dy: self._hold(watched.saw_dy(dy)))
 
     def _stepped(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         """After a step of an optimizer that holds one of the weights."""
@@ -368,14 +369,25 @@ class Monitor:
                 one.output_moved = output_change(one.output, y)
             one.output = y
 
-    def _record(self, due: list[_Watched]) -> None:
-        for field in ("fprop_w", "dgrad_w"):
-            asked = [getattr(w, field)() for w in due]
-            found = weight_watch.sums([one for one in asked if one], field == "dgrad_w")
-            for w, row in found.items():
+    def _hold(self, elements: int) -> None:
+        """So many more wait for the row, unless they are too many."""
+        self._held += elements
+        if self._held > MOST_HELD:
+            self._settle(self._watched.values())
+
+    def _settle(self, watched: Iterable[_Watched]) -> None:
+        """Quantize what is asked, that of one shape together."""
+        self._held = 0
+        for turned, fields in enumerate(_FIELDS):
+            asked = [one for w in watched for one in w.taken(*fields)]
+            for (w, field), row in weight_watch.sums(asked, bool(turned)).items():
                 w.sums[field] = row
+
+    def _record(self, due: list[_Watched]) -> None:
         for w in due:
             w.squares()
+            w.ask_weight()
+        self._settle(due)
         moved = weight_watch.values([w.watch for w in due if w.watch is not None])
         rows = [w.row(moved.get(id(w.watch))) for w in due]
         self._write(before=self._lead)

@@ -434,6 +434,20 @@ def row_sample(rows: int, cols: int, elements: int) -> slice:
     return slice(None, None, max(1, rows // wanted))
 
 
+def token_sample(x: Tensor, elements: int) -> Tensor:
+    """A copy [N, K] of about that many elements, in whole groups of 256 tokens: all where they are
+    few, else from the start, the middle and the end, or from the middle alone where K is large."""
+    x = x.detach().reshape(-1, x.shape[-1])
+    n, groups = len(x), elements // max(x.shape[1], 1) // 256
+    runs = 3 if groups >= 3 else 1
+    length = 256 * max(1, groups // runs)
+    if n <= runs * length:
+        return x.clone()
+    # Of whole squares and of whole blocks along the tokens.
+    starts = [at // 128 * 128 for at in ((n - length) // 2, 0, n - length)[:runs]]
+    return torch.cat([x[start : start + length] for start in starts])
+
+
 def weight_quantizer(layer: MXLinear) -> Quantizer | None:
     """What rounds the layer's weight in the forward pass, to a format of FORMATS; else None."""
     q: Any = layer.recipe.fprop_w
@@ -461,5 +475,6 @@ __all__ = [
     "ratio_histogram",
     "ratio_summary",
     "row_sample",
+    "token_sample",
     "weight_quantizer",
 ]

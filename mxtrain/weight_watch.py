@@ -29,11 +29,17 @@ from .rows import Row
 T = TypeVar("T")
 
 
-def _chunks(items: Sequence[T], *quantizers: Quantizer | None) -> Iterator[list[T]]:
-    """As many at a time as one call takes."""
+MOST_ELEMENTS = 1 << 24
+"""The most that samples below each other have in one call: it makes copies of them, in float32."""
+
+
+def _chunks(
+    items: Sequence[T], *quantizers: Quantizer | None, each: int = 1
+) -> Iterator[list[T]]:  # fmt: skip
+    """As many at a time as one call takes, of `each` elements."""
     formats = [FORMATS.get(q.format) for q in quantizers if q is not None]
     several = all(f is not None and f.scale != "e4m3" for f in formats)
-    most = MOST_GROUPS if several else 1
+    most = max(1, min(MOST_GROUPS, MOST_ELEMENTS // max(each, 1))) if several else 1
     while items:
         size = 1 << (min(len(items), most).bit_length() - 1)
         yield list(items[:size])
@@ -204,7 +210,7 @@ def sums(asked: Iterable[Asked], transpose: bool) -> dict[Hashable, Row]:
     found: dict[Hashable, Row] = {}
     for alike in _alike(((one.q, one.first, _kind(one.x, one.toward)), one) for one in asked):
         q, first = alike[0].q, alike[0].first
-        for some in _chunks(alike, q, first):
+        for some in _chunks(alike, q, first, each=alike[0].x.numel()):
             names, _, xs, towards, _ = zip(*some, strict=True)
             n, options = len(some), {"transpose": transpose, "groups": len(some)}
             if first is None:

@@ -24,6 +24,16 @@ def device(request):
         yield "cpu"
 
 
+@pytest.fixture
+def one_thread():
+    """For small models: where other jobs share the cores, a second thread is waited for at every
+    op, some 10 ms each."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

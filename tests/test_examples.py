@@ -117,6 +117,23 @@ def test_compile_trains_the_same_model(example, tmp_path, monkeypatch):
     assert not any("_orig_mod" in name for name in names)
 
 
+def test_deterministic_repeats_the_log(tmp_path, monkeypatch):
+    task, options = TASKS["gpt"]
+    orders, logs = [], []
+
+    def evaluate(run, original=harness.Run.evaluate):
+        orders.append(torch.are_deterministic_algorithms_enabled())
+        return original(run)
+
+    monkeypatch.setattr(harness.Run, "evaluate", evaluate)
+    for _ in range(2):
+        more = ["--deterministic", "--recipe", "tetrajet", "--out", str(tmp_path)]
+        assert harness.main(task(), [*options, *more]) == 0
+        logs.append([row[:6] for row in read_csv(tmp_path / "log.csv")])
+    assert logs[0] == logs[1] and orders == [True] * 4
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
 def vit_task(*options: str):
     task = ImageClasses()
     args = make_parser(task).parse_args([*SMALL.split(), *options])

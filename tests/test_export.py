@@ -13,7 +13,10 @@ import mxtrain
 from mxtrain import MXLinear
 from mxtrain.recipe import RECIPES
 
-pytestmark = pytest.mark.ops("quantize", "quantize_dual", "requantize", "dequantize", "gemm")
+pytestmark = [
+    pytest.mark.ops("quantize", "quantize_dual", "requantize", "dequantize", "gemm"),
+    pytest.mark.usefixtures("one_thread"),
+]
 PACKED = [name for name, r in RECIPES.items() if r.fprop_w.format]
 
 

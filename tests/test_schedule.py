@@ -16,7 +16,10 @@ from torch._dynamo.testing import CompileCounter
 import mxtrain
 from mxtrain import MXLinear, TargetPrecision, convert, get_recipe
 
-pytestmark = pytest.mark.ops("quantize", "quantize_dual", "requantize", "dequantize", "gemm")
+pytestmark = [
+    pytest.mark.ops("quantize", "quantize_dual", "requantize", "dequantize", "gemm"),
+    pytest.mark.usefixtures("one_thread"),
+]
 
 STEPS = 10
 
