@@ -41,6 +41,7 @@ struct CodeTile {
     return (first ^ i % 2 * 64) + i * (kStoreColumns / kLaneColumns * kRowBytes);
   }
   // The scale of a block. Those of a column are a word of 4; thread t stores words t and t + 128.
+  static constexpr uint32_t kScaleStep = 32 * kBands;  // from a lane's column to its next
   MXT_HD static uint32_t block_scale(uint32_t band, uint32_t lane, uint32_t n) {
     return (n * 32 + lane) * kBands + band;
   }

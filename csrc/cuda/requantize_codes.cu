@@ -3,14 +3,14 @@
 // as nibbles, and rounds 8 blocks, one after the other, two elements a word.
 //
 // The source's codes carry one mantissa bit and a power of two that a whole row of the 32 x 32
-// square shares, so float16 holds what rounding needs. With the square's scales within 9 binades of
-// the largest, v = code * 2^(e - largest) is exact, and so is u = v / S * 2^-14, which is at least
-// 2^-24 or zero. Float16 is subnormal below 2^-14 as E2M1 is below 1, so u's bits above the cut at
-// bit 9 are the code. The fraction below has 9 bits, so the draw's first 9 decide (F / 512 * 2^17 >
-// 2 r + 1 just where F > r / 128 rounded down), and one integer addition of their complement rounds
-// both halves. Every rule takes the same scale, since no magnitude's mantissa exceeds that of the
-// largest element, and no element exceeds 6 S. Squares of other scales, NaN, and prescales go
-// element by element (strip.cuh).
+// square shares, so float16 holds what rounding needs. With the square's scales within 8 binades of
+// the largest, v = code * 2^(e - largest) is exact, and so is u = v / S * 2^-14, a multiple of
+// 2^-23. Float16 is subnormal below 2^-14 as E2M1 is below 1, so u's bits above the cut at bit 9
+// are the code. Of the fraction F below, bit 0 is zero, so the draw's first byte decides (F / 512 *
+// 2^17 > 2 r + 1 just where F / 2 > r / 256 rounded down), and one integer addition of its
+// complement rounds both halves. Every rule takes the same scale, since no magnitude's mantissa
+// exceeds that of the largest element, and no element exceeds 6 S. Squares of other scales, NaN,
+// and prescales go element by element (strip.cuh).
 //
 // A CTA has one tile, 128 rows x 256 columns of x: rows come in as lines of 128 bytes, and rows of
 // the result leave by 64. It is rounded in place in shared memory; code_tile.h says how it lies
@@ -29,11 +29,10 @@ namespace {
 // ---- traits ----
 
 struct CodeTraits {
-  // Of an SM, as many as registers allow without spilling.
-  static constexpr int kCtas = kCodeArch == 90 ? 9 : 8;
+  static constexpr int kCtas = 8;          // of an SM
   static constexpr uint32_t kSquares = 8;  // 32 x 32, of a warp, each of 4 lanes
   // Scales that neither under- nor overflow on the way, and how far they may lie apart.
-  static constexpr uint32_t kFirst = 16, kLast = 250, kBinades = 9;
+  static constexpr uint32_t kFirst = 16, kLast = 250, kBinades = 8;
 };
 
 // The packed operand: `height` rows of `blocks` blocks. across: tiles in a row of tiles.
@@ -208,12 +207,12 @@ __device__ __forceinline__ Square survey(CodeShared& tile, uint32_t band, bool p
                                          uint4 (&rows)[CodeTraits::kSquares][4]) {
   const RowScales scales(tile, band);
   const uint32_t lane = ptx::lane_id();
-  uint32_t largest = 0, smallest = 255, least = 255;  // smallest: but for zeros, less 1
+  uint32_t largest = 0, smallest = ~0u, least = 255;  // smallest: but for zeros, less 1
 #pragma unroll
   for (int t = 0; t < 8; ++t) {
     largest = max(largest, scales.code[t]);
     least = min(least, scales.code[t]);
-    smallest = min(smallest, (scales.code[t] - 1) & 0xFFu);
+    smallest = min(smallest, scales.code[t] - 1);
   }
   const bool hidden =
       __any_sync(kAllLanes, least == 0) && __any_sync(kAllLanes, scales.hides_codes(tile, band));
@@ -232,30 +231,39 @@ __device__ __forceinline__ Square survey(CodeShared& tile, uint32_t band, bool p
 
 // ---- one block ----
 
-// ~draw's first 9 bits of elements t and t + 4 of a quarter, in each half from bit 0 (even t) or 4
-// (odd t) up: ~(word[t] ^ change[s]) under a mask. See quarter_words: even t takes low halves.
+// The complement of the first bytes of the draws of elements t and t + 4 of a quarter, in each half
+// from bit 0 (even t) or 5 (odd t) up. See quarter_words: even t takes low halves.
 struct PairDraws {
-  uint32_t word[4], change[4][2];  // change: of even and odd t
+  // change: of even and odd t, in quarters 1, 2 and 3; the last of bits of the mask only, and by
+  // lop3, or its XOR is made anew for each t.
+  uint32_t word[4], change[3][2];
+  static constexpr int kMaskedXor = (ptx::kLop3A ^ ptx::kLop3B) & ptx::kLop3C,
+                       kMaskedNotXor = (~ptx::kLop3A & ptx::kLop3B) ^ ptx::kLop3C;
 
   __device__ __forceinline__ explicit PairDraws(const Philox4& call) {
-    uint32_t even[4], odd[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) even[i] = call.w[i] >> 7, odd[i] = even[i] << 4;
-    const uint32_t low = even[0] ^ even[1], high = even[2] ^ even[3];
-    word[0] = __byte_perm(even[0], even[2], 0x5410);
-    word[1] = __byte_perm(odd[0], odd[2], 0x7632);
-    word[2] = __byte_perm(even[1], even[3], 0x5410);
-    word[3] = __byte_perm(odd[1], odd[3], 0x7632);
-    change[0][0] = change[0][1] = 0;  // their halves change places
-    change[1][0] = __byte_perm(low, low, 0x3232);
-    change[1][1] = __byte_perm(low << 4, 0, 0x1010);
-    change[2][0] = __byte_perm(high, high, 0x3232);
-    change[2][1] = __byte_perm(high << 4, 0, 0x1010);
-    change[3][0] = change[1][0] ^ change[2][0];
-    change[3][1] = change[1][1] ^ change[2][1];
+    const uint32_t low = call.w[0] ^ call.w[1], high = call.w[2] ^ call.w[3];
+    word[0] = __byte_perm(call.w[0], call.w[2], 0x5511);
+    word[1] = odd(__byte_perm(call.w[0], call.w[2], 0x7733));
+    word[2] = __byte_perm(call.w[1], call.w[3], 0x5511);
+    word[3] = odd(__byte_perm(call.w[1], call.w[3], 0x7733));
+    change[0][0] = __byte_perm(low, low, 0x3333);  // their halves change places
+    change[0][1] = odd(__byte_perm(low, low, 0x1111));
+    change[1][0] = __byte_perm(high, high, 0x3333);
+    change[1][1] = odd(__byte_perm(high, high, 0x1111));
+    change[2][0] = ptx::lop3<kMaskedXor>(change[0][0], change[1][0], mask(0));
+    change[2][1] = ptx::lop3<kMaskedXor>(change[0][1], change[1][1], mask(1));
+  }
+  // A product, or it would be a shift after each XOR.
+  __device__ __forceinline__ static uint32_t odd(uint32_t bytes) {
+    return ptx::mad_lo_u32(bytes, 32u, 0u);
+  }
+  __device__ __forceinline__ static uint32_t mask(int t) {
+    return t % 2 ? 0x1FE01FE0u : 0x00FF00FFu;
   }
   __device__ __forceinline__ uint32_t complement(int s, int t) const {
-    return ~(word[t] ^ change[s][t % 2]) & (t % 2 ? 0x1FF01FF0u : 0x01FF01FFu);
+    if (s == 0) return ~word[t] & mask(t);
+    if (s == 3) return ptx::lop3<kMaskedNotXor>(word[t], mask(t), change[2][t % 2]);
+    return ~(word[t] ^ change[s - 1][t % 2]) & mask(t);
   }
 };
 
@@ -280,10 +288,11 @@ __device__ __forceinline__ StripBlock round_codes(const uint4& column, const uin
     for (int j = 0; j < 2; ++j)  // one instruction from sm_90 on
       m[j] = ptx::max_f16x2(ptx::max_f16x2(m[j], v[i + j]), v[i + j + 2]);
   const uint32_t m2 = ptx::max_f16x2(ptx::max_f16x2(m[0], v[14]), ptx::max_f16x2(m[1], v[15]));
-  const uint32_t bits = max(m2 & 0xFFFFu, m2 >> 16), exponent = bits >> 10;
-  const bool empty = bits == 0;  // then all magnitudes come out as 0
-  const uint32_t signs = empty ? 0u : 0x88888888u;
+  const uint32_t exponent = max(m2, m2 << 16) >> 26;       // 6 to 17, of zeros 0
   const uint32_t to_grid = (18 - exponent) * 0x04000400u;  // 2^-14 / S
+  // Of a block of zeros, whose magnitudes come out as 0, it takes the signs and the scale: -1
+  // there, else 0. On the multiply-add pipe, which has time.
+  const uint32_t empty = static_cast<uint32_t>((static_cast<int>(exponent) - 1) >> 31);
   const PairDraws draws(philox_group(keys, group));
   uint32_t w[4];
 #pragma unroll
@@ -294,14 +303,15 @@ __device__ __forceinline__ StripBlock round_codes(const uint4& column, const uin
 #pragma unroll
     for (int t = 0; t < 4; t += 2) {
       // u's 12 bits and their carries stay in their half. Codes in bits 9..11 and 13..15.
-      const uint32_t even = u[t] + draws.complement(s, t),
+      const uint32_t even = ptx::mad_lo_u32(draws.complement(s, t), 2u, u[t]),
                      odd = ptx::mad_lo_u32(u[t + 1], 16u, draws.complement(s, t + 1));
       pair[t / 2] = ptx::lop3_select(odd, even, 0xE000E000u);
     }
     const uint32_t joined = __byte_perm(pair[0], pair[1], 0x7351) >> 1;
-    w[s] = ptx::lop3_select(codes[s] & signs, joined, 0x88888888u);
+    w[s] = ptx::lop3_select(ptx::mad_lo_u32(codes[s], empty, codes[s]), joined, 0x88888888u);
   }
-  return {make_uint4(w[0], w[1], w[2], w[3]), empty ? 0u : largest + exponent - 17};
+  const uint32_t scale = largest + exponent - 17;
+  return {make_uint4(w[0], w[1], w[2], w[3]), ptx::mad_lo_u32(scale, empty, scale)};
 }
 
 // The same from any scales, by float32.
@@ -335,19 +345,19 @@ __device__ __forceinline__ void round_band(const QuantizeParams& p, const CodeGr
   const Square square = survey(tile, band, g.pairs, rows);
   transpose_codes(tile, band);
   const uint32_t group = (at.column + lane * CodeTile::kLaneColumns) * (kp / 32) + k / 32;
+  const uint32_t columns = ptx::shared_address(tile.codes) + CodeTile::column(band, lane, 0),
+                 scales =
+                     ptx::shared_address(tile.block_scales) + CodeTile::block_scale(band, lane, 0);
   const auto each_column = [&](auto round) {
+    uint32_t of_column = group;
 #pragma unroll 1
-    for (uint32_t n = 0; n < CodeTile::kLaneColumns; ++n) {
-      // The lane's place is found anew, or its addresses would take a register too many.
-      const uint32_t columns =
-          ptx::shared_address(tile.codes) + CodeTile::column(band, ptx::lane_id(), n);
-      const uint4 column = ptx::ld_shared_v4(columns);
-      const StripBlock b = round(column, n);
-      const uint32_t lane = ptx::lane_id();
-      ptx::st_shared_v4(ptx::shared_address(tile.codes) + CodeTile::column(band, lane, n),
-                        b.codes.x, b.codes.y, b.codes.z, b.codes.w);
-      ptx::st_shared_u8(
-          ptx::shared_address(tile.block_scales) + CodeTile::block_scale(band, lane, n), b.scale);
+    for (uint32_t step = 0; step < CodeTile::kLaneColumns * 16; step += 16) {
+      const uint32_t at_column = columns ^ step;
+      const uint4 column = ptx::ld_shared_v4(at_column);
+      const StripBlock b = round(column, of_column);
+      ptx::st_shared_v4(at_column, b.codes.x, b.codes.y, b.codes.z, b.codes.w);
+      ptx::st_shared_u8(ptx::mad_lo_u32(step, CodeTile::kScaleStep / 16, scales), b.scale);
+      of_column += kp / 32;
     }
   };
   if (square.fast) {
@@ -357,12 +367,12 @@ __device__ __forceinline__ void round_band(const QuantizeParams& p, const CodeGr
       const uint4 u = rows[lane / 4][i];
       units[4 * i] = u.x, units[4 * i + 1] = u.y, units[4 * i + 2] = u.z, units[4 * i + 3] = u.w;
     }
-    each_column([&](const uint4& column, uint32_t n) {
-      return round_codes(column, units, square.largest, operand.keys, group + n * (kp / 32));
+    each_column([&](const uint4& column, uint32_t group) {
+      return round_codes(column, units, square.largest, operand.keys, group);
     });
   } else {
-    each_column([&](const uint4& column, uint32_t n) {
-      return round_values(column, rows[lane / 4], p, operand, group + n * (kp / 32));
+    each_column([&](const uint4& column, uint32_t group) {
+      return round_values(column, rows[lane / 4], p, operand, group);
     });
   }
 }
