@@ -14,6 +14,16 @@ __device__ __forceinline__ uint32_t lop3_select(uint32_t a, uint32_t b, uint32_t
   return d;
 }
 
+// lop3.b32: kTable is the same expression of kLop3A, kLop3B and kLop3C as is wanted of a, b and c.
+constexpr int kLop3A = 0xF0, kLop3B = 0xCC, kLop3C = 0xAA;
+
+template <int kTable>
+__device__ __forceinline__ uint32_t lop3(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t d;
+  asm("lop3.b32 %0, %1, %2, %3, %4;" : "=r"(d) : "r"(a), "r"(b), "r"(c), "n"(kTable & 0xFF));
+  return d;
+}
+
 // %laneid, read where it stands.
 __device__ __forceinline__ uint32_t lane_id() {
   uint32_t v;

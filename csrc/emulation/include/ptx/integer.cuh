@@ -9,6 +9,14 @@ namespace mxtrain::ptx {
 inline uint32_t lop3_select(uint32_t a, uint32_t b, uint32_t mask) {
   return (a & mask) | (b & ~mask);
 }
+constexpr int kLop3A = 0xF0, kLop3B = 0xCC, kLop3C = 0xAA;
+template <int kTable>
+uint32_t lop3(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t d = 0;
+  for (int i = 0; i < 8; ++i)
+    if (kTable >> i & 1) d |= (i & 4 ? a : ~a) & (i & 2 ? b : ~b) & (i & 1 ? c : ~c);
+  return d;
+}
 inline uint32_t lane_id() { return emulation::lane; }
 inline uint32_t max3_u32(uint32_t a, uint32_t b, uint32_t c) {
   const uint32_t m = a > b ? a : b;
