@@ -64,7 +64,10 @@ static const Cublas& cublas() {
 bool matmul_bfloat16(Tensor& out, const Tensor& a, const Tensor& b, float alpha) {
   constexpr int64_t kMost = INT32_MAX;
   const int64_t m = a.size(0), n = b.size(0), k = a.size(1);
-  if (!cublas().found() || k == 0 || m > kMost || n > kMost || k > kMost) return false;
+  // Rows of the result that are no whole 16 bytes leave by a slow kernel: float32 sums and an
+  // epilogue take less time then.
+  if (!cublas().found() || n % 8 != 0 || k == 0 || m > kMost || n > kMost || k > kMost)
+    return false;
   void* handle = nullptr;  // of the current device, on its current stream
   TORCH_ERROR_CODE_CHECK(cublas().get_handle(&handle));
   int mode = 0;
