@@ -145,11 +145,24 @@ def test_dual(row, col, shape, device):
         assert_same_bytes(operand.data, want[0])
 
 
+@pytest.mark.parametrize("shape", [(832, 1000), (192 * 66, 64)])
+@pytest.mark.parametrize("group", [0, 64])
+def test_tiles_by_tickets(group, shape, device):
+    """So many that a CTA has only its first to itself, and the last go to whoever comes first
+    (csrc/cuda/strip_grid.cuh); on a GPU test_scales_by_squares has them.
+    """
+    torch.manual_seed(5)
+    x = torch.randn(shape).bfloat16()
+    for transpose in (False, True):
+        check_quantize(x, "mxfp4", device, **options("stochastic", group), transpose=transpose)
+
+
 @pytest.mark.parametrize("squares", [3, 14])
 @pytest.mark.parametrize("row, col", [("stochastic", 0), ("stochastic", 64), ("nearest", 0)])
 def test_scales_by_squares(row, col, squares, device):
     """Where squares of 256 x 256 cover x, scales leave square by square: one for a CTA and tiles
-    left over, and so many that a CTA's stages come round. Transposed, of one operand, too.
+    left over, and so many that a CTA's stages come round, and the last tiles go to whoever comes
+    first. Transposed, of one operand, too.
     """
     if device == "cuda":
         squares *= torch.cuda.get_device_properties(0).multi_processor_count // 2

@@ -56,6 +56,7 @@ __global__ void __launch_bounds__(strip_warps(kRow, kCodeArch) * 32, 1)
   StripSigns &row_signs = fixed.row_signs, &col_signs = fixed.col_signs;
   if (threadIdx.x == 0) fixed.taken = blockDim.x / 32;
   begin_early();
+  if (grid.tickets && blockIdx.x == 0 && threadIdx.x == 0) atomicExch(grid.tickets, 0u);
   fill_signs<kRow>(row_signs.word, row);
   fill_signs<kCol>(col_signs.word, col);
   PhiloxSchedule row_keys = {}, col_keys = {};
@@ -90,7 +91,7 @@ __global__ void __launch_bounds__(strip_warps(kRow, kCodeArch) * 32, 1)
     const bool staged = kStaged && square < grid.rounds;
     if (ptx::lane_id() == 0) {
       const uint32_t then = atomicAdd(&fixed.taken, 1u);
-      ptx::st_shared_v2(next, tile_of<kStaged>(grid, then), then);
+      ptx::st_shared_v2(next, draw_tile<kStaged>(grid, then), then);
     }
     if (staged) {
       if (n % StripSquare::kTiles == 0 && square >= StageTraits::kLag) {
@@ -253,7 +254,9 @@ static StripGrid make_grid(const void* x, int64_t height, int64_t width, int64_t
           narrow(height == 1 ? 0 : pitch * 2),
           narrow(across * down),
           Divisor::of(across),
-          0};
+          0,
+          0,
+          nullptr};
 }
 
 // Whether an operand is made of whole squares, with rows of scales that are words of 8 bytes.
@@ -279,7 +282,8 @@ struct StripShares {
   int shared = 0;  // bytes
 };
 
-// squares: whether scales may leave by squares; then g may come to have rounds of these.
+// squares: whether scales may leave by squares; then g may come to have rounds of these. Where
+// there are tickets (wants_tickets), they are for a tile a warp or somewhat more.
 static cudaError_t share_tiles(Strip row, bool squares, StripGrid& g, StripShares& shares) {
   int device = 0, sms = 0, shared = 0, arch = 0;
   cudaError_t error = device_arch(&arch);
@@ -289,7 +293,10 @@ static cudaError_t share_tiles(Strip row, bool squares, StripGrid& g, StripShare
     error = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   if (error != cudaSuccess) return error;
   shares.ctas = std::min(g.tiles, static_cast<uint32_t>(sms));
-  if (squares && has_stages(arch)) g.rounds = g.tiles / StripSquare::kTiles / shares.ctas;
+  const uint32_t share = g.tiles / shares.ctas;
+  if (g.tickets) g.own = share - StripTraits::kMostWarps;
+  if (squares && has_stages(arch)) g.rounds = (g.tickets ? g.own : share) / StripSquare::kTiles;
+  if (g.tickets && g.rounds != 0) g.own = g.rounds * StripSquare::kTiles;
   const int stages = g.rounds != 0 ? StageTraits::kRequired : 0;
   if (g.rounds != 0) g.across = Divisor::of(g.across.value / StripSquare::kSide);
   const int room =
@@ -300,10 +307,18 @@ static cudaError_t share_tiles(Strip row, bool squares, StripGrid& g, StripShare
   return cudaSuccess;
 }
 
+bool wants_tickets(const QuantizeParams& p) {
+  int sms = 0;
+  if (count_multiprocessors(&sms) != cudaSuccess) return false;
+  const int64_t tiles = p.rows / StripTraits::kTile * (p.cols / StripTraits::kTile);
+  return tiles >= int64_t{4} * StripTraits::kMostWarps * sms;
+}
+
 template <Strip kRow, Strip kCol, bool kFlat = false, bool kRuns = false>
 static cudaError_t launch_strips(const QuantizeParams& row, const QuantizeParams& col,
                                  const StripGrid& given, cudaStream_t stream) {
   StripGrid grid = given;
+  grid.tickets = row.tickets;
   StripShares shares;
   const bool squares = kCol != Strip::kNone && has_squares(row) && has_squares(col);
   const cudaError_t error = share_tiles(kRow, squares, grid, shares);

@@ -11,11 +11,20 @@ namespace mxtrain::cuda {
 // x as the tiles see it: height x width bfloat16, rows `pitch` bytes apart; across: tiles in a row
 // of tiles. rounds: of whole squares that every CTA takes (strip_stages.cuh); if there are any,
 // tiles are in the order of squares, and `across` counts these.
+//
+// Multiprocessors are not equally fast (by 8% from the first to the last to end where shares are
+// equal: they are not equally far from the L2). So with `tickets` only a CTA's first `own` tiles
+// are its own, and the rest of all go to whoever comes first. CTA 0 sets the ticket to 0 when it
+// starts, and nobody waits for that: who draws before, draws what memory held, and works at a tile
+// that somebody else works at too, which gives the same bytes twice, or at none. But CTA 0 itself
+// draws from 0 on until there are no more, so every tile is drawn after that, whatever was before.
 struct StripGrid {
   const uint8_t* x;
   uint32_t height, width, pitch, tiles;
   Divisor across;
   uint32_t rounds;
+  uint32_t own;
+  uint32_t* tickets;  // null: all tiles are shared out
 };
 
 // A CTA's n-th tile; those of the grid come first.
@@ -25,6 +34,13 @@ __device__ __forceinline__ uint32_t tile_of(const StripGrid& g, uint32_t n) {
   const bool staged = kStaged && n < g.rounds * kTiles;
   return staged ? (blockIdx.x + gridDim.x * (n / kTiles)) * kTiles + n % kTiles
                 : blockIdx.x + gridDim.x * n;
+}
+
+// The tile of a warp that comes to be its CTA's n-th.
+template <bool kStaged>
+__device__ __forceinline__ uint32_t draw_tile(const StripGrid& g, uint32_t n) {
+  if (g.tickets == nullptr || n < g.own) return tile_of<kStaged>(g, n);
+  return g.own * gridDim.x + atomicAdd(g.tickets, 1u);
 }
 
 // First row and column of a tile. kFlat: one column of tiles, without gaps between the rows.

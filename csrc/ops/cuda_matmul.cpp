@@ -33,7 +33,7 @@ struct Cublas {
   static constexpr int kSuccess = 0, kNormal = 0, kTransposed = 1, kBfloat16 = 14,
                        kComputeFloat32 = 68, kAnyAlgorithm = -1, kNoReducedReduction = 16;
 
-  decltype(torch_get_current_cuda_blas_handle)* get_handle;  // torch's
+  AOTITorchError (*get_handle)(Handle*);  // torch's
   int (*get_mode)(Handle, int*);
   int (*set_mode)(Handle, int);
   int (*multiply)(Handle, int op_a, int op_b, int m, int n, int k, const void* alpha, const void* a,

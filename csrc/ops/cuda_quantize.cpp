@@ -73,6 +73,15 @@ Operand3 allocate(const Tensor& like, QuantizeParams& p, bool swizzle) {
   return {data, scale, tensor_scale};
 }
 
+// Room for the tickets of a launch from floats, where the strips' kernels want them.
+OptionalTensor add_tickets(const Tensor& like, QuantizeParams& p) {
+  OptionalTensor tickets;
+  if (!wants_tickets(p)) return tickets;
+  tickets = torch::stable::new_empty(like, {1}, ScalarType::Int);
+  p.tickets = static_cast<uint32_t*>(tickets->mutable_data_ptr());
+  return tickets;
+}
+
 void launch(const char* op, const QuantizeParams& p, cudaStream_t stream) {
   // Contiguous operand rows, or neither axis contiguous: by rows. Operand rows across x: by tiles.
   const bool across = p.in_format >= 0 || (p.stride_row == 1 && p.stride_k != 1);
@@ -93,6 +102,7 @@ Operand3 quantize(Tensor x, int64_t format, int64_t scale_rule, int64_t rounding
   QuantizeParams p = float_params(x, transpose);
   add_target(p, t, rng, transpose);
   Operand3 out = allocate(x, p, swizzle);
+  const OptionalTensor tickets = add_tickets(x, p);
   launch(op, p, stream);
   return out;
 }
@@ -121,6 +131,8 @@ Operand7 quantize_dual(Tensor x, OptionalTensor rng, int64_t row_format, int64_t
   const int64_t count = runs ? tiles(pr.rows, kSumRows) : 0;
   const Tensor work = torch::stable::new_empty(x, {count, pr.cols}, ScalarType::Float);
   if (runs) pc.runs = work.mutable_data_ptr<float>();
+  const OptionalTensor tickets = add_tickets(x, pr);
+  pc.tickets = pr.tickets;
   if (fused) {
     check_launch(op, launch_quantize_dual(pr, pc, stream));
   } else {

@@ -99,6 +99,12 @@ T atomicAdd(T* p, T v) {
   return old;
 }
 template <class T>
+T atomicExch(T* p, T v) {
+  const T old = *p;
+  *p = v;
+  return old;
+}
+template <class T>
 T atomicMax(T* p, T v) {
   const T old = *p;
   if (v > old) *p = v;
