@@ -158,13 +158,11 @@ py::dict code_tile() {
   tile["chunk"] = table({Tile::kRows, Tile::kChunks}, [](uint32_t row, uint32_t, uint32_t chunk) {
     return Tile::chunk(row, chunk);
   });
-  tile["column"] = table({2 * Tile::kBands, 32, Tile::kLaneColumns}, &Tile::column);
-  for (const uint32_t bands : {Tile::kBands, 2 * Tile::kBands}) {
-    tile[bands == Tile::kBands ? "stored" : "stored_of_two"] = table(
-        {Tile::kThreads, Tile::stores(bands)}, [bands](uint32_t thread, uint32_t, uint32_t i) {
-          return Tile::stored_further(Tile::stored(thread, bands), i, bands);
-        });
-  }
+  tile["column"] = table({Tile::kBands, 32, Tile::kLaneColumns}, &Tile::column);
+  tile["stored"] =
+      table({Tile::kThreads, Tile::kStores}, [](uint32_t thread, uint32_t, uint32_t i) {
+        return Tile::stored_further(Tile::stored(thread), i);
+      });
   tile["block_scale"] = table({Tile::kBands, 32, Tile::kLaneColumns}, &Tile::block_scale);
   tile["scaled_column"] = table({Tile::kColumns, 1}, [](uint32_t word, uint32_t, uint32_t) {
     return Tile::scaled_column(word);

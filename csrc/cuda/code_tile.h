@@ -2,9 +2,8 @@
 // Where requantize_codes.cu keeps a tile, 128 rows x 256 columns of codes of x, in shared memory.
 // Its 4 bands of 32 rows are the blocks of the result's rows; a warp has one, and each of its lanes
 // 8 columns. A band holds first its rows as in memory, 128 bytes each; then, in the same bytes,
-// each lane's columns, 16 bytes down; then the blocks that come of them. Where two tiles lie there
-// at once, below one another, the second's bands are 4 to 7. No CUDA here: tests ask the host for
-// it.
+// each lane's columns, 16 bytes down; then the blocks that come of them. No CUDA here: tests ask
+// the host for it.
 #pragma once
 
 #include <cstdint>
@@ -19,30 +18,27 @@ struct CodeTile {
   static constexpr uint32_t kRowBytes = kColumns / 2, kChunks = kRowBytes / 16;
   static constexpr uint32_t kBandBytes = kBandRows * kRowBytes, kBytes = kBands * kBandBytes;
   static constexpr uint32_t kScaleBytes = kRows * (kColumns / 32);  // of its rows, or of its blocks
-  // A warp copies its band, a lane chunk lane % 8 of the rows lane / 8 + 4 i.
+  // A warp copies its band, a lane chunk lane % 8 of the rows lane / 8 + 4 i; a thread stores block
+  // thread % 4 of the operand rows thread / 4 + 32 i.
   static constexpr uint32_t kThreads = 32 * kBands;
   static constexpr uint32_t kCopyRows = 32 / kChunks, kCopies = kBandRows / kCopyRows;
+  static constexpr uint32_t kStoreColumns = kThreads / kBands, kStores = kColumns / kStoreColumns;
   static_assert(kLaneColumns * 16 == kRowBytes, "columns take the place of rows");
 
   MXT_HD static uint32_t chunk(uint32_t row, uint32_t chunk) {
     return row * kRowBytes + chunk * 16;
   }
-  // Column n of a lane. Lanes that take their n-th columns at once, the bands of a tile that are
-  // asked for the blocks of two columns, and those of two tiles for one, touch every bank once.
+  // Column n of a lane. Lanes that take their n-th columns at once, and bands that are asked for
+  // the blocks of two columns, touch every bank once.
   MXT_HD static uint32_t column(uint32_t band, uint32_t lane, uint32_t n) {
-    return band * kBandBytes + lane * kRowBytes +
-           (n ^ lane % 8 ^ band % kBands * 2 ^ band / kBands) * 16;
+    return band * kBandBytes + lane * kRowBytes + (n ^ lane % 8 ^ band * 2) * 16;
   }
-  // Of `bands` bands a thread stores block thread % bands of the columns thread / bands + step i,
-  // which are operand rows. That of i = 0, and another from it.
-  MXT_HD static constexpr uint32_t store_step(uint32_t bands) { return kThreads / bands; }
-  MXT_HD static constexpr uint32_t stores(uint32_t bands) { return kColumns / store_step(bands); }
-  MXT_HD static uint32_t stored(uint32_t thread, uint32_t bands) {
-    return column(thread % bands, thread / bands / kLaneColumns, thread / bands % kLaneColumns);
+  // Block thread % 4 of column thread / 4 + 32 i: column() of its lane, from that of i = 0.
+  MXT_HD static uint32_t stored(uint32_t thread) {
+    return column(thread % kBands, thread / kBands / kLaneColumns, thread / kBands % kLaneColumns);
   }
-  MXT_HD static uint32_t stored_further(uint32_t first, uint32_t i, uint32_t bands) {
-    const uint32_t lanes = i * (store_step(bands) / kLaneColumns);
-    return (first ^ lanes % 8 * 16) + lanes * kRowBytes;
+  MXT_HD static uint32_t stored_further(uint32_t first, uint32_t i) {
+    return (first ^ i % 2 * 64) + i * (kStoreColumns / kLaneColumns * kRowBytes);
   }
   // The scale of a block. Those of a column are a word of 4; thread t stores words t and t + 128.
   static constexpr uint32_t kScaleStep = 32 * kBands;  // from a lane's column to its next

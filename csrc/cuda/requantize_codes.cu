@@ -2,21 +2,25 @@
 // requantize, mxfp4 to mxfp4, stochastic, not rotated. A lane takes 32 x 8 codes, transposes them
 // as nibbles, and rounds 8 blocks, one after the other, two elements a word.
 //
-// Blocks are rounded as code_block.cuh says. Squares of other scales, NaN, and prescales go element
-// by element (strip.cuh).
+// The source's codes carry one mantissa bit and a power of two that a whole row of the 32 x 32
+// square shares, so float16 holds what rounding needs. With the square's scales within 8 binades of
+// the largest, v = code * 2^(e - largest) is exact, and so is u = v / S * 2^-14, a multiple of
+// 2^-23. Float16 is subnormal below 2^-14 as E2M1 is below 1, so u's bits above the cut at bit 9
+// are the code. Of the fraction F below, bit 0 is zero, so the draw's first byte decides (F / 512 *
+// 2^17 > 2 r + 1 just where F / 2 > r / 256 rounded down), and one integer addition of its
+// complement rounds both halves. Every rule takes the same scale, since no magnitude's mantissa
+// exceeds that of the largest element, and no element exceeds 6 S. Squares of other scales, NaN,
+// and prescales go element by element (strip.cuh).
 //
-// A tile is 128 rows x 256 columns of x: rows come in as lines of 128 bytes, and rows of the result
-// leave by 64. It is rounded in place in shared memory; code_tile.h says how it lies there. While
-// one CTA copies, the others of its multiprocessor round, and the hardware gives the next tiles to
-// the multiprocessor that is first done with some. A CTA takes two tiles below one another, so that
-// scales leave by 8 bytes; where both lie in shared memory at once, the second is copied while the
-// first is rounded, and codes leave by lines of 128 bytes too. The last CTAs, as many as run at
-// once, have one each, so that multiprocessors end together and small matrices are shared out.
-#include "cuda/code_block.cuh"
+// A CTA has one tile, 128 rows x 256 columns of x: rows come in as lines of 128 bytes, and rows of
+// the result leave by 64. It is rounded in place in shared memory; code_tile.h says how it lies
+// there. While one CTA copies, the others of its multiprocessor round, and the hardware gives
+// the next tile to the multiprocessor that is first done with one.
 #include "cuda/code_tile.h"
 #include "cuda/divide.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/strip.cuh"
+#include "ptx/f16x2.cuh"
 
 namespace mxtrain::cuda {
 
@@ -24,95 +28,57 @@ namespace {
 
 // ---- traits ----
 
-// Tiles below one another that a CTA takes, and how many of them lie in shared memory at once where
-// a multiprocessor has 228 KB of it (9.0, 10.x); elsewhere it is one.
-constexpr uint32_t kCodeTiles = 2, kCodeBuffers = 2;
-static_assert(kCodeBuffers <= kCodeTiles && kCodeTiles <= 2, "a place for each tile at most");
-
-constexpr uint32_t code_buffers(int arch) {
-  return arch == 90 || arch / 10 == 10 ? kCodeBuffers : 1;
-}
-// CTAs of a multiprocessor.
-constexpr int code_ctas(int arch) { return code_buffers(arch) == 2 ? 6 : 8; }
-
 struct CodeTraits {
-  static constexpr uint32_t kTiles = kCodeTiles, kBuffers = code_buffers(kCodeArch);
-  static constexpr int kCtas = code_ctas(kCodeArch);
+  static constexpr int kCtas = 8;          // of an SM
   static constexpr uint32_t kSquares = 8;  // 32 x 32, of a warp, each of 4 lanes
   // Scales that neither under- nor overflow on the way, and how far they may lie apart.
   static constexpr uint32_t kFirst = 16, kLast = 250, kBinades = 8;
 };
 
-// The packed operand: `height` rows of `blocks` blocks. across: tiles in a row of tiles. CTAs below
-// `doubled` have two tiles, those of the rows before `single_row`.
+// The packed operand: `height` rows of `blocks` blocks. across: tiles in a row of tiles.
 struct CodeGrid {
   const uint8_t* x;
   uint32_t height, blocks;
   Divisor across;
-  uint32_t doubled, single_row;
-  bool plain;                     // no prescale
-  bool loads8, stores4, stores8;  // rows of scales are aligned words of 8, 4 and 8
+  bool pairs;            // no prescale
+  bool loads8, stores4;  // rows of scales are aligned words of 8 and 4
 };
 
 struct CodePlace {
-  uint32_t row, column, tiles;
-  __device__ __forceinline__ CodePlace(const CodeGrid& g, uint32_t cta) {
-    const bool two = CodeTraits::kTiles == 2 && cta < g.doubled;
-    const uint32_t group = two ? cta : cta - g.doubled, down = g.across.divide(group);
-    tiles = two ? 2 : 1;
-    row = (two ? 0 : g.single_row) + down * tiles * CodeTile::kRows;
-    column = (group - down * g.across.value) * CodeTile::kColumns;
-  }
-  // The row of one of its tiles.
-  __device__ __forceinline__ uint32_t row_of(uint32_t tile) const {
-    return row + tile * CodeTile::kRows;
+  uint32_t row, column;
+  __device__ __forceinline__ CodePlace(const CodeGrid& g, uint32_t tile) {
+    const uint32_t down = g.across.divide(tile);
+    row = down * CodeTile::kRows;
+    column = (tile - down * g.across.value) * CodeTile::kColumns;
   }
 };
 
-using CodeRows = uint4[CodeTraits::kSquares][4];  // of squares: see survey
-
 struct alignas(128) CodeShared {
-  static constexpr uint32_t kBuffers = CodeTraits::kBuffers, kBandScales = 32 * 8;
-  static_assert(CodeTile::kBandRows == 32, "a lane copies the scales of a row of its band");
-  static_assert(sizeof(CodeRows) == 2 * kBandScales, "they take the place of the first tile's");
-
-  uint8_t codes[kBuffers * CodeTile::kBytes];
-  // A warp's: of the second tile, if it has a place of its own; of the first; nothing yet.
-  uint8_t scales[CodeTile::kBands][kBuffers + 1][kBandScales];
-  uint8_t block_scales[CodeTraits::kTiles][CodeTile::kScaleBytes];
-
-  // Of a tile's: its first band, the scales of a band, and what is made of them.
-  __device__ __forceinline__ static uint32_t first_band(uint32_t tile) {
-    return kBuffers == 2 ? tile * CodeTile::kBands : 0;
-  }
-  __device__ __forceinline__ uint8_t* scales_of(uint32_t tile, uint32_t band) {
-    return scales[band][kBuffers == 2 ? 1 - tile : 0];
-  }
-  __device__ __forceinline__ CodeRows& rows_of(uint32_t band) {
-    return *reinterpret_cast<CodeRows*>(scales[band][kBuffers - 1]);
-  }
+  uint8_t codes[CodeTile::kBytes];
+  uint8_t scales[CodeTile::kScaleBytes];
+  uint8_t block_scales[CodeTile::kScaleBytes];
+  uint4 rows[CodeTile::kBands][CodeTraits::kSquares][4];  // of a square: see survey
 };
 
 static_assert(CodeTraits::kCtas * (sizeof(CodeShared) + 1024) <= 228 * 1024,
               "what a multiprocessor of 9.0 has, of which a CTA costs 1 KiB more");
+static_assert(CodeTile::kBandRows == 32, "a lane copies the scales of a row of its band");
 
 // threadIdx.x, found where it stands, so that nothing of it waits in registers.
 __device__ __forceinline__ uint32_t thread_id(uint32_t warp) { return warp * 32 + ptx::lane_id(); }
 
 // ---- in ----
 
-// Start copying the codes of a warp's band of a tile, with zeros outside of x.
-__device__ __forceinline__ void copy_codes(const CodeGrid& g, const CodePlace& at, uint32_t tile,
-                                           uint32_t band, CodeShared& shared) {
+// Start copying the codes of a warp's band, with zeros outside of x.
+__device__ __forceinline__ void copy_codes(const CodeGrid& g, const CodePlace& at, uint32_t band,
+                                           CodeShared& tile) {
   const uint32_t lane = ptx::lane_id(), chunk = lane % CodeTile::kChunks;
   const uint32_t first = band * CodeTile::kBandRows + lane / CodeTile::kChunks;
-  const uint32_t block = at.column / 32 + chunk, row = at.row_of(tile) + first;
+  const uint32_t block = at.column / 32 + chunk, row = at.row + first;
   const uint8_t* from = g.x + (static_cast<uint64_t>(row) * g.blocks + block) * 16;
   const uint64_t pitch = static_cast<uint64_t>(g.blocks) * (16 * CodeTile::kCopyRows);
-  const uint32_t to =
-      ptx::shared_address(shared.codes) +
-      CodeTile::chunk(CodeShared::first_band(tile) * CodeTile::kBandRows + first, chunk);
-  if (at.row_of(tile + 1) <= g.height && at.column + CodeTile::kColumns <= g.blocks * 32) {
+  const uint32_t to = ptx::shared_address(tile.codes) + CodeTile::chunk(first, chunk);
+  if (at.row + CodeTile::kRows <= g.height && at.column + CodeTile::kColumns <= g.blocks * 32) {
 #pragma unroll
     for (uint32_t i = 0; i < CodeTile::kCopies; ++i, from += pitch)
       ptx::cp_async_16(to + CodeTile::chunk(i * CodeTile::kCopyRows, 0), from, 16);
@@ -125,16 +91,15 @@ __device__ __forceinline__ void copy_codes(const CodeGrid& g, const CodePlace& a
   }
 }
 
-// The same of their scales: a lane takes the 8 of a row.
+// The same of their scales: a thread takes the 8 of a row, which is of its warp's band.
 __device__ __forceinline__ void copy_scales(const QuantizeParams& p, const CodeGrid& g,
-                                            const CodePlace& at, uint32_t tile, uint32_t band,
-                                            CodeShared& shared) {
-  const uint32_t lane = ptx::lane_id();
-  const uint32_t row = at.row_of(tile) + CodeTile::kBandRows * band + lane, block = at.column / 32;
+                                            const CodePlace& at, uint32_t thread,
+                                            CodeShared& tile) {
+  const uint32_t row = at.row + thread, block = at.column / 32;
   const uint32_t blocks = row < g.height ? g.blocks - block : 0;
   const uint8_t* from = p.in_scale;
   if (blocks != 0) from += static_cast<uint64_t>(row) * g.blocks + block;
-  const uint32_t to = ptx::shared_address(shared.scales_of(tile, band)) + lane * 8;
+  const uint32_t to = ptx::shared_address(tile.scales) + thread * 8;
   if (g.loads8) return ptx::cp_async_8(to, from, blocks != 0 ? 8 : 0);
   uint32_t word[2] = {0, 0};
 #pragma unroll
@@ -143,21 +108,32 @@ __device__ __forceinline__ void copy_scales(const QuantizeParams& p, const CodeG
   ptx::st_shared_v2(to, word[0], word[1]);
 }
 
-__device__ __forceinline__ void copy_band(const QuantizeParams& p, const CodeGrid& g,
-                                          const CodePlace& at, uint32_t tile, uint32_t band,
-                                          CodeShared& shared) {
-  copy_codes(g, at, tile, band, shared);
-  copy_scales(p, g, at, tile, band, shared);
-}
-
 // ---- transposed ----
 
-// A lane's 32 x 8 codes, from a band's rows to its columns; band: from 0 to 7. When a lane writes a
-// column, which it alone reads, all have left the rows.
-__device__ __forceinline__ void transpose_codes(CodeShared& shared, uint32_t band) {
+// 8 words of 8 nibbles, transposed.
+__device__ __forceinline__ void transpose_nibbles(const uint32_t (&w)[8], uint32_t (&out)[8]) {
+  constexpr uint32_t kLow = 0x0F0F0F0Fu;
+#pragma unroll
+  for (int odd = 0; odd < 2; ++odd) {
+    uint32_t t[4];  // byte i of t[j]: column 2 i + odd of rows 2 j and 2 j + 1
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+      t[j] = odd ? ptx::lop3_select(w[2 * j] >> 4, w[2 * j + 1], kLow)
+                 : ptx::lop3_select(w[2 * j], w[2 * j + 1] << 4, kLow);
+    const uint32_t a = __byte_perm(t[0], t[1], 0x5140), b = __byte_perm(t[2], t[3], 0x5140);
+    const uint32_t c = __byte_perm(t[0], t[1], 0x7362), d = __byte_perm(t[2], t[3], 0x7362);
+    out[odd] = __byte_perm(a, b, 0x5410);
+    out[2 + odd] = __byte_perm(a, b, 0x7632);
+    out[4 + odd] = __byte_perm(c, d, 0x5410);
+    out[6 + odd] = __byte_perm(c, d, 0x7632);
+  }
+}
+
+// A lane's 32 x 8 codes, from a band's rows to its columns. When a lane writes a column, which it
+// alone reads, all have left the rows.
+__device__ __forceinline__ void transpose_codes(CodeShared& tile, uint32_t band) {
   const uint32_t lane = ptx::lane_id();
-  const uint32_t from =
-      ptx::shared_address(shared.codes) + CodeTile::chunk(32 * band, 0) + lane * 4;
+  const uint32_t from = ptx::shared_address(tile.codes) + CodeTile::chunk(32 * band, 0) + lane * 4;
   uint32_t columns[4][8];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -167,7 +143,7 @@ __device__ __forceinline__ void transpose_codes(CodeShared& shared, uint32_t ban
     transpose_nibbles(w, columns[i]);
   }
   __syncwarp();
-  const uint32_t to = ptx::shared_address(shared.codes) + CodeTile::column(band, lane, 0);
+  const uint32_t to = ptx::shared_address(tile.codes) + CodeTile::column(band, lane, 0);
 #pragma unroll
   for (int n = 0; n < 8; ++n)
     ptx::st_shared_v4(to ^ (n * 16), columns[0][n], columns[1][n], columns[2][n], columns[3][n]);
@@ -179,21 +155,21 @@ __device__ __forceinline__ void transpose_codes(CodeShared& shared, uint32_t ban
 struct RowScales {
   uint32_t code[8];
 
-  __device__ __forceinline__ explicit RowScales(const uint8_t* of_band) {
+  __device__ __forceinline__ RowScales(CodeShared& tile, uint32_t band) {
     const uint32_t lane = ptx::lane_id();
-    const uint8_t* from = of_band + lane % 4 * 64 + lane / 4;
+    const uint8_t* from = tile.scales + (CodeTile::kBandRows * band + lane % 4 * 8) * 8 + lane / 4;
 #pragma unroll
     for (int t = 0; t < 8; ++t) code[t] = from[8 * t];
   }
 
-  // Whether some of the rows whose scale is 0 hold other codes than zeros. band: from 0 to 7.
-  __device__ __forceinline__ bool hides_codes(const CodeShared& shared, uint32_t band) const {
+  // Whether some of the rows whose scale is 0 hold other codes than zeros.
+  __device__ __forceinline__ bool hides_codes(CodeShared& tile, uint32_t band) const {
     const uint32_t lane = ptx::lane_id(), first = 32 * band + lane % 4 * 8;
     uint32_t found = 0;
 #pragma unroll
     for (int t = 0; t < 8; ++t) {
       const uint4 w =
-          *reinterpret_cast<const uint4*>(shared.codes + CodeTile::chunk(first + t, lane / 4));
+          *reinterpret_cast<const uint4*>(tile.codes + CodeTile::chunk(first + t, lane / 4));
       found |= code[t] == 0 ? w.x | w.y | w.z | w.w : 0u;
     }
     return (found & 0x77777777u) != 0;
@@ -225,11 +201,11 @@ struct Square {
   bool fast;         // the same in all lanes
 };
 
-// Leaves the units in the band's rows_of()[square], or the scales where the squares are not fast.
-// The tile must still hold the rows.
-__device__ __forceinline__ Square survey(CodeShared& shared, uint32_t tile, uint32_t band,
-                                         bool plain) {
-  const RowScales scales(shared.scales_of(tile, band));
+// Leaves the units in rows[square], or the scales where the squares are not fast. The tile must
+// still hold the rows.
+__device__ __forceinline__ Square survey(CodeShared& tile, uint32_t band, bool pairs,
+                                         uint4 (&rows)[CodeTraits::kSquares][4]) {
+  const RowScales scales(tile, band);
   const uint32_t lane = ptx::lane_id();
   uint32_t largest = 0, smallest = ~0u, least = 255;  // smallest: but for zeros, less 1
 #pragma unroll
@@ -239,8 +215,7 @@ __device__ __forceinline__ Square survey(CodeShared& shared, uint32_t tile, uint
     smallest = min(smallest, scales.code[t] - 1);
   }
   const bool hidden =
-      __any_sync(kAllLanes, least == 0) &&
-      __any_sync(kAllLanes, scales.hides_codes(shared, CodeShared::first_band(tile) + band));
+      __any_sync(kAllLanes, least == 0) && __any_sync(kAllLanes, scales.hides_codes(tile, band));
 #pragma unroll
   for (int lanes = 1; lanes < 4; lanes *= 2) {
     largest = max(largest, __shfl_xor_sync(kAllLanes, largest, lanes));
@@ -249,15 +224,97 @@ __device__ __forceinline__ Square survey(CodeShared& shared, uint32_t tile, uint
   const bool near =
       largest == 0 || (smallest + 1 >= CodeTraits::kFirst && largest <= CodeTraits::kLast &&
                        largest - smallest - 1 <= CodeTraits::kBinades);
-  const bool fast = __all_sync(kAllLanes, near) && !hidden && plain;
-  // All lanes have read their scales, which lie here.
-  shared.rows_of(band)[lane / 4][lane % 4] = fast ? scales.units(largest) : scales.packed();
+  const bool fast = __all_sync(kAllLanes, near) && !hidden && pairs;
+  rows[lane / 4][lane % 4] = fast ? scales.units(largest) : scales.packed();
   return {largest, fast};
 }
 
 // ---- one block ----
 
-// As round_codes, from any scales, by float32.
+// The complement of the first bytes of the draws of elements t and t + 4 of a quarter, in each half
+// from bit 0 (even t) or 5 (odd t) up. See quarter_words: even t takes low halves.
+struct PairDraws {
+  // change: of even and odd t, in quarters 1, 2 and 3; the last of bits of the mask only, and by
+  // lop3, or its XOR is made anew for each t.
+  uint32_t word[4], change[3][2];
+  static constexpr int kMaskedXor = (ptx::kLop3A ^ ptx::kLop3B) & ptx::kLop3C,
+                       kMaskedNotXor = (~ptx::kLop3A & ptx::kLop3B) ^ ptx::kLop3C;
+
+  __device__ __forceinline__ explicit PairDraws(const Philox4& call) {
+    const uint32_t low = call.w[0] ^ call.w[1], high = call.w[2] ^ call.w[3];
+    word[0] = __byte_perm(call.w[0], call.w[2], 0x5511);
+    word[1] = odd(__byte_perm(call.w[0], call.w[2], 0x7733));
+    word[2] = __byte_perm(call.w[1], call.w[3], 0x5511);
+    word[3] = odd(__byte_perm(call.w[1], call.w[3], 0x7733));
+    change[0][0] = __byte_perm(low, low, 0x3333);  // their halves change places
+    change[0][1] = odd(__byte_perm(low, low, 0x1111));
+    change[1][0] = __byte_perm(high, high, 0x3333);
+    change[1][1] = odd(__byte_perm(high, high, 0x1111));
+    change[2][0] = ptx::lop3<kMaskedXor>(change[0][0], change[1][0], mask(0));
+    change[2][1] = ptx::lop3<kMaskedXor>(change[0][1], change[1][1], mask(1));
+  }
+  // A product, or it would be a shift after each XOR.
+  __device__ __forceinline__ static uint32_t odd(uint32_t bytes) {
+    return ptx::mad_lo_u32(bytes, 32u, 0u);
+  }
+  __device__ __forceinline__ static uint32_t mask(int t) {
+    return t % 2 ? 0x1FE01FE0u : 0x00FF00FFu;
+  }
+  __device__ __forceinline__ uint32_t complement(int s, int t) const {
+    if (s == 0) return ~word[t] & mask(t);
+    if (s == 3) return ptx::lop3<kMaskedNotXor>(word[t], mask(t), change[2][t % 2]);
+    return ~(word[t] ^ change[s - 1][t % 2]) & mask(t);
+  }
+};
+
+// The magnitudes of codes t and t + 4 of a word as float16 bits: 2^-14 times their values.
+__device__ __forceinline__ uint32_t raw_pair(uint32_t codes, int t) {
+  const uint32_t moved = t < 3 ? codes << (9 - 4 * t) : codes >> 3;
+  return moved & 0x0E000E00u;
+}
+
+// 32 codes of a column, scaled by units, to the codes of the block.
+__device__ __forceinline__ StripBlock round_codes(const uint4& column, const uint32_t (&units)[16],
+                                                  uint32_t largest, const PhiloxSchedule& keys,
+                                                  uint32_t group) {
+  const uint32_t codes[4] = {column.x, column.y, column.z, column.w};
+  uint32_t v[16];
+#pragma unroll
+  for (int i = 0; i < 16; ++i) v[i] = ptx::mul_rn_f16x2(raw_pair(codes[i / 4], i % 4), units[i]);
+  uint32_t m[2] = {v[0], v[1]};
+#pragma unroll
+  for (int i = 2; i < 14; i += 4)
+#pragma unroll
+    for (int j = 0; j < 2; ++j)  // one instruction from sm_90 on
+      m[j] = ptx::max_f16x2(ptx::max_f16x2(m[j], v[i + j]), v[i + j + 2]);
+  const uint32_t m2 = ptx::max_f16x2(ptx::max_f16x2(m[0], v[14]), ptx::max_f16x2(m[1], v[15]));
+  const uint32_t exponent = max(m2, m2 << 16) >> 26;       // 6 to 17, of zeros 0
+  const uint32_t to_grid = (18 - exponent) * 0x04000400u;  // 2^-14 / S
+  // Of a block of zeros, whose magnitudes come out as 0, it takes the signs and the scale: -1
+  // there, else 0. On the multiply-add pipe, which has time.
+  const uint32_t empty = static_cast<uint32_t>((static_cast<int>(exponent) - 1) >> 31);
+  const PairDraws draws(philox_group(keys, group));
+  uint32_t w[4];
+#pragma unroll
+  for (int s = 0; s < kQuarters; ++s) {
+    uint32_t u[4], pair[2];
+#pragma unroll
+    for (int t = 0; t < 4; ++t) u[t] = ptx::mul_rn_f16x2(v[4 * s + t], to_grid);
+#pragma unroll
+    for (int t = 0; t < 4; t += 2) {
+      // u's 12 bits and their carries stay in their half. Codes in bits 9..11 and 13..15.
+      const uint32_t even = ptx::mad_lo_u32(draws.complement(s, t), 2u, u[t]),
+                     odd = ptx::mad_lo_u32(u[t + 1], 16u, draws.complement(s, t + 1));
+      pair[t / 2] = ptx::lop3_select(odd, even, 0xE000E000u);
+    }
+    const uint32_t joined = __byte_perm(pair[0], pair[1], 0x7351) >> 1;
+    w[s] = ptx::lop3_select(ptx::mad_lo_u32(codes[s], empty, codes[s]), joined, 0x88888888u);
+  }
+  const uint32_t scale = largest + exponent - 17;
+  return {make_uint4(w[0], w[1], w[2], w[3]), ptx::mad_lo_u32(scale, empty, scale)};
+}
+
+// The same from any scales, by float32.
 __device__ __forceinline__ StripBlock round_values(const uint4& column, const uint4 (&scales)[4],
                                                    const QuantizeParams& p,
                                                    const StripOperand<false>& operand,
@@ -277,20 +334,20 @@ __device__ __forceinline__ StripBlock round_values(const uint4& column, const ui
 
 // ---- kernel ----
 
-// A warp's band of a tile, in place: rows of codes to blocks of columns.
+// A warp's band, in place: rows of codes to blocks of columns. at: of the tile.
 __device__ __forceinline__ void round_band(const QuantizeParams& p, const CodeGrid& g,
-                                           const CodePlace& at, uint32_t tile, uint32_t band,
-                                           const StripOperand<false>& operand, CodeShared& shared) {
-  const uint32_t lane = ptx::lane_id(), place = CodeShared::first_band(tile) + band;
-  const uint32_t k = at.row_of(tile) + 32 * band, kp = static_cast<uint32_t>(p.kp);
+                                           const CodePlace& at, const StripOperand<false>& operand,
+                                           uint32_t band, CodeShared& tile) {
+  const uint32_t lane = ptx::lane_id();
+  const uint32_t k = at.row + 32 * band, kp = static_cast<uint32_t>(p.kp);
   if (k >= kp) return;
-  const Square square = survey(shared, tile, band, g.plain);
-  transpose_codes(shared, place);
-  const CodeRows& rows = shared.rows_of(band);
+  uint4(&rows)[CodeTraits::kSquares][4] = tile.rows[band];
+  const Square square = survey(tile, band, g.pairs, rows);
+  transpose_codes(tile, band);
   const uint32_t group = (at.column + lane * CodeTile::kLaneColumns) * (kp / 32) + k / 32;
-  const uint32_t columns = ptx::shared_address(shared.codes) + CodeTile::column(place, lane, 0),
-                 scales = ptx::shared_address(shared.block_scales[tile]) +
-                          CodeTile::block_scale(band, lane, 0);
+  const uint32_t columns = ptx::shared_address(tile.codes) + CodeTile::column(band, lane, 0),
+                 scales =
+                     ptx::shared_address(tile.block_scales) + CodeTile::block_scale(band, lane, 0);
   const auto each_column = [&](auto round) {
     uint32_t of_column = group;
 #pragma unroll 1
@@ -320,102 +377,68 @@ __device__ __forceinline__ void round_band(const QuantizeParams& p, const CodeGr
   }
 }
 
-// kBands lanes write as many blocks of an operand row, from that of x's row on.
-template <uint32_t kBands>
+// 4 lanes write the 4 blocks of an operand row.
 __device__ __forceinline__ void store_codes(const QuantizeParams& p, const CodePlace& at,
-                                            uint32_t x_row, uint32_t thread, CodeShared& shared) {
-  constexpr uint32_t kStep = CodeTile::store_step(kBands), kStores = CodeTile::stores(kBands);
-  const uint32_t block = x_row / 32 + thread % kBands, row = at.column + thread / kBands;
+                                            uint32_t thread, CodeShared& tile) {
+  const uint32_t block = at.row / 32 + thread % CodeTile::kBands,
+                 row = at.column + thread / CodeTile::kBands;
   const uint32_t rows = static_cast<uint32_t>(p.rows), blocks = static_cast<uint32_t>(p.kp) / 32;
   const uint32_t left = block < blocks && row < rows ? rows - row : 0;
-  const uint32_t from =
-      ptx::opaque(ptx::shared_address(shared.codes) + CodeTile::stored(thread, kBands));
+  const uint32_t from = ptx::opaque(ptx::shared_address(tile.codes) + CodeTile::stored(thread));
   uint8_t* to = p.data + (static_cast<uint64_t>(row) * blocks + block) * 16;
-  const uint64_t pitch = static_cast<uint64_t>(blocks) * (16 * kStep);
+  const uint64_t pitch = static_cast<uint64_t>(blocks) * (16 * CodeTile::kStoreColumns);
   const auto store = [&](uint32_t i) {
     *reinterpret_cast<uint4*>(to + i * pitch) =
-        ptx::ld_shared_v4(CodeTile::stored_further(from, i, kBands));
+        ptx::ld_shared_v4(CodeTile::stored_further(from, i));
   };
-  if (left > (kStores - 1) * kStep) {
+  if (left > (CodeTile::kStores - 1) * CodeTile::kStoreColumns) {
 #pragma unroll
-    for (uint32_t i = 0; i < kStores; ++i) store(i);
+    for (uint32_t i = 0; i < CodeTile::kStores; ++i) store(i);
     return;
   }
 #pragma unroll 1
-  for (uint32_t i = 0; i * kStep < left; ++i) store(i);
+  for (uint32_t i = 0; i * CodeTile::kStoreColumns < left; ++i) store(i);
 }
 
-// A thread writes the scales of two operand rows, 4 of a tile.
+// A thread writes the 4 scales of two operand rows.
 __device__ __forceinline__ void store_scales(const QuantizeParams& p, const CodeGrid& g,
                                              const CodePlace& at, uint32_t thread,
-                                             const CodeShared& shared) {
+                                             const uint8_t* block_scales) {
   const uint32_t kp = static_cast<uint32_t>(p.kp);
 #pragma unroll
   for (uint32_t word = thread; word < CodeTile::kColumns; word += CodeTile::kThreads) {
     const uint32_t row = at.column + CodeTile::scaled_column(word);
     if (row >= static_cast<uint32_t>(p.rows)) continue;
-    const auto from = [&](uint32_t tile) {
-      return shared.block_scales[tile] + word * CodeTile::kBands;
-    };
-    const auto four = [&](uint32_t tile) { return *reinterpret_cast<const uint32_t*>(from(tile)); };
+    const uint8_t* from = block_scales + word * CodeTile::kBands;
     uint8_t* to = p.scale + (static_cast<uint64_t>(row) * (kp / 32) + at.row / 32);
-    if (CodeTraits::kTiles == 2 && at.tiles == 2 && g.stores8) {
-      *reinterpret_cast<uint2*>(to) = make_uint2(four(0), four(CodeTraits::kTiles - 1));
-      continue;
-    }
     if (g.stores4) {
-      *reinterpret_cast<uint32_t*>(to) = four(0);
-      if (at.tiles == 2) *reinterpret_cast<uint32_t*>(to + 4) = four(CodeTraits::kTiles - 1);
+      *reinterpret_cast<uint32_t*>(to) = *reinterpret_cast<const uint32_t*>(from);
       continue;
     }
 #pragma unroll 1
-    for (uint32_t b = 0; b < at.tiles * CodeTile::kBands; ++b) {
+    for (uint32_t b = 0; b < CodeTile::kBands; ++b) {
       const uint32_t k = at.row + 32 * b;
-      if (k < kp)
-        *(p.swizzled ? scale_at<Mxfp4>(p, row, k) : to + b) =
-            from(b / CodeTile::kBands)[b % CodeTile::kBands];
+      if (k < kp) *(p.swizzled ? scale_at<Mxfp4>(p, row, k) : to + b) = from[b];
     }
   }
 }
 
 __global__ void __launch_bounds__(CodeTile::kThreads, CodeTraits::kCtas)
     requantize_codes_kernel(const QuantizeParams p, const StripPlan plan, const CodeGrid g) {
-  constexpr uint32_t kBuffers = CodeTraits::kBuffers;
-  __shared__ CodeShared shared;
+  __shared__ CodeShared tile;
   begin_early();
   const CodePlace at(g, blockIdx.x);
   const uint32_t warp = uniform(threadIdx.x / 32);
-  copy_band(p, g, at, 0, warp, shared);
-  if (kBuffers == 2) {
-    ptx::cp_async_commit_group();
-    if (at.tiles == 2) copy_band(p, g, at, 1, warp, shared);
-    ptx::cp_async_commit_group();
-  }
+  copy_codes(g, at, warp, tile);
+  copy_scales(p, g, at, thread_id(warp), tile);
   const PhiloxSchedule keys = uniform_schedule(p);
   const StripOperand<false> operand = {plan, keys, nullptr, 0};
-#pragma unroll 1
-  for (uint32_t tile = 0; tile < at.tiles; ++tile) {
-    if (kBuffers == 2 && tile == 0)
-      ptx::cp_async_wait_group<1>();
-    else
-      ptx::cp_async_wait_all();
-    __syncwarp();  // a warp waits for its own rows only
-    round_band(p, g, at, tile, warp, operand, shared);
-    if (kBuffers == 2) continue;
-    __syncthreads();
-    store_codes<CodeTile::kBands>(p, at, at.row_of(tile), thread_id(warp), shared);
-    if (tile + 1 == at.tiles) break;
-    __syncthreads();  // all have left the codes
-    copy_band(p, g, at, tile + 1, warp, shared);
-  }
-  if (kBuffers == 2) {
-    __syncthreads();
-    if (at.tiles == 2)
-      store_codes<2 * CodeTile::kBands>(p, at, at.row, thread_id(warp), shared);
-    else
-      store_codes<CodeTile::kBands>(p, at, at.row, thread_id(warp), shared);
-  }
-  store_scales(p, g, at, thread_id(warp), shared);
+  ptx::cp_async_wait_all();
+  __syncwarp();  // a warp waits for its own rows only
+  round_band(p, g, at, operand, warp, tile);
+  __syncthreads();
+  store_codes(p, at, thread_id(warp), tile);
+  store_scales(p, g, at, thread_id(warp), tile.block_scales);
 }
 
 }  // namespace
@@ -424,16 +447,9 @@ __global__ void __launch_bounds__(CodeTile::kThreads, CodeTraits::kCtas)
 
 // As can_strip_columns says, without a rotation.
 cudaError_t launch_requantize_codes(const QuantizeParams& p, cudaStream_t stream) {
-  int arch = 0, sms = 0;
-  cudaError_t error = device_arch(&arch);
-  if (error == cudaSuccess) error = count_multiprocessors(&sms);
-  if (error != cudaSuccess) return error;
   const auto narrow = [](int64_t n) { return static_cast<uint32_t>(n); };
   const int64_t across = (p.rows + CodeTile::kColumns - 1) / CodeTile::kColumns,
                 down = (p.kp + CodeTile::kRows - 1) / CodeTile::kRows;
-  // Rows of tiles that are taken two by two: all but those that the last CTAs have.
-  const int64_t more = across * down - static_cast<int64_t>(sms) * code_ctas(arch);
-  const int64_t twos = CodeTraits::kTiles == 2 && more > 0 ? more / (2 * across) : 0;
   const auto words = [](const uint8_t* scales, int64_t in_row, int64_t size) {
     return in_row % size == 0 && reinterpret_cast<uintptr_t>(scales) % size == 0;
   };
@@ -441,14 +457,11 @@ cudaError_t launch_requantize_codes(const QuantizeParams& p, cudaStream_t stream
                       narrow(p.cols),
                       narrow(p.in_blocks),
                       Divisor::of(across),
-                      narrow(across * twos),
-                      narrow(twos * 2 * CodeTile::kRows),
                       p.prescale == 1.0f,
                       words(p.in_scale, p.in_blocks, CodeTile::kColumns / 32),
-                      !p.swizzled && words(p.scale, p.kp / 32, CodeTile::kBands),
-                      !p.swizzled && words(p.scale, p.kp / 32, 2 * CodeTile::kBands)};
-  return launch_early(requantize_codes_kernel, narrow(across * (down - twos)), CodeTile::kThreads,
-                      0, stream, p, make_plan<Strip::kStochastic>(p), g);
+                      !p.swizzled && words(p.scale, p.kp / 32, CodeTile::kBands)};
+  return launch_early(requantize_codes_kernel, narrow(across * down), CodeTile::kThreads, 0, stream,
+                      p, make_plan<Strip::kStochastic>(p), g);
 }
 
 }  // namespace mxtrain::cuda
