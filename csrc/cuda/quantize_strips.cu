@@ -282,8 +282,7 @@ struct StripShares {
   int shared = 0;  // bytes
 };
 
-// squares: whether scales may leave by squares; then g may come to have rounds of these. Where
-// there are tickets (wants_tickets), they are for a tile a warp or somewhat more.
+// squares: whether scales may leave by squares; then g may come to have rounds of these.
 static cudaError_t share_tiles(Strip row, bool squares, StripGrid& g, StripShares& shares) {
   int device = 0, sms = 0, shared = 0, arch = 0;
   cudaError_t error = device_arch(&arch);
@@ -294,9 +293,11 @@ static cudaError_t share_tiles(Strip row, bool squares, StripGrid& g, StripShare
   if (error != cudaSuccess) return error;
   shares.ctas = std::min(g.tiles, static_cast<uint32_t>(sms));
   const uint32_t share = g.tiles / shares.ctas;
-  if (g.tickets) g.own = share - StripTraits::kMostWarps;
-  if (squares && has_stages(arch)) g.rounds = (g.tickets ? g.own : share) / StripSquare::kTiles;
-  if (g.tickets && g.rounds != 0) g.own = g.rounds * StripSquare::kTiles;
+  if (squares && has_stages(arch))
+    g.rounds = (g.tickets ? share - share / TicketTraits::kOfStaged : share) / StripSquare::kTiles;
+  if (g.tickets)
+    g.own =
+        g.rounds != 0 ? g.rounds * StripSquare::kTiles : share - share / TicketTraits::kOfOthers;
   const int stages = g.rounds != 0 ? StageTraits::kRequired : 0;
   if (g.rounds != 0) g.across = Divisor::of(g.across.value / StripSquare::kSide);
   const int room =
@@ -311,7 +312,7 @@ bool wants_tickets(const QuantizeParams& p) {
   int sms = 0;
   if (count_multiprocessors(&sms) != cudaSuccess) return false;
   const int64_t tiles = p.rows / StripTraits::kTile * (p.cols / StripTraits::kTile);
-  return tiles >= int64_t{4} * StripTraits::kMostWarps * sms;
+  return tiles >= TicketTraits::kLeast * sms;
 }
 
 template <Strip kRow, Strip kCol, bool kFlat = false, bool kRuns = false>

@@ -36,6 +36,14 @@ __device__ __forceinline__ uint32_t tile_of(const StripGrid& g, uint32_t n) {
                 : blockIdx.x + gridDim.x * n;
 }
 
+// Of a CTA's equal share, how much goes by tickets: one tile of so many. Where scales leave by
+// squares it is what evens out the multiprocessors and no more, since these tiles write theirs by
+// themselves.
+struct TicketTraits {
+  static constexpr uint32_t kOfStaged = 32, kOfOthers = 10;
+  static constexpr int64_t kLeast = 4 * StripTraits::kMostWarps;  // the least share that has any
+};
+
 // The tile of a warp that comes to be its CTA's n-th.
 template <bool kStaged>
 __device__ __forceinline__ uint32_t draw_tile(const StripGrid& g, uint32_t n) {
