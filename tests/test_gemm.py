@@ -62,6 +62,7 @@ def test_alpha_and_bias(format, device):
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         got = mxtrain.gemm(a, b, bias.to(dtype), alpha=16 / 9, out_dtype=torch.float32)
         torch.testing.assert_close(got, plain * (16 / 9) + bias.to(dtype).float())
+    # the same product: by `dequant` cuBLAS rounds only results whose rows are whole 16 bytes
     assert_same_bytes(mxtrain.gemm(a, b), plain.bfloat16())
 
 
@@ -106,6 +107,17 @@ def test_a_bfloat16_result_is_rounded_once(format, device):
     exact, got = mxtrain.gemm(a, b, out_dtype=torch.float32), mxtrain.gemm(a, b).float()
     allowed = 2.0**-8 * exact.abs() + 2.0**-14 * exact.square().mean().sqrt()
     assert ((got - exact).abs() <= allowed).all()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_bfloat16_result_needs_no_float32_one():
+    """By `dequant`: cuBLAS is found, and writes the result itself."""
+    a = operand(2048, 2048, "mxfp8_e4m3", device="cuda")
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    mxtrain.gemm(a, a)
+    # both operands decoded and the result, 2 bytes an element each
+    assert torch.cuda.max_memory_allocated() - before < 3.5 * 2 * 2048**2
 
 
 def test_empty_and_deterministic(device):

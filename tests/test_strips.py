@@ -145,16 +145,26 @@ def test_dual(row, col, shape, device):
         assert_same_bytes(operand.data, want[0])
 
 
-@pytest.mark.parametrize("shape", [(832, 1000), (192 * 66, 64)])
+@pytest.mark.parametrize("width", [1000, 64])
 @pytest.mark.parametrize("group", [0, 64])
-def test_tiles_by_tickets(group, shape, device):
-    """So many that a CTA has only its first to itself, and the last go to whoever comes first
-    (csrc/cuda/strip_grid.cuh); on a GPU test_scales_by_squares has them.
+def test_tiles_by_tickets(group, width, device):
+    """So many that a CTA has only its first to itself, and the last go to whoever comes first,
+    whatever lay where the ticket is (csrc/cuda/strip_grid.cuh). The emulated GPU has 2
+    multiprocessors.
     """
-    torch.manual_seed(5)
-    x = torch.randn(shape).bfloat16()
+    gpu = device == "cuda"
+    share = 100 * (torch.cuda.get_device_properties(0).multi_processor_count if gpu else 2)
+    rows = 64 * -(-share // (width // 64))
+    x = torch.randn(rows, width, generator=torch.Generator().manual_seed(5)).bfloat16()
+    given = options("stochastic", group)
+    moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in given.items()}
     for transpose in (False, True):
-        check_quantize(x, "mxfp4", device, **options("stochastic", group), transpose=transpose)
+        want = mxtrain.quantize(x, "mxfp4", transpose=transpose, **given)
+        for before in (0, -1, -150, 7):
+            torch.full((1,), before, dtype=torch.int32, device=device)  # and its memory is free
+            got = mxtrain.quantize(x.to(device), "mxfp4", transpose=transpose, **moved)
+            assert_same_bytes(got.scale, want.scale)
+            assert_same_bytes(got.data, want.data)
 
 
 @pytest.mark.parametrize("squares", [3, 14])

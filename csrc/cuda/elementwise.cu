@@ -168,14 +168,19 @@ __global__ void __launch_bounds__(EpilogueTraits::kThreads)
     const int64_t i0 = first + q * EpilogueTraits::kThreads * 4;
     if (i0 >= n) return;
     int64_t column = p.bias ? i0 % p.cols : 0;
+    const bool whole = vector && i0 + 4 <= n;
+    const float* held = static_cast<const float*>(p.out) + i0;
+    uint4 to = {};
+    if (p.add && whole) to = *reinterpret_cast<const uint4*>(held);
+    const uint32_t added[4] = {to.x, to.y, to.z, to.w};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       v[q][i] = v[q][i] * a * b * p.alpha;
       if (p.bias) v[q][i] += load_any(p.bias, p.bias_type, column);
-      if (p.add && i0 + i < n) v[q][i] += static_cast<const float*>(p.out)[i0 + i];
+      if (p.add && i0 + i < n) v[q][i] += whole ? bits_float(added[i]) : held[i];
       if (++column == p.cols) column = 0;
     }
-    store_floats<kType>(p.out, i0, v[q], vector && i0 + 4 <= n,
+    store_floats<kType>(p.out, i0, v[q], whole,
                         static_cast<int>(min(n - i0, static_cast<int64_t>(4))));
   }
 }

@@ -46,7 +46,7 @@ struct QuantizeParams {
   bool swizzled;
   int64_t scale_tiles;  // tiles along K, where swizzled
   float* runs;          // [kp / 32, rows], or null: sums of 32 elements of x, where can_sum_runs
-  uint32_t* tickets;    // [1] of this launch, or null (see strip_grid.cuh)
+  uint32_t* tickets;    // [1], of launches of one stream, or null (see strip_grid.cuh)
 };
 
 // Operand rows are contiguous in x (stride_k == 1), or x is strided in both directions.
@@ -64,7 +64,8 @@ cudaError_t launch_quantize_dual(const QuantizeParams& row, const QuantizeParams
 bool can_strip_rows(const QuantizeParams& p);
 bool can_strip_columns(const QuantizeParams& p);
 bool can_strip_dual(const QuantizeParams& row, const QuantizeParams& col);
-// Whether they are faster with `tickets`: there are many tiles for each of a GPU's warps.
+// Whether they are faster with `tickets`, if they serve: x, of floats, has many tiles for each of a
+// GPU's warps.
 bool wants_tickets(const QuantizeParams& p);
 // Whether they leave col.runs.
 bool can_sum_runs(const QuantizeParams& row, const QuantizeParams& col);

@@ -3,11 +3,12 @@
 // operands) to mxfp4, stochastic or rotated, and quantize_dual nearest. Every warp works for
 // itself, on a tile of x of its own in shared memory, 64 x 64, so that no barrier stops it: first
 // the blocks along its rows, then those along its columns, 32 blocks at a time or 64. A CTA has all
-// warps of a multiprocessor. They share its tiles, every gridDim.x-th, and each takes the next one
-// when it needs it: a scheduler prefers some warps to others, so by equal shares some would be done
-// long before others. Scales go by strip_stages.cuh where x is made of whole squares. The next tile
-// is copied when the last blocks of one are in registers and few enough to leave room for the
-// copy's addresses. The copies are 16 bytes, so x must be aligned to that, in both directions.
+// warps of a multiprocessor. They share its tiles, every gridDim.x-th but for the last
+// (strip_grid.cuh), and each takes the next one when it needs it: a scheduler prefers some warps to
+// others, so by equal shares some would be done long before others. Scales go by strip_stages.cuh
+// where x is made of whole squares. The next tile is copied when the last blocks of one are in
+// registers and few enough to leave room for the copy's addresses. The copies are 16 bytes, so x
+// must be aligned to that, in both directions.
 #include <algorithm>
 
 #include "cuda/launch.cuh"
@@ -33,6 +34,17 @@ struct StripStatic {
 
 // What follows from it is uniform control flow.
 __device__ __forceinline__ uint32_t uniform_warp() { return uniform(threadIdx.x / 32); }
+
+template <Strip kRow, Strip kCol>
+__device__ __forceinline__ void make_schedules(const QuantizeParams& row, const QuantizeParams& col,
+                                               PhiloxSchedule& row_keys, PhiloxSchedule& col_keys) {
+  if (draws_bits(kRow)) row_keys = uniform_schedule(row);
+  if (draws_bits(kCol)) col_keys = uniform_schedule(col);
+  if (!draws_bits(kRow) || !draws_bits(kCol)) return;
+  const uint32_t first = col_keys.first;  // one seed: they share registers
+  col_keys = row_keys;
+  col_keys.first = first;
+}
 
 // ---- kernels ----
 
@@ -60,13 +72,7 @@ __global__ void __launch_bounds__(strip_warps(kRow, kCodeArch) * 32, 1)
   fill_signs<kRow>(row_signs.word, row);
   fill_signs<kCol>(col_signs.word, col);
   PhiloxSchedule row_keys = {}, col_keys = {};
-  if (draws_bits(kRow)) row_keys = uniform_schedule(row);
-  if (draws_bits(kCol)) col_keys = uniform_schedule(col);
-  if (draws_bits(kRow) && draws_bits(kCol)) {  // one seed: they share registers
-    const uint32_t first = col_keys.first;
-    col_keys = row_keys;
-    col_keys.first = first;
-  }
+  make_schedules<kRow, kCol>(row, col, row_keys, col_keys);
   constexpr bool kStaged = kCol != Strip::kNone && !kFlat && has_stages(kCodeArch);
   const uint32_t warp = uniform_warp();
   // Addresses that the compiler does not make anew wherever they are needed.
@@ -293,11 +299,10 @@ static cudaError_t share_tiles(Strip row, bool squares, StripGrid& g, StripShare
   if (error != cudaSuccess) return error;
   shares.ctas = std::min(g.tiles, static_cast<uint32_t>(sms));
   const uint32_t share = g.tiles / shares.ctas;
-  if (squares && has_stages(arch))
-    g.rounds = (g.tickets ? share - share / TicketTraits::kOfStaged : share) / StripSquare::kTiles;
-  if (g.tickets)
-    g.own =
-        g.rounds != 0 ? g.rounds * StripSquare::kTiles : share - share / TicketTraits::kOfOthers;
+  const bool staged = squares && has_stages(arch);
+  const auto reserve = [&](uint32_t of) { return g.tickets != nullptr ? share / of : 0; };
+  if (staged) g.rounds = (share - reserve(TicketTraits::kOfStaged)) / StripSquare::kTiles;
+  g.own = g.rounds != 0 ? g.rounds * StripSquare::kTiles : share - reserve(TicketTraits::kOfOthers);
   const int stages = g.rounds != 0 ? StageTraits::kRequired : 0;
   if (g.rounds != 0) g.across = Divisor::of(g.across.value / StripSquare::kSide);
   const int room =

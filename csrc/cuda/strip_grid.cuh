@@ -12,8 +12,8 @@ namespace mxtrain::cuda {
 // of tiles. rounds: of whole squares that every CTA takes (strip_stages.cuh); if there are any,
 // tiles are in the order of squares, and `across` counts these.
 //
-// Multiprocessors are not equally fast (by 8% from the first to the last to end where shares are
-// equal: they are not equally far from the L2). So with `tickets` only a CTA's first `own` tiles
+// Multiprocessors are not equally fast: with equal shares some are done long before others
+// (docs/performance.md). So with `tickets` only a CTA's first `own` tiles
 // are its own, and the rest of all go to whoever comes first. CTA 0 sets the ticket to 0 when it
 // starts, and nobody waits for that: who draws before, draws what memory held, and works at a tile
 // that somebody else works at too, which gives the same bytes twice, or at none. But CTA 0 itself
@@ -36,9 +36,9 @@ __device__ __forceinline__ uint32_t tile_of(const StripGrid& g, uint32_t n) {
                 : blockIdx.x + gridDim.x * n;
 }
 
-// Of a CTA's equal share, how much goes by tickets: one tile of so many. Where scales leave by
-// squares it is what evens out the multiprocessors and no more, since these tiles write theirs by
-// themselves.
+// Of a CTA's equal share, how much goes by tickets: at least one tile of so many. Where scales
+// leave by squares it is what evens out the multiprocessors and, but for the tiles of a square that
+// is not whole, no more: these tiles write their scales by themselves.
 struct TicketTraits {
   static constexpr uint32_t kOfStaged = 32, kOfOthers = 10;
   static constexpr int64_t kLeast = 4 * StripTraits::kMostWarps;  // the least share that has any

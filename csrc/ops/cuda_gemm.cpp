@@ -44,7 +44,8 @@ static void gemm_dequant(const char* op, const GemmArguments& g, Tensor& out, cu
   const Tensor bv = dequantize(g.b, g.b_scale, one, g.format, g.kp, ScalarType::BFloat16);
   const bool bare = !g.bias && !two_level && !g.add,
              plain = bare && g.out_dtype == ScalarType::Float && g.alpha == 1.0f;
-  if (bare && g.out_dtype == ScalarType::BFloat16 && matmul_bfloat16(out, av, bv, g.alpha)) return;
+  if (bare && g.out_dtype == ScalarType::BFloat16 && matmul_bfloat16(op, out, av, bv, g.alpha))
+    return;
   Tensor acc = plain ? out : torch::stable::new_empty(g.a, {g.m, g.n}, ScalarType::Float);
   matmul_float32(acc, av, bv);
   if (plain) return;

@@ -11,6 +11,7 @@
 
 #include <array>
 #include <cstdint>
+#include <type_traits>
 
 namespace mxtrain::cuda {
 
@@ -29,9 +30,11 @@ void matmul_float32(Tensor& out, const Tensor& a, const Tensor& b) {
 
 struct Cublas {
   using Handle = void*;
-  // cublasOperation_t, cudaDataType_t, cublasComputeType_t, cublasGemmAlgo_t, cublasMath_t
-  static constexpr int kSuccess = 0, kNormal = 0, kTransposed = 1, kBfloat16 = 14,
-                       kComputeFloat32 = 68, kAnyAlgorithm = -1, kNoReducedReduction = 16;
+  // cublasStatus_t, cublasOperation_t, cudaDataType_t, cublasComputeType_t, cublasGemmAlgo_t,
+  // cublasMath_t
+  static constexpr int kSuccess = 0, kInvalidValue = 7, kNotSupported = 15, kNormal = 0,
+                       kTransposed = 1, kBfloat16 = 14, kComputeFloat32 = 68, kAnyAlgorithm = -1,
+                       kNoReducedReduction = 16;
 
   AOTITorchError (*get_handle)(Handle*);  // torch's
   int (*get_mode)(Handle, int*);
@@ -43,15 +46,16 @@ struct Cublas {
   bool found() const { return get_handle && get_mode && set_mode && multiply; }
 };
 
-// Among the libraries that came with this one, as torch's CUDA side and what it needs did.
-template <class Function>
-static void find(Function*& to, const char* name) {
-  to = reinterpret_cast<Function*>(dlsym(RTLD_DEFAULT, name));
-}
-
 static const Cublas& cublas() {
   static const Cublas found = [] {
     Cublas c = {};
+    // torch's CUDA side, if it is there: what it needs is looked through with it, and nothing else.
+    void* torch_cuda = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    if (torch_cuda == nullptr) return c;
+    const auto find = [&](auto& function, const char* name) {
+      function =
+          reinterpret_cast<std::remove_reference_t<decltype(function)>>(dlsym(torch_cuda, name));
+    };
     find(c.get_handle, "torch_get_current_cuda_blas_handle");
     find(c.get_mode, "cublasGetMathMode");
     find(c.set_mode, "cublasSetMathMode");
@@ -61,13 +65,15 @@ static const Cublas& cublas() {
   return found;
 }
 
-bool matmul_bfloat16(Tensor& out, const Tensor& a, const Tensor& b, float alpha) {
+bool matmul_bfloat16(const char* op, Tensor& out, const Tensor& a, const Tensor& b, float alpha) {
   constexpr int64_t kMost = INT32_MAX;
   const int64_t m = a.size(0), n = b.size(0), k = a.size(1);
-  // Rows of the result that are no whole 16 bytes leave by a slow kernel: float32 sums and an
-  // epilogue take less time then.
-  if (!cublas().found() || n % 8 != 0 || k == 0 || m > kMost || n > kMost || k > kMost)
-    return false;
+  const bool fits = m <= kMost && n <= kMost && k <= kMost;
+  // A product by 0, or of no columns, may leave A and B, and so a NaN there, unread. Rows of the
+  // result that are no whole 16 bytes leave by a slow kernel: float32 sums and an epilogue take
+  // less time then.
+  if (!fits || n % 8 != 0 || k == 0 || alpha == 0.0f) return false;
+  if (!out.is_cuda() || !cublas().found()) return false;  // the first where kernels are emulated
   void* handle = nullptr;  // of the current device, on its current stream
   TORCH_ERROR_CODE_CHECK(cublas().get_handle(&handle));
   int mode = 0;
@@ -82,7 +88,10 @@ bool matmul_bfloat16(Tensor& out, const Tensor& a, const Tensor& b, float alpha)
       a.const_data_ptr(), Cublas::kBfloat16, static_cast<int>(k), &beta, out.mutable_data_ptr(),
       Cublas::kBfloat16, static_cast<int>(n), Cublas::kComputeFloat32, Cublas::kAnyAlgorithm);
   cublas().set_mode(handle, mode);
-  return status == Cublas::kSuccess;
+  if (status == Cublas::kInvalidValue || status == Cublas::kNotSupported) return false;
+  MXT_CHECK(status == Cublas::kSuccess, op, "cublasGemmEx must succeed, got cublasStatus_t ",
+            status, " (", m, " x ", n, " x ", k, "). Look for an earlier error of this GPU.");
+  return true;
 }
 
 }  // namespace mxtrain::cuda

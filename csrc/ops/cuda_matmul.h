@@ -11,6 +11,6 @@ void matmul_float32(Tensor& out, const Tensor& a, const Tensor& b);
 
 // out [M, N] bfloat16 = alpha a b^T, rounded once. All three contiguous. False, with nothing done,
 // where cuBLAS cannot be asked (see cuda_matmul.cpp), does not take it, or is not the faster way.
-bool matmul_bfloat16(Tensor& out, const Tensor& a, const Tensor& b, float alpha);
+bool matmul_bfloat16(const char* op, Tensor& out, const Tensor& a, const Tensor& b, float alpha);
 
 }  // namespace mxtrain::cuda

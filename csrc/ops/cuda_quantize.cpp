@@ -73,7 +73,7 @@ Operand3 allocate(const Tensor& like, QuantizeParams& p, bool swizzle) {
   return {data, scale, tensor_scale};
 }
 
-// Room for the tickets of a launch from floats, where the strips' kernels want them.
+// Room for the tickets of what is made from floats, in one launch or two, where strips want them.
 OptionalTensor add_tickets(const Tensor& like, QuantizeParams& p) {
   OptionalTensor tickets;
   if (!wants_tickets(p)) return tickets;
