@@ -68,7 +68,8 @@ __global__ void __launch_bounds__(strip_warps(kRow, kCodeArch) * 32, 1)
   StripSigns &row_signs = fixed.row_signs, &col_signs = fixed.col_signs;
   if (threadIdx.x == 0) fixed.taken = blockDim.x / 32;
   begin_early();
-  if (grid.tickets && blockIdx.x == 0 && threadIdx.x == 0) atomicExch(grid.tickets, 0u);
+  if (has_tickets(kRow) && grid.tickets && blockIdx.x == 0 && threadIdx.x == 0)
+    atomicExch(grid.tickets, 0u);
   fill_signs<kRow>(row_signs.word, row);
   fill_signs<kCol>(col_signs.word, col);
   PhiloxSchedule row_keys = {}, col_keys = {};
@@ -97,7 +98,7 @@ __global__ void __launch_bounds__(strip_warps(kRow, kCodeArch) * 32, 1)
     const bool staged = kStaged && square < grid.rounds;
     if (ptx::lane_id() == 0) {
       const uint32_t then = atomicAdd(&fixed.taken, 1u);
-      ptx::st_shared_v2(next, draw_tile<kStaged>(grid, then), then);
+      ptx::st_shared_v2(next, draw_tile<kStaged, has_tickets(kRow)>(grid, then), then);
     }
     if (staged) {
       if (n % StripSquare::kTiles == 0 && square >= StageTraits::kLag) {
@@ -324,7 +325,7 @@ template <Strip kRow, Strip kCol, bool kFlat = false, bool kRuns = false>
 static cudaError_t launch_strips(const QuantizeParams& row, const QuantizeParams& col,
                                  const StripGrid& given, cudaStream_t stream) {
   StripGrid grid = given;
-  grid.tickets = row.tickets;
+  grid.tickets = has_tickets(kRow) ? row.tickets : nullptr;
   StripShares shares;
   const bool squares = kCol != Strip::kNone && has_squares(row) && has_squares(col);
   const cudaError_t error = share_tiles(kRow, squares, grid, shares);

@@ -44,10 +44,14 @@ struct TicketTraits {
   static constexpr int64_t kLeast = 4 * StripTraits::kMostWarps;  // the least share that has any
 };
 
+// Kernels that have tickets at all: those with a row operand in groups of 64 are slower for the
+// code.
+constexpr bool has_tickets(Strip row) { return !rotates64(row); }
+
 // The tile of a warp that comes to be its CTA's n-th.
-template <bool kStaged>
+template <bool kStaged, bool kTickets>
 __device__ __forceinline__ uint32_t draw_tile(const StripGrid& g, uint32_t n) {
-  if (g.tickets == nullptr || n < g.own) return tile_of<kStaged>(g, n);
+  if (!kTickets || g.tickets == nullptr || n < g.own) return tile_of<kStaged>(g, n);
   return g.own * gridDim.x + atomicAdd(g.tickets, 1u);
 }
 
