@@ -87,11 +87,11 @@ __device__ __forceinline__ void load_shared8(const void* p, FloatType type, int 
 __device__ __forceinline__ void store_chunk(void* out, FloatType type, int64_t at,
                                             const float (&v)[8], bool vector, int valid) {
   if (type == FloatType::kBfloat16)
-    store_floats<FloatType::kBfloat16>(out, at, v, vector, valid);
+    store_floats8<FloatType::kBfloat16>(out, at, v, vector, valid);
   else if (type == FloatType::kFloat32)
-    store_floats<FloatType::kFloat32>(out, at, v, vector, valid);
+    store_floats8<FloatType::kFloat32>(out, at, v, vector, valid);
   else
-    store_floats<FloatType::kFloat16>(out, at, v, vector, valid);
+    store_floats8<FloatType::kFloat16>(out, at, v, vector, valid);
 }
 
 // ---- contexts ----

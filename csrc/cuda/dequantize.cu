@@ -87,7 +87,8 @@ __global__ void __launch_bounds__(DequantizeTraits::kThreads)
       v[i] =
           decode<E>(static_cast<uint32_t>(codes[n] >> (F::kBits * i)) & ((1u << F::kBits) - 1)) * s;
     const int64_t left = p.cols - k0;
-    store_floats<kType>(p.out, row * p.cols + k0, v, vector, left < 8 ? static_cast<int>(left) : 8);
+    store_floats8<kType>(p.out, row * p.cols + k0, v, vector,
+                         left < 8 ? static_cast<int>(left) : 8);
   }
 }
 

@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(ElementwiseTraits::kThreads)
     float v[8];
     Source::unpack(raw[n], v);
     rotate8(v, rotation, p.norm, lane);
-    if (group < groups) store_floats<kType>(p.out, group * 8, v, vector, 8);
+    if (group < groups) store_floats8<kType>(p.out, group * 8, v, vector, 8);
   }
 }
 
@@ -136,70 +136,46 @@ cudaError_t launch_stochastic_round(const StochasticRoundParams& p, cudaStream_t
 
 // ---- epilogue ----
 
-// A thread takes kQuads times 4 elements, so that a warp's loads and stores are whole lines. CTAs
-// start at the end of acc: what the product wrote last is still in the L2.
-struct EpilogueTraits {
-  static constexpr int kThreads = 256;
-  static constexpr int kQuads = 4;  // of 4 elements, per thread, loaded before the first is used
-};
-
 template <FloatType kType>
-__global__ void __launch_bounds__(EpilogueTraits::kThreads)
-    epilogue_kernel(const EpilogueParams p, bool vector) {
-  constexpr int N = EpilogueTraits::kQuads;
-  const int64_t n = p.rows * p.cols, cta = gridDim.x - 1 - blockIdx.x,
-                first = (cta * EpilogueTraits::kThreads * N + threadIdx.x) * 4;
+__global__ void __launch_bounds__(ElementwiseTraits::kThreads)
+    epilogue_kernel(const EpilogueParams p, int64_t groups, bool vector) {
+  const int64_t group =
+      static_cast<int64_t>(blockIdx.x) * ElementwiseTraits::kThreads + threadIdx.x;
+  if (group >= groups) return;
+  const int64_t i0 = group * 8, n = p.rows * p.cols;
   const float a = p.a_scale ? *p.a_scale : 1.0f, b = p.b_scale ? *p.b_scale : 1.0f;
-  float v[N][4];
-#pragma unroll
-  for (int q = 0; q < N; ++q) {
-    const int64_t i0 = first + q * EpilogueTraits::kThreads * 4;
-    if (i0 + 4 <= n) {  // acc is 16-byte aligned, as all that torch allocates
-      const uint4 w = ptx::ld_global_nc_v4(p.acc + i0);
-      v[q][0] = bits_float(w.x), v[q][1] = bits_float(w.y);
-      v[q][2] = bits_float(w.z), v[q][3] = bits_float(w.w);
-    } else {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) v[q][i] = i0 + i < n ? p.acc[i0 + i] : 0.0f;
-    }
+  float v[8];
+  if (i0 + 8 <= n) {  // acc is 16-byte aligned, as all that torch allocates
+    const uint4 raw[2] = {ptx::ld_global_nc_v4(p.acc + i0), ptx::ld_global_nc_v4(p.acc + i0 + 4)};
+    Float32Source::unpack(raw, v);
+  } else {
+    for (int i = 0; i < 8; ++i) v[i] = i0 + i < n ? p.acc[i0 + i] : 0.0f;
   }
 #pragma unroll
-  for (int q = 0; q < N; ++q) {
-    const int64_t i0 = first + q * EpilogueTraits::kThreads * 4;
-    if (i0 >= n) return;
-    int64_t column = p.bias ? i0 % p.cols : 0;
-    const bool whole = vector && i0 + 4 <= n;
-    const float* held = static_cast<const float*>(p.out) + i0;
-    uint4 to = {};
-    if (p.add && whole) to = *reinterpret_cast<const uint4*>(held);
-    const uint32_t added[4] = {to.x, to.y, to.z, to.w};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      v[q][i] = v[q][i] * a * b * p.alpha;
-      if (p.bias) v[q][i] += load_any(p.bias, p.bias_type, column);
-      if (p.add && i0 + i < n) v[q][i] += whole ? bits_float(added[i]) : held[i];
-      if (++column == p.cols) column = 0;
-    }
-    store_floats<kType>(p.out, i0, v[q], whole,
-                        static_cast<int>(min(n - i0, static_cast<int64_t>(4))));
+  for (int i = 0; i < 8; ++i) {
+    v[i] = v[i] * a * b * p.alpha;
+    if (p.bias && i0 + i < n) v[i] += load_any(p.bias, p.bias_type, (i0 + i) % p.cols);
+    if (p.add && i0 + i < n) v[i] += static_cast<const float*>(p.out)[i0 + i];
   }
+  store_floats8<kType>(p.out, i0, v, vector && i0 + 8 <= n,
+                       static_cast<int>(min(n - i0, static_cast<int64_t>(8))));
 }
 
 cudaError_t launch_epilogue(const EpilogueParams& p, cudaStream_t stream) {
-  const int64_t n = p.rows * p.cols;
-  if (n == 0) return cudaSuccess;
-  const unsigned grid = grid_for(n, EpilogueTraits::kThreads * EpilogueTraits::kQuads * 4);
+  const int64_t groups = (p.rows * p.cols + 7) / 8;
+  if (groups == 0) return cudaSuccess;
+  const unsigned grid = grid_for(groups, ElementwiseTraits::kThreads);
   const bool vector = reinterpret_cast<uintptr_t>(p.out) % 16 == 0;
   switch (p.out_type) {
     case FloatType::kFloat32:
-      return launch(epilogue_kernel<FloatType::kFloat32>, grid, EpilogueTraits::kThreads, stream, p,
-                    vector);
+      return launch(epilogue_kernel<FloatType::kFloat32>, grid, ElementwiseTraits::kThreads, stream,
+                    p, groups, vector);
     case FloatType::kBfloat16:
-      return launch(epilogue_kernel<FloatType::kBfloat16>, grid, EpilogueTraits::kThreads, stream,
-                    p, vector);
+      return launch(epilogue_kernel<FloatType::kBfloat16>, grid, ElementwiseTraits::kThreads,
+                    stream, p, groups, vector);
     case FloatType::kFloat16:
-      return launch(epilogue_kernel<FloatType::kFloat16>, grid, EpilogueTraits::kThreads, stream, p,
-                    vector);
+      return launch(epilogue_kernel<FloatType::kFloat16>, grid, ElementwiseTraits::kThreads, stream,
+                    p, groups, vector);
   }
   return cudaErrorInvalidValue;
 }

@@ -119,7 +119,7 @@ template <class Source>
 __device__ __forceinline__ void store_weights8(const AdamwTensor& t, const int64_t* rng, int64_t at,
                                                bool vector, int valid, float (&w)[8]) {
   if (!std::is_same_v<Source, Bfloat16Source>)
-    return store_floats<FloatType::kFloat32>(t.param, at, w, vector, valid);
+    return store_floats8<FloatType::kFloat32>(t.param, at, w, vector, valid);
   if (rng) {
     uint32_t draws[8];
     draw8(rng, at, draws);
@@ -129,7 +129,7 @@ __device__ __forceinline__ void store_weights8(const AdamwTensor& t, const int64
 #pragma unroll
     for (int i = 0; i < 8; ++i) w[i] = bf16_to_float(float_to_bf16(w[i]));
   }
-  store_floats<FloatType::kBfloat16>(t.param, at, w, vector, valid);
+  store_floats8<FloatType::kBfloat16>(t.param, at, w, vector, valid);
 }
 
 // ---- kernels ----
@@ -205,8 +205,8 @@ __device__ __forceinline__ void add_changes8(const AdamwLaunch& p, const AdamwTe
     moved[i] += fabsf(after[i] - w[i]);
     flipped[i] += fabsf(r - q);
   }
-  store_floats<FloatType::kFloat32>(t.weight_change, at.at, moved, vector, at.valid);
-  store_floats<FloatType::kFloat32>(t.quantized_change, at.at, flipped, vector, at.valid);
+  store_floats8<FloatType::kFloat32>(t.weight_change, at.at, moved, vector, at.valid);
+  store_floats8<FloatType::kFloat32>(t.quantized_change, at.at, flipped, vector, at.valid);
 }
 
 template <class Count>
@@ -221,7 +221,7 @@ __device__ __forceinline__ void ramp8(const AdamwTensor& t, const AdamwRow& row,
 #pragma unroll
   for (int i = 0; i < 8; ++i)
     ramped_update(g[i], !row.nonfinite, period[i], row.factors, w[i], m[i], v[i], sum[i], count[i]);
-  store_floats<FloatType::kFloat32>(t.grad_sum, at.at, sum, vector, at.valid);
+  store_floats8<FloatType::kFloat32>(t.grad_sum, at.at, sum, vector, at.valid);
   store_counts8<Count>(t.count, at.at, vector, at.valid, count);
 }
 
@@ -249,13 +249,13 @@ __device__ __forceinline__ void update8(const AdamwLaunch& p, const Place& at) {
 
   const int64_t* rng = p.rng ? p.rng + 2 * at.tensor : nullptr;
   store_weights8<Source>(t, rng, at.at, kVector, valid, after);
-  store_floats<FloatType::kFloat32>(t.exp_avg, at.at, m, kVector, valid);
-  store_floats<FloatType::kFloat32>(t.exp_avg_sq, at.at, v, kVector, valid);
+  store_floats8<FloatType::kFloat32>(t.exp_avg, at.at, m, kVector, valid);
+  store_floats8<FloatType::kFloat32>(t.exp_avg_sq, at.at, v, kVector, valid);
   float e_after[8] = {};
   if (t.ema) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) e_after[i] = lerp(e[i], after[i], t.ema_weight);
-    store_floats<FloatType::kFloat32>(t.ema, at.at, e_after, kVector, valid);
+    store_floats8<FloatType::kFloat32>(t.ema, at.at, e_after, kVector, valid);
   }
   if constexpr (kExtra == Extra::kStatistics) {
 #pragma unroll

@@ -206,7 +206,7 @@ __global__ void __launch_bounds__(NormTraits::kMaxThreads, 1)
   for (int s = 0; s < kSteps; ++s) {
     const int k = NormRow<Source, kVector>::column(s);
     if (k >= p.kp) break;
-    store_floats<FloatType::kFloat32>(p.sums, blockIdx.x * p.kp + k, dw[s], true, 8);
+    store_floats8<FloatType::kFloat32>(p.sums, blockIdx.x * p.kp + k, dw[s], true, 8);
   }
 }
 
