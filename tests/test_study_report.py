@@ -147,6 +147,10 @@ def test_the_tables_of_the_docs_are_what_the_tool_makes(tmp_path):
             assert not line.startswith(("| ", "The spread")) or line in page
     for again in repeats:
         assert study_report.comparison(again, results, repeats) in page
+    second = study_report.read_results([str(docs / "study-fixed-order-again.json")])
+    assert study_report.comparison(second, repeats[1]) in page
+    assert [r["weights"] for r in second] == [r["weights"] for r in repeats[1]]
+    assert [r["rows"] for r in second] == [r["rows"] for r in repeats[1]]
 
 
 @pytest.mark.parametrize("where", ["the page", "study.py"])
