@@ -14,15 +14,28 @@ from typing import Any
 
 import torch
 
-# cuBLAS reads it when it starts: a process that multiplies before it comes here needs it outside.
+# Read once, at the first product on a GPU: a process that multiplies before it comes here needs it
+# outside. Where it is set already, it stays what it is.
 ENVIRONMENT = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+
+_CUDA = torch.backends.cuda
+
+
+def _algorithms() -> tuple[bool, bool]:
+    """Whether they are deterministic, and whether one that is not warns only."""
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    return torch.are_deterministic_algorithms_enabled(), warns
+
+
+def _set_algorithms(wanted: tuple[bool, bool]) -> None:
+    torch.use_deterministic_algorithms(wanted[0], warn_only=wanted[1])
+
 
 # How to set and to get each, and its value. With the last two, attention is the flash kernel, whose
 # backward has an order where the first is set, or plain products: cuDNN's has none, and that of the
 # kernel that saves memory raises an error.
-_CUDA = torch.backends.cuda
 _SWITCHES = (
-    (torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled, True),
+    (_set_algorithms, _algorithms, (True, False)),
     (_CUDA.enable_cudnn_sdp, _CUDA.cudnn_sdp_enabled, False),
     (_CUDA.enable_mem_efficient_sdp, _CUDA.mem_efficient_sdp_enabled, False),
 )
@@ -43,7 +56,8 @@ def _attributes() -> list[tuple[Any, str, Any]]:
 
 @contextlib.contextmanager
 def fixed_order(wanted: bool) -> Iterator[None]:
-    """Within it sums have one order, if wanted; afterwards torch is as it was."""
+    """Within it sums have one order, if wanted; afterwards torch is as it was. ENVIRONMENT stays in
+    os.environ, and cuBLAS with it: what has read it does not read it again."""
     if not wanted:
         yield
         return

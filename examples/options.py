@@ -111,9 +111,12 @@ def check_outputs(args: argparse.Namespace) -> None:
 def check_saved_options(
     task: Task, parser: argparse.ArgumentParser, args: argparse.Namespace, saved: Fields
 ) -> None:
-    """Refuse a checkpoint whose options are not those of this parser, by name and type."""
-    if set(saved) != set(vars(args)):
+    """Refuse a checkpoint whose options are not those of this parser, by name and type. Those that
+    the program did not have when it was written get their defaults."""
+    if not set(saved) <= set(vars(args)):
         refuse(task.name, args.resume, "whose options are not those of this program")
+    for name in vars(args):
+        saved.setdefault(name, parser.get_default(name))
     for name, value in saved.items():
         default = parser.get_default(name)
         if isinstance(default, list):

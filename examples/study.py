@@ -3,18 +3,20 @@
     python examples/study.py run --plan main --gpus 0 1 2 3 --budget 540 --out runs/study
     python examples/study.py run --runs gpt/bf16@0 gpt/tetrajet@0 --out runs/study
     python examples/study.py run --plan repeat --gpus 0 --out runs/repeat
-    python examples/study.py report --out runs/repeat --against docs/study.json
+    python examples/study.py report --out runs/repeat --against docs/study.json \\
+        --repeats docs/study-repeat.json docs/study-fixed-order.json
     python examples/study.py list
 
 `run` keeps one process for each GPU (more with --per-gpu) and gives it one run after another, those
 of a row together. Every finished run is in DIR/results.json at once; runs that are in it already,
-or in a file of --done, are not made again. No run begins that would not end within --budget
-seconds, by the time that others took; at its end what still runs is stopped, and table.md is
-written. `report` writes it again, with a figure of the learning curves for each part of it; with
---against it prints beside each run what another results file has, and whether the weights ended in
-the same bits; --repeats names files of runs that were made again, by which a gap's spread is at
-least that of a run and its repetition. Runs of the plan `repeat` add in a fixed order, as all do
-with --deterministic, so that a second time ends in the same bits.
+or in a file of --done, are not made again, and refused where they were made in a fixed order of
+addition and are not asked for so, or the other way round. No run begins that would not end within
+--budget seconds, by the time that others took (--expect at first); at its end what still runs is
+stopped, and table.md is written. `report` writes it again, with a figure of the learning curves for
+each part of it; with --against it prints beside each run what another results file has, and whether
+the weights ended in the same bits; --repeats names files of runs that were made again, by which a
+gap's spread is at least that from a run to its repetition. Runs of the plan `repeat` add in a fixed
+order, as all do with --deterministic, so that a second time ends in the same bits.
 """
 
 from __future__ import annotations
@@ -95,7 +97,14 @@ class Study:
         self.deadline = started + args.budget - MARGIN
         self.results_path = os.path.join(args.out, "results.json")
         self.records = read_results([self.results_path, *args.done])
-        done = {record["run"] for record in self.records}
+        done = {r["run"]: bool(r.get("deterministic")) for r in self.records}
+        for run in args.runs:
+            if done.get(run, run in args.fixed) != (run in args.fixed):
+                wanted, got = ("with", "without") if run in args.fixed else ("without", "with")
+                raise BadInput(
+                    f"--out and --done must hold {run} {wanted} --deterministic, as it is asked "
+                    f"for, got it {got}. Choose another --out, and leave its file out of --done."
+                )
         fixed = " ".join([*args.options.split(), "--deterministic"])
         self.jobs = [
             Job(run, fixed if run in args.fixed else args.options, not args.no_compile)
@@ -247,9 +256,18 @@ class Study:
 
     def run(self) -> None:
         self.note(f"{len(self.jobs)} runs on {self.count} workers, {self.args.budget:.0f} s")
+        left = self.deadline - time.monotonic()
+        if self.jobs and self.args.expect > left:
+            self.note(
+                f"none begins: {left:.0f} s of --budget are left for runs, and by --expect one "
+                f"takes {self.args.expect:.0f} s"
+            )
+            self.stopped = True
         try:
-            self.workers = [self.start_worker(i) for i in range(min(self.count, len(self.jobs)))]
-            self.prepare_text()
+            if not self.stopped:
+                count = min(self.count, len(self.jobs))
+                self.workers = [self.start_worker(i) for i in range(count)]
+                self.prepare_text()
             while self.workers and not self.stopped:
                 now = time.monotonic()
                 if now >= self.deadline:
@@ -314,7 +332,7 @@ def make_parser() -> argparse.ArgumentParser:
     run.add_argument("--scratch", metavar="DIR", help="text and compiled kernels (a temporary one)")
     report = commands.add_parser("report", help="write the table and the figures")
     report.add_argument("--against", metavar="FILE", help="results to set beside these")
-    help = "the same runs made again: a gap's spread is at least theirs"
+    help = "the same runs made again: the spread of a gap of their size is at least theirs"
     report.add_argument("--repeats", nargs="+", default=[], metavar="FILE", help=help)
     for command in (run, report):
         command.add_argument("--out", metavar="DIR", required=True)

@@ -6,17 +6,21 @@ import json
 import math
 import os
 import statistics
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from itertools import chain
+from typing import Any, NamedTuple
 
+import torch
 from harness import mean_and_spread
 from matplotlib import colormaps
 from matplotlib.figure import Figure
-from study_rows import ROWS
+from study_rows import COMPARED, ROWS
 
 from mxtrain.fallback_rule import DEFAULT
 
 Fields = dict[str, Any]
+NEAR = 10.0  # percent: gaps below it move alike from one run of a seed to the next
+SAME = ("device", "torch", "compiled", "deterministic")  # for the same bits, besides the options
 HEADINGS = (
     "row", "seeds", "validation loss", "metric", "gap to BF16", "units/s", "x BF16", "peak GiB",
     "R > 16, middle", "R > 16, end",
@@ -73,11 +77,18 @@ def groups_of(records: list[Fields]) -> dict[tuple[str, str], dict[str, list[Fie
 
 
 def loss_gap(record: Fields, baseline: dict[int, Fields], row: int = -1) -> float | None:
-    """Validation loss above that of BF16 from the same seed, in percent, in a row of the curve."""
+    """Validation loss above that of the baseline from the same seed, in percent, in a row of the
+    curve; both in a fixed order of addition, or neither."""
     other = baseline.get(record["seed"])
     if other is None or other is record or not finished(record) or not finished(other):
         return None
+    if fixed(record) != fixed(other):
+        return None
     return 100 * (record["rows"][row][2] / other["rows"][row][2] - 1)
+
+
+def fixed(record: Fields) -> bool:
+    return bool(record.get("deterministic"))
 
 
 def finished(record: Fields) -> bool:
@@ -87,10 +98,15 @@ def finished(record: Fields) -> bool:
 def speeds(records: list[Fields], bf16: list[Fields]) -> tuple[float | None, float | None]:
     """Units a second of the row and of BF16 in the last seed in which both had a GPU to themselves;
     without one, those of the row's last seed that had. No mean: it would mix kernels, since seeds
-    are trained one after the other.
+    are trained one after the other. A fixed order of addition takes its time, so both have it or
+    neither.
     """
     mine, base = (
-        {r["seed"]: r["units_per_second"] for r in them if r["alone"] and r["units_per_second"] > 0}
+        {
+            (r["seed"], fixed(r)): r["units_per_second"]
+            for r in them
+            if r["alone"] and r["units_per_second"] > 0
+        }
         for them in (records, bf16)
     )
     seed = max(mine.keys() & base.keys() or mine.keys(), default=None)
@@ -107,27 +123,73 @@ def spread(values: Sequence[float | None], style: str, least: float | None = Non
     return f"{mean:{style}} ± {deviation:{style.lstrip('+')}}"
 
 
-def run_to_run(
-    records: list[Fields], repeats: Sequence[list[Fields]], task: str
-) -> tuple[float | None, int]:  # fmt: skip
-    """The standard deviation of a gap, in points, from one run of a seed to the next, pooled over
-    the runs of the task that were made more than once; None without one. And how many those are.
+class Repeated(NamedTuple):
+    """From one run of a seed to the next: the standard deviation of a gap, in points, pooled over
+    so many runs that were made more than once, with so many degrees of freedom."""
+
+    deviation: float
+    runs: int
+    freedom: int
+
+    def interval(self) -> tuple[float, float]:
+        """That holds the deviation with 95%, were the gaps normal and independent."""
+        return tuple(
+            self.deviation * math.sqrt(self.freedom / chi_square(share, self.freedom))
+            for share in (0.975, 0.025)
+        )
+
+
+def chi_square(share: float, freedom: int) -> float:
+    """The value that chi-square with so many degrees of freedom is below with this probability."""
+    low, high, half = 0.0, 100.0 + 10 * freedom, torch.tensor(freedom / 2, dtype=torch.float64)
+    for _ in range(60):
+        middle = (low + high) / 2
+        below = torch.special.gammainc(half, torch.tensor(middle / 2, dtype=torch.float64))
+        low, high = (middle, high) if below < share else (low, middle)
+    return low
+
+
+class Moves(NamedTuple):
+    """What run_to_run finds."""
+
+    near: Repeated | None  # of all rows whose mean gap is below NEAR
+    far: dict[str, Repeated | None]  # of each other row by itself: a large gap moves by more
+
+    def least(self, row: str) -> float | None:
+        """Of the spread of this row's gap."""
+        found = self.far.get(row, self.near)
+        return None if found is None else found.deviation
+
+
+def pooled(groups: list[list[float]]) -> Repeated | None:
+    """Of gaps from the same seed. Runs that ended alike are one."""
+    again = [found for g in groups if len(found := list(dict.fromkeys(g))) > 1]
+    if not again:
+        return None
+    freedom = sum(len(found) - 1 for found in again)
+    squares = sum(statistics.variance(found) * (len(found) - 1) for found in again)
+    return Repeated(math.sqrt(squares / freedom), len(again), freedom)
+
+
+def run_to_run(records: list[Fields], repeats: Sequence[list[Fields]], task: str) -> Moves:
+    """By how much the gaps of a task move from one run of a seed to the next. repeats: results
+    files, each with a BF16 of its own.
 
     The deviation over seeds has this in it already, so a gap is known to the larger of the two, not
-    to both together: that of three seeds is often too small by chance. repeats: results files, each
-    with a BF16 of its own. Runs that ended alike are one.
+    to both together: that of three seeds is often too small by chance.
     """
-    gaps: dict[str, list[float | None]] = {}
+    rows: dict[str, dict[int, list[float]]] = {}  # gaps by seed
     for some in (records, *repeats):
         for record in some:
             if row_of(record).split("/")[0] == task and "%" not in record["metric"]:
-                gaps.setdefault(record["run"], []).append(gap_of(record, some))
-    groups = [list(dict.fromkeys(g for g in found if g is not None)) for found in gaps.values()]
-    again = [found for found in groups if len(found) > 1]
-    if not again:
-        return None, 0
-    squares = sum(statistics.variance(found) * (len(found) - 1) for found in again)
-    return math.sqrt(squares / sum(len(found) - 1 for found in again)), len(again)
+                gap = gap_of(record, some)
+                if gap is not None:
+                    rows.setdefault(row_of(record), {}).setdefault(record["seed"], []).append(gap)
+    groups = {name: list(seeds.values()) for name, seeds in rows.items()}
+    means = {name: abs(statistics.fmean(chain(*found))) for name, found in groups.items()}
+    near = list(chain(*(found for name, found in groups.items() if means[name] < NEAR)))
+    far = {name: pooled(found) for name, found in groups.items() if means[name] >= NEAR}
+    return Moves(pooled(near), far)
 
 
 def line(
@@ -144,7 +206,9 @@ def line(
         gaps = [
             r["rows"][-1][3] - baseline[r["seed"]]["rows"][-1][3]
             for r in good
-            if r["seed"] in baseline and baseline[r["seed"]] is not r
+            if r["seed"] in baseline
+            and baseline[r["seed"]] is not r
+            and fixed(r) == fixed(baseline[r["seed"]])
         ]
         gap = f"{spread(gaps, '+.2f')} points" if gaps else "-"
     else:
@@ -170,14 +234,15 @@ def line(
 
 
 def table(
-    rows: dict[str, list[Fields]], bf16: list[Fields], least: float | None = None
+    rows: dict[str, list[Fields]], bf16: list[Fields],
+    least: Callable[[str], float | None] = lambda name: None,
 ) -> str:  # fmt: skip
-    """A markdown table; columns in which no row has anything are left out. least: of a gap's
-    spread."""
+    """A markdown table; columns in which no row has anything are left out. least: of the spread of
+    a row's gap."""
     first = next(iter(rows.values()))[0]
     headings = list(HEADINGS)
     headings[3], headings[5] = first["metric"], f"{first['unit']}/s"
-    lines = [line(name, records, bf16, least) for name, records in rows.items()]
+    lines = [line(name, records, bf16, least(name)) for name, records in rows.items()]
     kept = [i for i in range(len(headings)) if any(text[i] != "-" for text in lines)]
     shown = [headings, ["---"] * len(headings), *lines]
     return "\n".join("| " + " | ".join(row[i] for i in kept) + " |" for row in shown)
@@ -191,16 +256,33 @@ def heading(task: str, group: str, rows: dict[str, list[Fields]]) -> str:
     return f"## {task}, {group}\n\n{what} {record['unit']}; {where}"
 
 
-def note(least: float | None, count: int) -> str:
-    """What the spread of a gap is."""
-    if least is None:
+def note(found: Repeated | None) -> str:
+    """What the spread of a gap is. found: of gaps below NEAR."""
+    if found is None:
         return ""
-    runs = "one run that was" if count == 1 else f"{count} runs that were"
+    runs = "one run that was" if found.runs == 1 else f"{found.runs} runs that were"
+    low, high = found.interval()
+    freedom = f"{found.freedom} degree{'s' * (found.freedom > 1)} of freedom"
     return (
         "\n\nThe spread of a gap is that of one run: its standard deviation over the seeds, or "
-        f"over repetitions of a seed where that is larger, {least:.2f} points, pooled over {runs} "
-        "made again."
+        "over repetitions of a seed where that is larger. Repetitions of rows with gaps below "
+        f"{NEAR:.0f}% have {found.deviation:.2f} points, pooled over {runs} made again ({freedom}, "
+        f"95% interval {low:.2f} to {high:.2f}); a row with a larger gap has its own."
     )
+
+
+def between(rows: dict[str, list[Fields]]) -> str:
+    """A markdown table of rows that say more beside each other, by the loss within a seed: the
+    differences of their gaps have no BF16 in them."""
+    lines = [("row", "compared with", "seeds", "validation loss above it"), ("---",) * 4]
+    for name, other in COMPARED:
+        if name in rows and other in rows:
+            base = {r["seed"]: r for r in rows[other]}
+            gaps = {r["seed"]: gap for r in rows[name] if (gap := loss_gap(r, base)) is not None}
+            seeds = " ".join(map(str, gaps))
+            short = (n.split("/")[1] for n in (name, other))
+            lines.append((*short, seeds, spread(list(gaps.values()), "+.2f") + " %" * bool(gaps)))
+    return "" if len(lines) == 2 else "\n\n" + "\n".join(f"| {' | '.join(r)} |" for r in lines)
 
 
 def write_report(
@@ -213,8 +295,9 @@ def write_report(
     parts = []
     for (task, group), rows in groups_of(records).items():
         bf16 = [r for r in records if row_of(r) == f"{task}/bf16"]
-        again = run_to_run(records, repeats, task)
-        parts.append(f"{heading(task, group, rows)}\n\n{table(rows, bf16, again[0])}{note(*again)}")
+        moves = run_to_run(records, repeats, task)
+        shown = table(rows, bf16, moves.least) + note(moves.near) + between(rows)
+        parts.append(f"{heading(task, group, rows)}\n\n{shown}")
         if figures:
             everything = {f"{task}/bf16": bf16, **rows} if bf16 else rows
             write_figure(everything, os.path.join(folder, f"{task}-{group}.png"))
@@ -235,7 +318,8 @@ def comparison(
 
     Seeds there: the gap's mean and spread over all of theirs, within which it should be. Losses
     themselves are comparable where the data are the same: another environment has another text.
-    Same weights: whether both ended in the same bits, as runs with --deterministic do.
+    Same weights: whether both ended in the same bits, as runs with --deterministic do on one kind
+    of device with the same software.
     """
     theirs = {r["run"]: r for r in others}
     rows = [("run", "validation loss", "there", "above BF16", "there", "seeds there", "same data",
@@ -247,12 +331,14 @@ def comparison(
         losses = [f"{r['rows'][-1][2]:.4f}" if finished(r) else "-" for r in (mine, other)]
         gaps = [gap_of(mine, records), gap_of(other, others)]
         seeds = [gap_of(r, others) for r in others if row_of(r) == row_of(mine)]
-        least = run_to_run(others, repeats, row_of(mine).split("/")[0])[0]
+        least = run_to_run(others, repeats, row_of(mine).split("/")[0]).least(row_of(mine))
         told = ([gaps[0]], None), ([gaps[1]], None), (seeds, least)
         gaps = [spread(gap, "+.2f", floor) + " %" * any(g is not None for g in gap)
                 for gap, floor in told]  # fmt: skip
-        same = (same_field(mine, other, name) for name in ("data", "weights"))
-        rows.append((mine["run"], *losses, *gaps, *same))
+        data, weights = (same_field(mine, other, name) for name in ("data", "weights"))
+        if weights == "no" and any(mine.get(name) != other.get(name) for name in SAME):
+            weights = "not comparable"
+        rows.append((mine["run"], *losses, *gaps, data, weights))
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 

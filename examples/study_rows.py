@@ -273,6 +273,11 @@ PLANS["ema"] = runs([*MAIN[:3], *EMA], [0, 1, 2])
 PLANS["small_ema"] = [run for rows in SMALL_EMA.values() for run in runs(rows, [0, 1, 2])]
 PLANS["vit"] = runs(VIT, [0, 1, 2])
 PLANS["llama"] = runs(LLAMAS, [0, 1, 2])
+# Rows that the report sets beside each other, the second of which is the base.
+COMPARED = [
+    ("gpt/nvfp4_rht", "gpt/tetrajet"), ("gpt/mxfp4_backward", "gpt/mxfp4_backward_rht"),
+    ("gpt/fp4_mixed_tail", "gpt/fp4_mixed"), ("gpt/tetrajet_ema", "gpt/tetrajet"),
+]  # fmt: skip
 # One seed of three rows: to repeat the table by.
 DETERMINISTIC = {"repeat"}  # plans whose runs are made with --deterministic
 PLANS["repeat"] = runs(["gpt/bf16", "gpt/tetrajet", "gpt/mxfp4_backward"], [0])

@@ -16,7 +16,8 @@ quantized, a tensor that was not seen, a rate of no blocks. NaN is a value: some
   torch.compile they are not: the traced code would have to leave the graph.
   `torch.compiler.set_stance("force_eager")` around a step that makes a row shows them.
 - The layers have hooks only while the next step makes a row. A graph that is compiled just then is
-  compiled once more; one that was compiled before or after runs at every step.
+  compiled once more; one that was compiled before or after runs at every step. A copy of the model,
+  pickled or not, is not watched.
 - Nothing waits for the device: a row is copied when it is complete, and written with the next one.
 - What is watched does not change what is computed: torch's generators are left alone. The probe's
   forward draws the same numbers every time, so that y_change is the weights' doing.
@@ -24,11 +25,10 @@ quantized, a tensor that was not seen, a rate of no blocks. NaN is a value: some
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import torch
@@ -40,6 +40,7 @@ from . import weight_watch
 from .checks import check_int, kind, refusal, show
 from .formats import FORMATS
 from .linear import MXLinear
+from .monitor_hooks import BackwardHook, ForwardHook
 from .oscillation import (
     RATES,
     RATIO_EDGES,
@@ -49,6 +50,7 @@ from .oscillation import (
     token_sample,
     weight_quantizer,
 )
+from .probe import cuda_devices, probed
 from .recipe import Quantizer
 from .rows import Row, copied
 from .weight_watch import Asked, Plan
@@ -72,9 +74,8 @@ or Inf in that step. ratio<E: share of weights with R between the edge before an
 quantizer its snr (dB), underflow, clip, confidence and nonfinite."""
 
 _AT = {column: i for i, column in enumerate(COLUMNS)}
-_SEED = 0x5EED  # of what the probe's forward draws
 _FIELDS = ("fprop_w", "fprop_x", "dgrad_dy"), ("dgrad_w", "wgrad_x", "wgrad_dy")  # turned: by W^T
-MOST_HELD = 1 << 28  # elements of X and dY that are kept for the row, half a GiB in BF16
+MOST_HELD = 1 << 28  # elements of X and dY that are kept for rows, half a GiB in BF16
 
 
 class _Watched:
@@ -85,6 +86,8 @@ class _Watched:
         self.rows = row_sample(layer.out_features, layer.in_features, elements)
         self.sums: dict[str, Row] = {}
         self.asked: dict[str, Asked] = {}  # of X and dY, until the row
+        self.held: dict[str, int] = {}  # elements of X and of dY that are in `asked`
+        self.seen_by: Any = None  # the recipe by which sums and asked are
         self.output: Tensor | None = None
         self.output_moved: Tensor | None = None
         self.seen: tuple[Any, ...] | None = None  # the view of which `views` has rows
@@ -127,11 +130,14 @@ class _Watched:
             return weight.to_local()[rows], None
         return weight[rows], layer.weight_ema[rows] if layer.ema_active else None
 
-    def stepped(self) -> None:
-        """An optimizer step has moved the weight."""
+    def stepped(self) -> int:
+        """An optimizer step has moved the weight. Returns by how much more is held."""
         self.steps += 1
         if self.layer._recipe is not self.recipe:
             self.restart()
+        before = self.holds()
+        self.forget_others()
+        return self.holds() - before
 
     def together(self) -> slice:
         """Rows for blocks of W^T, which run along out_features: whole groups of consecutive ones.
@@ -158,6 +164,15 @@ class _Watched:
 
     # ---- X and dY ----
 
+    def holds(self) -> int:
+        return sum(self.held.values())
+
+    def forget_others(self) -> None:
+        """What was seen by another recipe."""
+        if self.layer._recipe is not self.seen_by:
+            self.seen_by = self.layer._recipe
+            self.sums, self.asked, self.held = {}, {}, {}
+
     def saw_x(self, x: Tensor) -> int:
         recipe = self.layer._recipe
         first = recipe.fprop_x if recipe.wgrad_x.source == "forward" else None
@@ -170,22 +185,29 @@ class _Watched:
         )
 
     def _saw(self, x: Tensor, *fields: tuple[str, Quantizer, Quantizer | None]) -> int:
-        """Keep a sample, of so many elements, for the quantizers of these fields, each of which
-        reads what another leaves of it, if that is not None."""
-        if not x.numel() or all(q.format is None for _, q, _ in fields):
-            return 0
-        x = token_sample(x, self.elements)
-        for field, q, first in fields:
-            if q.square:  # now, by the threshold that the forward had; X^T has the codes of X
-                self._square(field, q, x)
-            elif q.format is not None:
-                self.asked[field] = Asked((self, field), q, x, None, first)
-        return x.numel()
+        """Keep a sample for the quantizers of these fields, each of which reads what another leaves
+        of it, if that is not None. It replaces the one before. Returns by how much more is held."""
+        before = self.holds()
+        self.forget_others()
+        if x.numel() and any(q.format is not None for _, q, _ in fields):
+            x = token_sample(x, self.elements)
+            for field, q, first in fields:
+                if q.square:  # now, by the threshold that the forward had; X^T has the codes of X
+                    self._square(field, q, x)
+                elif q.format is not None:
+                    self.asked[field] = Asked((self, field), q, x, None, first)
+                    self.held[fields[0][0]] = x.numel()
+        return self.holds() - before
 
     def _square(self, field: str, q: Quantizer, x: Tensor) -> None:
         if x.numel():
             limit = self.layer.fallback_threshold if q.fallback and self.layer.training else None
             self.sums[field] = Row(quantizer_sums(x, q, threshold=limit)[None], 0)
+
+    def released(self) -> int:
+        """All that is asked was taken. Returns how much was held."""
+        held, self.held = self.holds(), {}
+        return held
 
     def taken(self, *fields: str) -> list[Asked]:
         """What is asked in these fields, once."""
@@ -244,10 +266,10 @@ class Monitor:
         self._model, self._probe = model, probe
         self._watched = {id(m): _Watched(name, m, elements) for name, m in layers.items()}
         self._lead = 0  # steps of the layer that has made most
-        self._held = 0  # elements
+        self._held = 0  # elements, of all layers
         self._pending: list[tuple[Any, ...]] = []
         self._plans: dict[int, tuple[list[Any], Plan]] = {}  # by the first layer's id
-        self._devices = _cuda_devices(model, probe)
+        self._devices = cuda_devices(model, probe)
         self._run_probe(list(self._watched.values()))  # it may raise: nothing is open or hooked yet
         self._file = open(path, "w", newline="")  # noqa: SIM115 - close() closes it
         self._csv = csv.writer(self._file)
@@ -263,14 +285,12 @@ class Monitor:
         for w in watched:
             due = (w.steps + 1) % self.every == 0
             if due and w.hook is None:
-                w.hook = w.layer.register_forward_hook(self._forwarded)
+                w.hook = w.layer.register_forward_hook(ForwardHook(self))
             elif not due and w.hook is not None:
                 w.hook.remove()
                 w.hook = None
 
-    def _forwarded(self, layer: nn.Module, args: tuple[Any, ...], y: Tensor) -> None:
-        if torch.compiler.is_compiling():
-            return
+    def saw_forward(self, layer: nn.Module, args: tuple[Any, ...], y: Any) -> None:
         watched = self._watched.get(id(layer))
         if watched is None or not args or not layer.training:
             return
@@ -278,7 +298,12 @@ class Monitor:
             return
         self._hold(watched.saw_x(args[0]))
         if isinstance(y, Tensor) and y.requires_grad:
-            y.register_hook(lambda dy: self._hold(watched.saw_dy(dy)))
+            y.register_hook(BackwardHook(self, id(layer)))
+
+    def saw_backward(self, layer: int, dy: Tensor) -> None:
+        watched = self._watched.get(layer)  # none once it is closed
+        if watched is not None:
+            self._hold(watched.saw_dy(dy))
 
     def _stepped(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         """After a step of an optimizer that holds one of the weights."""
@@ -307,7 +332,7 @@ class Monitor:
     @torch.no_grad()
     def _advance(self, moved: list[_Watched]) -> None:
         for w in moved:
-            w.stepped()
+            self._held += w.stepped()
         most = max(w.steps for w in moved)
         if most > self._lead:
             self._lead = most
@@ -325,7 +350,7 @@ class Monitor:
         known = set(moved)
         for w in self._watched.values():
             if not (w in known or w.trained or w.layer.weight.requires_grad):
-                w.stepped()
+                self._held += w.stepped()
                 known.add(w)
         return [w for w in self._watched.values() if w in known]
 
@@ -347,41 +372,26 @@ class Monitor:
     def _run_probe(self, watched: list[_Watched]) -> None:
         if self._probe is None:
             return
-        found: dict[int, Tensor] = {}
-
-        def keep(layer: nn.Module, args: Any, y: Tensor) -> None:
-            found[id(layer)] = y.detach().clone()
-
-        hooks = [w.layer.register_forward_hook(keep) for w in watched]
-        modes = [(m, m.training) for m in self._model.modules()]
-        self._model.eval()
-        try:
-            with _own_draws(self._devices):
-                self._model(*self._probe)
-        finally:
-            for hook in hooks:
-                hook.remove()
-            for m, training in modes:
-                m.training = training
-        for key, y in found.items():
+        layers = [w.layer for w in watched]
+        for key, y in probed(self._model, self._probe, layers, self._devices).items():
             one = self._watched[key]
             if one.output is not None and one.output.shape == y.shape:
                 one.output_moved = output_change(one.output, y)
             one.output = y
 
     def _hold(self, elements: int) -> None:
-        """So many more wait for the row, unless they are too many."""
+        """So many more wait for their row, unless they are too many."""
         self._held += elements
         if self._held > MOST_HELD:
             self._settle(self._watched.values())
 
-    def _settle(self, watched: Iterable[_Watched]) -> None:
+    def _settle(self, watched: Collection[_Watched]) -> None:
         """Quantize what is asked, that of one shape together."""
-        self._held = 0
         for turned, fields in enumerate(_FIELDS):
             asked = [one for w in watched for one in w.taken(*fields)]
             for (w, field), row in weight_watch.sums(asked, bool(turned)).items():
                 w.sums[field] = row
+        self._held -= sum(w.released() for w in watched)
 
     def _record(self, due: list[_Watched]) -> None:
         for w in due:
@@ -422,22 +432,6 @@ class Monitor:
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-
-def _cuda_devices(model: nn.Module, probe: tuple[Any, ...] | None) -> list[int]:
-    given = [t for t in probe or () if isinstance(t, Tensor)]
-    tensors = [*model.parameters(), *model.buffers(), *given]
-    return sorted({t.device.index for t in tensors if t.is_cuda})
-
-
-@contextlib.contextmanager
-def _own_draws(devices: list[int]) -> Iterator[None]:
-    """Random numbers from a fixed seed; torch's generators are afterwards as they were."""
-    with torch.random.fork_rng(devices):
-        generators = [torch.default_generator, *(torch.cuda.default_generators[i] for i in devices)]
-        for generator in generators:
-            generator.manual_seed(_SEED)
-        yield
 
 
 def monitor(

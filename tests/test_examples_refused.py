@@ -51,7 +51,8 @@ def checkpoints(tmp_path_factory) -> Path:
     variant("step.pt", lambda c: c["run"].update(step="4"))
     variant("late.pt", lambda c: c["run"].update(step=10**6))
     variant("options.pt", lambda c: c["options"].update(steps="4"))
-    variant("no_steps.pt", lambda c: c["options"].pop("steps"))
+    variant("unknown.pt", lambda c: c["options"].update(colour=1))
+    variant("older.pt", lambda c: c["options"].pop("deterministic"))
     variant("seeds.pt", lambda c: c["options"].update(seed=["a"]))
     variant("other_run.pt", lambda c: c["records"][0].update(recipe="tetrajet"))
     variant("weight.pt", lambda c: c["run"]["model"].update({"head.weight": torch.zeros(3, 3)}))
@@ -85,7 +86,8 @@ def checkpoints(tmp_path_factory) -> Path:
         ("step.pt", ImageClasses, [], "whose step is of type str"),
         ("late.pt", ImageClasses, [], "step 1000000 of 4"),
         ("options.pt", ImageClasses, [], "whose --steps is '4'"),
-        ("no_steps.pt", ImageClasses, [], "whose options are not those"),
+        ("unknown.pt", ImageClasses, [], "whose options are not those"),
+        ("older.pt", ImageClasses, ["--deterministic"], "agrees with --deterministic True, got"),
         ("seeds.pt", ImageClasses, [], "whose --seed is ['a']"),
         ("other_run.pt", ImageClasses, [], "whose records are not those of its options"),
         ("weight.pt", ImageClasses, [], "does not fit its own options"),
@@ -108,6 +110,18 @@ def test_refused_checkpoints(checkpoints, name, task, options, reason, capsys):
     assert err.startswith(f"{task.name}: --resume must name a checkpoint") and reason in err
     assert ", got " in err and str(checkpoints) in err and len(err.splitlines()) == 1
     assert (checkpoints / "checkpoint.pt").read_bytes() == before
+
+
+def test_a_checkpoint_from_before_an_option_has_its_default(checkpoints, tmp_path):
+    fields = load(checkpoints / "older.pt")
+    fields["run"]["step"] = 3  # so that there is a step to make
+    path = str(tmp_path / "older.pt")
+    harness.save_checkpoint(path, fields)
+    options = ["--resume", path, "--out", str(tmp_path)]
+    assert harness.main(ImageClasses(), options) == 0
+    assert load(Path(path))["options"]["deterministic"] is False
+    assert load(Path(path))["options"]["steps"] == 4
+    assert load(Path(path))["run"]["step"] == 4
 
 
 def test_a_byte_changed_anywhere_is_refused(checkpoints, tmp_path, capsys):

@@ -1,35 +1,27 @@
-"""The study: what a run measures, the queue, resuming, the budget and the report."""
+"""The study: what a run measures, the queue, resuming and the budget."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import os
-import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
+import examples_study
 import pytest
+import study
+import study_report
+import study_rows
+import study_run
+import text
 import torch
+from examples_study import SMALL, FakeProcess, record
+from harness import Run
 
-for package in ("matplotlib", "sklearn", "tqdm"):
-    pytest.importorskip(package, reason="the examples extra is not installed")
+import mxtrain
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-sys.path.insert(0, str(EXAMPLES))
-
-import fixed_order  # noqa: E402
-import study  # noqa: E402
-import study_report  # noqa: E402
-import study_rows  # noqa: E402
-import study_run  # noqa: E402
-import text  # noqa: E402
-from harness import Run, digest  # noqa: E402
-
-import mxtrain  # noqa: E402
-
-SMALL = "--steps 12 --eval-every 6 --batch 32 --dim 32 --depth 1 --heads 2"
+queue, _one_thread = examples_study.queue, examples_study._one_thread
 DIGITS = ["digits/bf16@0", "digits/tetrajet_qramping@0"]
 
 
@@ -39,24 +31,6 @@ def make_run(name: str, seed: int = 0, more: str = "", row=None) -> study_run.St
     args.device = "cpu"
     task.load(args)
     return study_run.StudyRun(row, task, args, seed, fresh=True)
-
-
-def record(run: str, loss: float, **changes) -> dict:
-    return {
-        "run": run, "recipe": run.split("@")[0], "seed": int(run.split("@")[1]), "diverged": None,
-        "rows": [[6, 3.0, 2 * loss, 4.0], [12, 2.0, loss, 3.0]], "units_per_second": 1000.0,
-        "unit": "tokens", "metric": "bits per byte", "alone": True, "peak_bytes": 2**30,
-        "oscillation": {}, "parameters": 25e6, "units": 80e6, "steps": 12, "device": "a GPU",
-        "torch": "2", **changes,
-    }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 # ---- rows ----
@@ -189,36 +163,6 @@ def test_every_kind_of_outlier_has_its_own_baseline():
 # ---- the queue ----
 
 
-class FakeProcess:
-    """A worker that answers at once, or as it is told."""
-
-    def __init__(self):
-        self.given, self.stdin, self.pid, self.returncode = [], self, 0, -9
-
-    def write(self, line):
-        self.given.append(json.loads(line))
-
-    def flush(self):
-        pass
-
-
-@pytest.fixture
-def queue(tmp_path, monkeypatch):
-    """A Study of four runs on two workers that are no processes."""
-
-    def make(runs, **changes):
-        args = SimpleNamespace(
-            out=str(tmp_path), done=[], runs=runs, options="", budget=1000.0, expect=100.0, gpus=[],
-            per_gpu=2, no_compile=False, scratch=str(tmp_path), **{"fixed": set(), **changes},
-        )  # fmt: skip
-        made = study.Study(args, time.monotonic())
-        made.workers = [study.Worker(i, FakeProcess(), ready=True) for i in range(2)]
-        return made
-
-    monkeypatch.setattr(study.Worker, "kill", lambda self: None)
-    return make
-
-
 def done(queue, worker, loss=1.0):
     queue.handle(worker, "@" + json.dumps(
         {"event": "done", "record": record(worker.job.run, loss)}) + "\n")  # fmt: skip
@@ -307,83 +251,15 @@ def test_run_resume_report(tmp_path, capsys, monkeypatch):
     assert "| bf16 | 0 |" in (other / "table.md").read_text()
 
 
-def test_a_deterministic_run_ends_in_the_same_bits_again(tmp_path, monkeypatch):
-    """And its record says so, whatever the process made before."""
-    said = []
-    monkeypatch.setattr(study_run, "say", lambda event, **fields: said.append((event, fields)))
-    worker = study_run.Worker("cpu", str(tmp_path))
-    for seed in (0, 1, 0):
-        options = f"{SMALL} --deterministic"
-        worker.run({"run": f"digits/tetrajet@{seed}", "options": options, "compile": False})
-    first, other, again = (fields["record"] for event, fields in said if event == "done")
-    assert first["deterministic"] and first["data"] == other["data"] != 0
-    assert len(first["weights"]) == 64 and first["weights"] != other["weights"]
-    assert again["weights"] == first["weights"] and again["rows"] == first["rows"]
-    assert not torch.are_deterministic_algorithms_enabled()
-
-
-def test_what_cublas_reads_is_there_before_a_worker_starts(queue, monkeypatch):
-    started = []
-    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
-    monkeypatch.setattr(study.Study, "listen", lambda self, worker: None)
-    monkeypatch.setattr(
-        study.subprocess, "Popen", lambda *args, env, **options: started.append(env)
-    )
-    queue(["a@0"], fixed={"a@0"}).start_worker(0)
-    queue(["a@0"]).start_worker(0)
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")  # the user's
-    queue(["a@0"], fixed={"a@0"}).start_worker(0)
-    assert [env.get("CUBLAS_WORKSPACE_CONFIG") for env in started] == [":4096:8", None, ":16:8"]
-
-
-def test_a_digest_is_that_of_all_the_bytes():
-    model = torch.nn.ModuleList([torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 2).bfloat16()])
-    before = digest(model)
-    assert before == digest(model) and len(before) == 64
-    for tensor in model.state_dict().values():
-        kept = tensor.clone()
-        tensor.add_(1)
-        assert digest(model) != before
-        tensor.copy_(kept)
-    assert digest(model) == before
-
-
-def test_a_fixed_order_is_undone(monkeypatch):
-    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
-
-    def state():
-        return [get() for _, get, _ in fixed_order._SWITCHES] + [
-            getattr(owner, name) for owner, name, _ in fixed_order._attributes()
-        ]
-
-    before = state()
-    with fixed_order.fixed_order(False):
-        assert state() == before and "CUBLAS_WORKSPACE_CONFIG" not in os.environ
-    with pytest.raises(KeyError), fixed_order.fixed_order(True):
-        wanted = [value for *_, value in (*fixed_order._SWITCHES, *fixed_order._attributes())]
-        assert state() == wanted and torch.are_deterministic_algorithms_enabled()
-        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
-        raise KeyError
-    assert state() == before
-
-
-def test_runs_of_the_plan_repeat_have_a_fixed_order(queue):
-    args = study.make_parser().parse_args(["run", "--plan", "repeat", "--out", "x"])
-    study.check(args)
-    assert args.fixed == set(study_rows.PLANS["repeat"]) == set(args.runs)
-    args = study.make_parser().parse_args(["run", "--runs", "gpt/bf16@0", "--out", "x"])
-    study.check(args)
-    assert args.fixed == set()
-    jobs = queue(["a@0", "b@0"], fixed={"b@0"}).jobs
-    assert [job.options for job in jobs] == ["", "--deterministic"]
-
-
 def test_the_budget_ends_it(tmp_path, capsys):
     started = time.monotonic()
     command = ["run", "--runs", *DIGITS, "--out", str(tmp_path), "--budget", "9"]
     assert study.main([*command, "--options", SMALL]) == 0
     assert time.monotonic() - started < 8  # 1 second of work: no run was begun
-    assert "2 runs left" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "2 runs left" in out
+    said = [line for line in out.splitlines() if "none begins" in line]
+    assert len(said) == 1 and "by --expect one takes 120 s" in said[0]
 
 
 @pytest.mark.parametrize(
@@ -407,112 +283,6 @@ def test_the_budget_ends_it(tmp_path, capsys):
 def test_refused_options(options, message, tmp_path, capsys):
     assert study.main(["run", "--out", str(tmp_path), *options]) == 2
     assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
-
-
-# ---- the report ----
-
-
-def test_gaps_are_within_a_seed(tmp_path):
-    records = [
-        record("gpt/bf16@0", 1.0), record("gpt/bf16@1", 2.0),
-        record("gpt/tetrajet@0", 1.04, units_per_second=400.0), record("gpt/tetrajet@1", 2.06,
-        units_per_second=500.0), record("gpt/tetrajet@2", 9.0, alone=False),
-        record("gpt/bf16@3", 9.0, alone=False), record("gpt/nvfp4@1", 2.0, units_per_second=600.0),
-        record("gpt/nvfp4@3", 9.0, units_per_second=900.0),  # alone, but BF16 was not
-        record("gpt/mxfp8@3", 9.0, units_per_second=700.0),
-        record("gpt/quartet@0", 5.0, diverged=3),
-    ]  # fmt: skip
-    written = study_report.write_report(records, str(tmp_path), figures=True)
-    rows = {line.split(" | ")[0].strip("| "): line for line in written.splitlines()}
-    assert "+3.50 ± 0.71 %" in rows["tetrajet"] and "| 500 | 0.50 |" in rows["tetrajet"]
-    assert "| 600 | 0.60 |" in rows["nvfp4"] and "| 700 | - |" in rows["mxfp8"]
-    assert "- (1 diverged)" in rows["quartet"] and "R > 16" not in written
-    assert (tmp_path / "gpt-main.png").stat().st_size > 0
-
-
-def test_a_repetition_is_set_beside_what_was_there(tmp_path, capsys):
-    there = [
-        record("gpt/bf16@0", 1.0, data=5), record("gpt/bf16@1", 2.0), record("gpt/mxfp8@0", 3.0),
-        record("gpt/tetrajet@0", 1.04, data=5), record("gpt/tetrajet@1", 2.06),
-    ]  # fmt: skip
-    mine = [record("gpt/bf16@0", 1.1, data=5), record("gpt/tetrajet@0", 1.155, data=6),
-            record("gpt/quartet@0", 1.0)]  # fmt: skip
-    for name, records in (("there.json", there), ("results.json", mine)):
-        study_report.write_results(str(tmp_path / name), records)
-    command = ["report", "--out", str(tmp_path), "--against"]
-    assert study.main([*command, str(tmp_path / "there.json")]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[-2:] == [
-        "| gpt/bf16@0 | 1.1000 | 1.0000 | - | - | - | yes | unknown |",
-        "| gpt/tetrajet@0 | 1.1550 | 1.0400 | +5.00 % | +4.00 % | +3.50 ± 0.71 % | no | unknown |",
-    ]
-    for name, weights in (("there.json", "ab"), ("results.json", "ac")):
-        records = [record("gpt/bf16@0", 1.0, weights=weights[0]),
-                   record("gpt/tetrajet@0", 1.04, weights=weights[1])]  # fmt: skip
-        study_report.write_results(str(tmp_path / name), records)
-    assert study.main([*command, str(tmp_path / "there.json")]) == 0
-    same = [line.split(" | ")[-1] for line in capsys.readouterr().out.splitlines()[-2:]]
-    assert same == ["yes |", "no |"]
-    assert study.main([*command, "nowhere"]) == 2
-    assert "--against must name results.json files, got nowhere" in capsys.readouterr().err
-    assert study.main(["report", "--out", str(tmp_path), "--repeats", "nowhere"]) == 2
-    assert "--repeats must name results.json files, got nowhere" in capsys.readouterr().err
-
-
-def test_the_spread_of_a_gap_is_at_least_that_of_repetitions(tmp_path):
-    """Gaps of 4 and 4.02% in two seeds, in the first 4.6 and 4.3% when it was made again: 0.3
-    points from one run to the next. One that ended in the same bits is no repetition."""
-    records = [record("gpt/bf16@0", 1.0), record("gpt/bf16@1", 1.0), record("gpt/nvfp4@1", 1.02),
-               record("gpt/tetrajet@0", 1.04), record("gpt/tetrajet@1", 1.0402),
-               record("gpt/quartet@0", 1.02), record("gpt/quartet@1", 1.04),
-               record("digits/bf16@0", 1.0, metric="accuracy %"),
-               record("digits/tetrajet@0", 1.5, metric="accuracy %")]  # fmt: skip
-    repeats = [
-        [record("gpt/bf16@0", 2.0), record("gpt/tetrajet@0", 2.0 * loss)]
-        for loss in (1.046, 1.043, 1.04)
-    ]
-    repeats[0].append(record("gpt/mxfp8@0", 2.0))  # of a run that is not there
-    repeats[1].append(record("digits/tetrajet@0", 9.0, metric="accuracy %"))
-    least, count = study_report.run_to_run(records, repeats, "gpt")
-    assert (least, count) == (pytest.approx(0.3), 1)
-    assert study_report.run_to_run(records, repeats, "digits") == (None, 0)
-    assert study_report.run_to_run(records, [], "gpt") == (None, 0)
-    two = [*records, record("gpt/nvfp4@0", 1.03)]
-    repeats[0].append(record("gpt/nvfp4@0", 2.0 * 1.034))
-    least, count = study_report.run_to_run(two, repeats, "gpt")  # dof 2 and 1
-    assert (least, count) == (pytest.approx(((2 * 0.09 + 0.08) / 3) ** 0.5), 2)
-    written = study_report.write_report(records, str(tmp_path), repeats=repeats[:2])
-    gpt = written.split("## digits")[0]
-    assert "| tetrajet | 0 1 |" in gpt and "+4.01 ± 0.30 %" in gpt
-    assert "+3.00 ± 1.41 %" in gpt and "+2.00 ± 0.30 %" in gpt  # more over seeds; one seed
-    assert "0.30 points, pooled over one run that was made again" in gpt
-    assert "made again" not in written.split("## digits")[1]
-    lines = study_report.comparison(repeats[0], records, repeats[:2]).splitlines()
-    assert any("gpt/tetrajet@0" in line and "+4.01 ± 0.30 %" in line for line in lines)
-
-
-def test_the_tables_of_the_docs_are_what_the_tool_makes(tmp_path):
-    docs = Path(__file__).resolve().parents[1] / "docs"
-    results, repeats = (
-        study_report.read_results([str(docs / name)])
-        for name in ("study.json", "study-repeat.json")
-    )
-    written = study_report.write_report(results, str(tmp_path), repeats=[repeats])
-    page = (docs / "results.md").read_text()
-    parts = [part for part in written.split("## ") if ", main\n" in part]
-    assert len(parts) >= 6
-    for part in parts:
-        for line in part.splitlines():
-            assert not line.startswith(("| ", "The spread")) or line in page
-
-
-def test_results_are_merged_run_by_run(tmp_path):
-    one, two = tmp_path / "1.json", tmp_path / "2.json"
-    study_report.write_results(str(one), [record("gpt/bf16@0", 1 / 3)])
-    study_report.write_results(str(two), [record("gpt/bf16@0", 9.0), record("gpt/bf16@1", 2.0)])
-    merged = study_report.read_results([str(one), str(two), str(tmp_path / "none.json")])
-    assert [(r["run"], r["rows"][-1][2]) for r in merged] == [
-        ("gpt/bf16@0", 0.3333333), ("gpt/bf16@1", 2.0)]  # fmt: skip
 
 
 # ---- the text ----
