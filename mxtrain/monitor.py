@@ -44,13 +44,12 @@ from .monitor_hooks import BackwardHook, ForwardHook
 from .oscillation import (
     RATES,
     RATIO_EDGES,
-    output_change,
     quantizer_sums,
     row_sample,
     token_sample,
     weight_quantizer,
 )
-from .probe import cuda_devices, probed
+from .probe import Moves, cuda_devices, named_outputs, probed
 from .recipe import Quantizer
 from .rows import Row, copied
 from .weight_watch import Asked, Plan
@@ -67,7 +66,8 @@ COLUMNS = (
 )  # fmt: skip
 """step: steps of the layer's optimizer. w_change, q_change: rates of change of W and Q(W), a step.
 flips: share of Q(W) that changed, a step. oscillating: share of weights whose R is above 16. ratio:
-mean R. y_change: of the layer's output on the probe, since the row before. fallback_rate: share of
+mean R. y_change: of the layer's output on the probe, since the row before; of the modules that
+`outputs` names it is all. fallback_rate: share of
 the finite blocks of X, not all zero, that fell back in the last step, over all ranks;
 fallback_threshold: what that made of their limit; fallback_nonfinite: share of X's blocks with NaN
 or Inf in that step. ratio<E: share of weights with R between the edge before and E. Then for each
@@ -88,8 +88,7 @@ class _Watched:
         self.asked: dict[str, Asked] = {}  # of X and dY, until the row
         self.held: dict[str, int] = {}  # elements of X and of dY that are in `asked`
         self.seen_by: Any = None  # the recipe by which sums and asked are
-        self.output: Tensor | None = None
-        self.output_moved: Tensor | None = None
+        self.moves = Moves(layer)
         self.seen: tuple[Any, ...] | None = None  # the view of which `views` has rows
         self.views: dict[Any, tuple[Tensor, Tensor | None]] = {}
         self.hook: RemovableHandle | None = None  # on the layer, for X and dY
@@ -223,36 +222,40 @@ class _Watched:
         if moved is not None:
             at.append(-1)
             rows.append(moved)
-        if self.output_moved is not None:
+        if output := self.moves.take():
             at.append(_AT["y_change"])
-            rows.append(Row(self.output_moved.double().reshape(1, 1), 0))
+            rows.extend(output)
         rate = self.layer.last_fallback_rate()
         if rate is not None:
             rates = rate, self.layer.fallback_threshold, self.layer.last_nonfinite_rate()
             at.append(_AT[_FALLBACK[0]])
             rows.append(Row(torch.cat([t.reshape(1) for t in rates]).double()[None], 0))
-        name, recipe_name = self.name, self.layer.recipe.name
-        self.sums, self.output_moved = {}, None
-
-        def cells(values: list[list[float]]) -> list[Any]:
-            found: list[Any] = [""] * len(COLUMNS)
-            found[_AT["layer"]], found[_AT["recipe"]] = name, recipe_name
-            for start, some in zip(at, values, strict=True):
-                if start < 0:  # of the weight: in two places
-                    _put(found, _AT[_WEIGHT[0]], some[: len(_WEIGHT)])
-                    _put(found, _AT[_BINS[0]], some[len(_WEIGHT) :])
-                elif start == _AT[_FALLBACK[0]]:  # NaN: no block was counted
-                    _put(found, start, ["" if math.isnan(v) else v for v in some])
-                else:
-                    _put(found, start, some)
-            return found[1:]
-
-        return cells, rows
+        self.sums = {}
+        return _cells_of(self.name, self.layer.recipe.name, at), rows
 
 
-def _put(cells: list[Any], start: int, values: list[Any]) -> None:
-    """Into consecutive cells."""
-    cells[start : start + len(values)] = values
+def _cells_of(name: str, recipe: str, at: list[int]) -> Callable[[list[Any]], list[Any]]:
+    """What makes a row, but for its step, of values that start in these columns; -1: of the weight,
+    in two places."""
+
+    def cells(values: list[list[float]]) -> list[Any]:
+        found: list[Any] = [""] * len(COLUMNS)
+        found[_AT["layer"]], found[_AT["recipe"]] = name, recipe
+
+        def put(start: int, values: list[Any]) -> None:
+            found[start : start + len(values)] = values
+
+        for start, some in zip(at, values, strict=True):
+            if start < 0:
+                put(_AT[_WEIGHT[0]], some[: len(_WEIGHT)])
+                put(_AT[_BINS[0]], some[len(_WEIGHT) :])
+            elif start == _AT[_FALLBACK[0]]:  # NaN: no block was counted
+                put(start, ["" if math.isnan(v) else v for v in some])
+            else:
+                put(start, some)
+        return found[1:]
+
+    return cells
 
 
 class Monitor:
@@ -260,10 +263,10 @@ class Monitor:
 
     def __init__(
         self, layers: dict[str, MXLinear], path: str | os.PathLike, every: int, elements: int,
-        model: nn.Module, probe: tuple[Any, ...] | None,
+        model: nn.Module, probe: tuple[Any, ...] | None, outputs: dict[str, Moves],
     ) -> None:  # fmt: skip
         self.every, self.path = every, path
-        self._model, self._probe = model, probe
+        self._model, self._probe, self._outputs = model, probe, outputs
         self._watched = {id(m): _Watched(name, m, elements) for name, m in layers.items()}
         self._lead = 0  # steps of the layer that has made most
         self._held = 0  # elements, of all layers
@@ -372,12 +375,15 @@ class Monitor:
     def _run_probe(self, watched: list[_Watched]) -> None:
         if self._probe is None:
             return
-        layers = [w.layer for w in watched]
-        for key, y in probed(self._model, self._probe, layers, self._devices).items():
-            one = self._watched[key]
-            if one.output is not None and one.output.shape == y.shape:
-                one.output_moved = output_change(one.output, y)
-            one.output = y
+        moves = [w.moves for w in watched] + list(self._outputs_of(watched).values())
+        found = probed(self._model, self._probe, (m.module for m in moves), self._devices)
+        for one in moves:
+            if id(one.module) in found:
+                one.see(found[id(one.module)])
+
+    def _outputs_of(self, watched: list[_Watched]) -> dict[str, Moves]:
+        """Those that have a row with these layers': all, where one has stepped most."""
+        return self._outputs if any(w.steps == self._lead for w in watched) else {}
 
     def _hold(self, elements: int) -> None:
         """So many more wait for their row, unless they are too many."""
@@ -400,8 +406,13 @@ class Monitor:
         self._settle(due)
         moved = weight_watch.values([w.watch for w in due if w.watch is not None])
         rows = [w.row(moved.get(id(w.watch))) for w in due]
+        steps = [w.steps for w in due]
+        for name, moves in self._outputs_of(due).items():
+            values = moves.take()
+            rows.append((_cells_of(name, "", [_AT["y_change"]] * len(values)), values))
+            steps.append(self._lead)
         self._write(before=self._lead)
-        makers = [(w.steps, cells) for w, (cells, _) in zip(due, rows, strict=True)]
+        makers = [(step, cells) for step, (cells, _) in zip(steps, rows, strict=True)]
         self._pending.append((self._lead, makers, copied([some for _, some in rows])))
 
     def _write(self, before: float = math.inf) -> None:
@@ -436,7 +447,7 @@ class Monitor:
 
 def monitor(
     model: nn.Module, path: str | os.PathLike, *, every: int = 10, elements: int = 65536,
-    probe: Tensor | tuple[Any, ...] | None = None,
+    probe: Tensor | tuple[Any, ...] | None = None, outputs: Iterable[str] = (),
 ) -> Monitor:  # fmt: skip
     """Write what quantization does to each MXLinear of a model in training to a CSV.
 
@@ -453,6 +464,8 @@ def monitor(
             more sees rarer things, and costs more. 20 bytes each of a weight.
         probe: inputs of the model, on its device; before each row the model runs on them in eval
             mode, and y_change is how far each layer's output has moved.
+        outputs: names of other modules, as the model's blocks, whose outputs on the probe are
+            followed too: a row each, with a layer and a y_change.
 
     Returns:
         A Monitor: a context manager; `close()` it otherwise.
@@ -483,4 +496,5 @@ def monitor(
     if probe is not None and not isinstance(probe, tuple):
         condition, advice = "be a tensor, a tuple or None", "Pass the model's arguments."
         raise TypeError(refusal(what, "probe", condition, show(probe), kind(probe), advice))
-    return Monitor(layers, path, every, elements, model, probe)
+    followed = named_outputs(what, model, outputs, probe)
+    return Monitor(layers, path, every, elements, model, probe, followed)
