@@ -46,7 +46,7 @@ bench: $(INSTALLED)
 	$(PY) -m bench run
 
 # On a GPU: the tests of the ops under both tools, one after the other. Graphs need the caching allocator that memcheck
-# must do without.
+# must do without. The GEMM's sweep by itself: tests/test_gemm_sweep.py has what racecheck needs there.
 SANITIZED ?= tests/test_quantize.py tests/test_strips.py tests/test_pairs.py tests/test_requantize_tiles.py tests/test_gemm_fold.py \
   tests/test_split_k.py tests/test_context.py tests/int8 tests/sm120
 sanitize: $(INSTALLED)

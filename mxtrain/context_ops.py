@@ -43,7 +43,7 @@ def _check_weight(op: str, weight: Tensor | None, x: Tensor) -> None:
         return
     fits = weight.dtype in FLOATS and weight.dim() == 1
     if not fits or _differ(weight.shape[0], x.shape[1]):
-        condition = f"be a float vector of shape [{x.shape[1]}]"
+        condition = f"be bfloat16, float16 or float32 of shape [{x.shape[1]}]"
         got = f"{_dtype(weight.dtype)} {_shape(weight)}"
         context = f"the first argument has shape {_shape(x)}"
         _fail(op, "weight", condition, got, context, "Convert or reshape it.")

@@ -347,7 +347,8 @@ def check_gemm(
     if bias is None:
         return
     if bias.dtype not in FLOATS or bias.dim() != 1 or _differ(bias.shape[0], n):
-        condition, got = f"be a float vector of shape [{n}]", f"{_dtype(bias.dtype)} {_shape(bias)}"
+        condition = f"be bfloat16, float16 or float32 of shape [{n}]"
+        got = f"{_dtype(bias.dtype)} {_shape(bias)}"
         _fail(op, "bias", condition, got, f"b has {n} rows", "Convert or reshape it.")
     check_same_device(op, "bias", bias, a[0])
 

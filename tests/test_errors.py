@@ -166,12 +166,12 @@ def test_gemm():
     a, b, c = operand(4, 40, "mxfp4"), operand(6, 40, "mxfp4"), operand(6, 80, "mxfp4")
     refused(
         RuntimeError,
-        r"bias must be a float vector of shape \[6\], got Float \[4\]",
+        r"bias must be bfloat16, float16 or float32 of shape \[6\], got Float \[4\]",
         lambda: mxtrain.gemm(a, b, torch.ones(4)),
     )
     refused(
         RuntimeError,
-        "bias must be a float vector",
+        "bias must be bfloat16, float16 or float32",
         lambda: mxtrain.gemm(a, b, torch.ones(6, dtype=torch.int64)),
     )
     refused(RuntimeError, "out_dtype must be", lambda: mxtrain.gemm(a, b, out_dtype=torch.float64))

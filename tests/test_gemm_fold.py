@@ -298,10 +298,24 @@ def test_operands_at_any_address_and_stride():
 
 @by_each_fold_backend
 def test_the_same_bytes_every_time_on_two_streams_and_in_a_graph():
-    a = mxtrain.quantize(values("blocks-4", 1300, 2048, seed=1), "mxfp4")
-    b = mxtrain.quantize(values("blocks-4", 1100, 2048, seed=2), "mxfp4")
+    check_the_same_bytes_every_time("mxfp4", 1300)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("format", ["mxfp4", "mxfp8_e4m3", "nvfp4"])
+def test_dequant_has_the_same_bytes_every_time_on_two_streams_and_in_a_graph(format):
+    before = mxtrain.set_gemm_backend("dequant")
+    try:
+        check_the_same_bytes_every_time(format, 1304)  # cuBLAS rounds one of its products
+    finally:
+        mxtrain.set_gemm_backend(before)
+
+
+def check_the_same_bytes_every_time(format, rows):
+    a = mxtrain.quantize(values("blocks-4", rows, 2048, seed=1), format)
+    b = mxtrain.quantize(values("blocks-4", 1100, 2048, seed=2), format)
     expected = [mxtrain.gemm(a, b), mxtrain.gemm(b, a)]
-    start = torch.randn(1300, 1100, device="cuda")
+    start = torch.randn(rows, 1100, device="cuda")
     sums = mxtrain.gemm_add_(start.clone(), a, b)
     for _ in range(100):
         assert torch.equal(mxtrain.gemm(a, b), expected[0])

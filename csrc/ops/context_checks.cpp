@@ -30,7 +30,7 @@ static void check_weight(const char* op, const OptionalTensor& weight, const Ten
   if (!weight) return;
   MXT_CHECK(
       is_input_float(weight->scalar_type()) && weight->dim() == 1 && weight->size(0) == x.size(1),
-      op, "weight must be a float vector of shape [", x.size(1), "], got ",
+      op, "weight must be bfloat16, float16 or float32 of shape [", x.size(1), "], got ",
       dtype_name(weight->scalar_type()), " ", shape_of(*weight), " (the first argument has shape ",
       shape_of(x), "). Convert or reshape it.");
   check_same_device(op, "weight", *weight, x);

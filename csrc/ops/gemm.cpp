@@ -28,7 +28,7 @@ void check_gemm(const char* op, const Tensor& a, const Tensor& a_scale,
   check_choice(op, "accumulate", accumulate, kAccumulateNames, kAccumulates);
   if (!bias) return;
   MXT_CHECK(is_input_float(bias->scalar_type()) && bias->dim() == 1 && bias->size(0) == sb.rows, op,
-            "bias must be a float vector of shape [", sb.rows, "], got ",
+            "bias must be bfloat16, float16 or float32 of shape [", sb.rows, "], got ",
             dtype_name(bias->scalar_type()), " ", shape_of(*bias), " (b has ", sb.rows,
             " rows). Convert or reshape it.");
   check_same_device(op, "bias", *bias, a);

@@ -88,7 +88,7 @@ void check_int8_gemm(const Tensor& a, const Tensor& a_scale, const Tensor& b, co
   check_residual(op, r, r.of_b ? b : a);
   if (!bias) return;
   MXT_CHECK(is_input_float(bias->scalar_type()) && bias->dim() == 1 && bias->size(0) == b.size(0),
-            op, "bias must be a float vector of shape [", b.size(0), "], got ",
+            op, "bias must be bfloat16, float16 or float32 of shape [", b.size(0), "], got ",
             dtype_name(bias->scalar_type()), " ", shape_of(*bias), " (b has ", b.size(0),
             " rows). Convert or reshape it.");
   check_same_device(op, "bias", *bias, a);
