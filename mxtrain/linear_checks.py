@@ -20,7 +20,7 @@ def check_arguments(x: Tensor, weight: Tensor, bias: Tensor | None, ema: Tensor 
         if t is not None and t.device != x.device:
             condition, context = "be on the device of x", f"x is on {x.device}"
             advice = "Move the layer, or x."
-            raise ValueError(refusal(what, name, condition, t.device, context, advice))
+            raise RuntimeError(refusal(what, name, condition, t.device, context, advice))
     shape = list(weight.shape)
     if len(shape) != 2:
         condition, advice = "be [out_features, in_features]", "Reshape it."
