@@ -13,11 +13,11 @@ namespace mxtrain::cuda {
 // tiles are in the order of squares, and `across` counts these.
 //
 // Multiprocessors are not equally fast: with equal shares some are done long before others
-// (docs/performance.md). So with `tickets` only a CTA's first `own` tiles
-// are its own, and the rest of all go to whoever comes first. CTA 0 sets the ticket to 0 when it
-// starts, and nobody waits for that: who draws before, draws what memory held, and works at a tile
-// that somebody else works at too, which gives the same bytes twice, or at none. But CTA 0 itself
-// draws from 0 on until there are no more, so every tile is drawn after that, whatever was before.
+// (docs/performance.md). So with `tickets` only a CTA's first `own` tiles are its own, and the rest
+// of all go to whoever comes first. CTA 0 sets the ticket to 0 when it starts, and nobody waits for
+// that: who draws before, draws what memory held, and works at a tile that somebody else works at
+// too, which gives the same bytes twice, or at none. But CTA 0 itself draws from 0 on until there
+// are no more, so every tile is drawn after that, whatever was before.
 struct StripGrid {
   const uint8_t* x;
   uint32_t height, width, pitch, tiles;

@@ -15,8 +15,7 @@
 // warpgroup multiplies 64 columns while it adds the 64 before: two sets of sums take turns. Most
 // products take the rows of A from registers: from shared memory, such narrow ones would read them
 // again for each 64 columns, 128 bytes a cycle with B, and there would be no room for the copies.
-// (Starting sums at the bits of a float, as cuda/int8_gemm.cu does, would take a move for each:
-// wgmma adds to the registers that it is given.)
+// (Sums that start at the bits of a float, as cuda/int8_gemm.cu has them, would take a move each.)
 #include "cuda/sm90/gemm_consumer.cuh"
 #include "cuda/sm90/gemm_int8.h"
 #include "cuda/sm90/gemm_launch.h"
