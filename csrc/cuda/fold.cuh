@@ -24,7 +24,7 @@ __device__ __forceinline__ uint2 fold_table(uint32_t s) {
 
 // 8 codes, the first in the low nibble, to 8 bytes.
 __device__ __forceinline__ uint2 fold8(uint32_t codes, uint2 table) {
-  constexpr uint32_t kSigns = 0xD9C8u;  // bytes 0, 4, 1, 5, each as eight copies of its top bit
+  constexpr uint32_t kSigns = 0x5140u;  // bytes 0, 4, 1, 5
   const uint32_t magnitudes = codes & 0x77777777u, even = codes << 4;
   const uint32_t low = __byte_perm(table.x, table.y, magnitudes),
                  high = __byte_perm(table.x, table.y, magnitudes >> 16);

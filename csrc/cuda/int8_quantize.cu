@@ -10,6 +10,8 @@
 #include "cuda/launch.cuh"
 #include "formats/float16.h"
 #include "formats/int8.h"
+#include "ptx/bf16x2.cuh"
+#include "ptx/integer.cuh"
 #include "ptx/memory.cuh"
 #include "random/philox.h"
 
@@ -23,6 +25,8 @@ struct Int8Tile {
   static constexpr int kRowStep = kThreads / kAcross;  // rows between a thread's
   static constexpr int kRows = kInt8Block / kRowStep;  // of a thread
   static constexpr int kWords = kInt8Block / 4;        // words of codes in a row
+  static constexpr int kOwnDraws = kRows / kQuarters;  // Philox calls of a thread
+  static_assert(kAcross % kQuarters == 0 && kRows % kQuarters == 0, "four lanes share their calls");
   // Blocks on a multiprocessor, by what the registers hold: 32 words of bfloat16 a thread.
   static constexpr int blocks(FloatType type, bool fallback) {
     return type != FloatType::kBfloat16 ? 1 : fallback ? 2 : 4;
@@ -40,6 +44,12 @@ struct Raw8 {
     if (kType == FloatType::kFloat32) return bits_float(w[j]);
     const uint16_t h = static_cast<uint16_t>(w[j / 2] >> (16 * (j % 2)));
     return kType == FloatType::kBfloat16 ? bf16_to_float(h) : half_to_float(h);
+  }
+  // Of elements 4 h to 4 h + 3: 0xFF for a negative one's byte.
+  __device__ __forceinline__ uint32_t signs4(int h) const {
+    if (kSize == 2) return ptx::prmt(w[2 * h], w[2 * h + 1], 0xFDB9);
+    const uint32_t* f = w + 4 * h;
+    return __byte_perm(ptx::prmt(f[0], f[1], 0x00FB), ptx::prmt(f[2], f[3], 0x00FB), 0x5410);
   }
   __device__ __forceinline__ void set(int j, uint32_t bits) {
     if (kType == FloatType::kFloat32)
@@ -92,6 +102,31 @@ __device__ __forceinline__ uint32_t pack4(const float* rounded) {
   const uint32_t low = __byte_perm(float_bits(rounded[0]), float_bits(rounded[1]), 0x0040);
   const uint32_t high = __byte_perm(float_bits(rounded[2]), float_bits(rounded[3]), 0x0040);
   return __byte_perm(low, high, 0x5410);
+}
+
+// The codes of formats/int8.h's int8_stochastic for finite u, four of them, in fewer instructions.
+// |u| + 128 - 2^-17, rounded up to a multiple of 2^-16, has the bits of n + 128 and, below them, a
+// 16-bit F for the fraction f, with f * 2^16 > draw + 1/2 just where F > draw. So plus 65535 - draw
+// it carries into n just there, and the third byte is the magnitude. |u| is at most 127 + 2^-17
+// (tried for all maxima of a binade; others have the same quotients), so that byte at most 127. Of
+// a zero the sum would lie under 128: its |u| is 2^-20, which never goes up either. flipped: draws
+// 2 h and 2 h + 1 in the halves of word h, all bits flipped. signs: 0xFF for a negative one's byte.
+__device__ __forceinline__ uint32_t stochastic4(const float* u, const uint32_t* flipped,
+                                                uint32_t signs) {
+  constexpr float kSmall = 0x1p-20f, kBelow128 = 128.0f - 0x1p-17f;
+  static_assert(kInt8Max == 127.0f, "the sums lie in [128, 256), a binade with steps of 2^-16");
+  uint32_t sum[4];
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    const float a = fmaxf(fabsf(u[j]), kSmall);
+    sum[j] = ptx::dp2a_lo_u32_s32(flipped[j / 2], 1u << (8 * (j % 2)),
+                                  float_bits(__fadd_ru(a, kBelow128)));
+  }
+  const uint32_t m =
+      __byte_perm(__byte_perm(sum[0], sum[1], 0x0062), __byte_perm(sum[2], sum[3], 0x0062), 0x5410);
+  // 128 - m, its top bit flipped, is -m; no byte borrows from the next
+  const uint32_t minus = (0x80808080u - m) ^ 0x80808080u;
+  return ptx::lop3_select(minus, m, signs);
 }
 
 // Word w of row r of a tile in shared memory. Rows 16 apart, which the transpose reads at once, lie
@@ -164,6 +199,14 @@ struct Int8Quantizer {
   }
 
   __device__ __forceinline__ uint32_t own_max() const {
+    if constexpr (kType == FloatType::kBfloat16) {
+      uint32_t pair = 0;  // of magnitudes, with garbage for signs
+#pragma unroll
+      for (int i = 0; i < T::kRows; ++i)
+#pragma unroll
+        for (const uint32_t word : v[i].w) pair = ptx::max_nan_abs_bf16x2(pair, word);
+      return max(pair << 16 & ~kSignBit, pair & 0x7FFF0000u);
+    }
     uint32_t largest = 0;
 #pragma unroll
     for (int i = 0; i < T::kRows; ++i)
@@ -186,34 +229,66 @@ struct Int8Quantizer {
     return largest;
   }
 
-  // The codes of 8 elements; d: those of the second step.
-  template <bool kSecond>
-  __device__ __forceinline__ uint2 encode(int i, const Int8Scale& s, const Int8Scale& d) const {
-    float rounded[8];
+  // The calls of two of its rows; the lanes of the group's other quarters have the other rows'.
+  struct Draws {
+    Philox4 own[T::kOwnDraws];
+  };
+  __device__ __forceinline__ Draws draw() const {
+    Draws draws = {};
     if constexpr (kMode == Int8Mode::kStochastic) {
       const PhiloxKey key = {static_cast<uint64_t>(p.rng[0]),
                              static_cast<uint32_t>(p.rng[p.rng_stride]), kRowStream};
-      const int64_t at = (r0 + row + i * T::kRowStep) * p.kp + k0 + col;
-      const Philox4 words = philox_quarter(key, static_cast<uint64_t>(at) / kDrawQuarter);
+      const int first = static_cast<int>(threadIdx.x) % kQuarters * T::kOwnDraws;
 #pragma unroll
-      for (int j = 0; j < 8; ++j)
-        rounded[j] = int8_stochastic(v[i][j] * s.reciprocal, draw16(words, j));
+      for (int i = 0; i < T::kOwnDraws; ++i) {
+        const int64_t at = (r0 + row + (first + i) * T::kRowStep) * p.kp + k0 + col;
+        draws.own[i] = philox_group(key, static_cast<uint64_t>(at) / kDrawGroup);
+      }
+    }
+    return draws;
+  }
+  // The draws of row i, flipped, as stochastic4 takes them.
+  __device__ __forceinline__ static Philox4 draws_of(int i, const Draws& draws) {
+    const int lane = static_cast<int>(threadIdx.x) % 32, quarter = lane % kQuarters;
+    Philox4 words;
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+      words.w[j] = __shfl_sync(kAllLanes, draws.own[i % T::kOwnDraws].w[j],
+                               lane - quarter + i / T::kOwnDraws);
+    words = quarter_words(words, quarter);
+#pragma unroll
+    for (uint32_t& w : words.w) w = ~w;
+    return words;
+  }
+
+  // The codes of 8 elements; d: those of the second step.
+  template <bool kSecond>
+  __device__ __forceinline__ uint2 encode(int i, const Int8Scale& s, const Int8Scale& d,
+                                          const Draws& draws) const {
+    float u[8];
+#pragma unroll
+    for (int j = 0; j < 8; ++j)
+      u[j] = kSecond ? left(i, j, s) * d.reciprocal : v[i][j] * s.reciprocal;
+    if constexpr (kMode == Int8Mode::kStochastic) {
+      const Philox4 flipped = draws_of(i, draws);
+      return make_uint2(stochastic4(u, flipped.w, v[i].signs4(0)),
+                        stochastic4(u + 4, flipped.w + 2, v[i].signs4(1)));
     } else {
 #pragma unroll
-      for (int j = 0; j < 8; ++j)
-        rounded[j] = int8_nearest(kSecond ? left(i, j, s) * d.reciprocal : v[i][j] * s.reciprocal);
+      for (float& value : u) value = int8_nearest(value);
+      return make_uint2(pack4(u), pack4(u + 4));
     }
-    return make_uint2(pack4(rounded), pack4(rounded + 4));
   }
 
   // All codes of the block, into both forms.
   template <bool kSecond>
   __device__ __forceinline__ void write(int8_t* data, int8_t* data_t, const Int8Scale& s,
                                         const Int8Scale& d, bool finite, uint32_t* tile) const {
+    const Draws draws = draw();
 #pragma unroll
     for (int i = 0; i < T::kRows; ++i) {
       const int r = row + i * T::kRowStep;
-      const uint2 codes = finite ? encode<kSecond>(i, s, d) : make_uint2(0, 0);
+      const uint2 codes = finite ? encode<kSecond>(i, s, d, draws) : make_uint2(0, 0);
       if (data && r0 + r < p.rows)
         *reinterpret_cast<uint2*>(data + (r0 + r) * p.kp + k0 + col) = codes;
       if (data_t) *reinterpret_cast<uint2*>(tile + tile_word(r, col / 4)) = codes;

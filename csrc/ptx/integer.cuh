@@ -36,6 +36,15 @@ __device__ __forceinline__ uint32_t max3_u32(uint32_t a, uint32_t b, uint32_t c)
   return __vimax3_u32(a, b, c);
 }
 
+// prmt.b32: four of the eight bytes of a (0 to 3) and b (4 to 7), the first by the lowest nibble of
+// the selectors, or with 8 added to a nibble eight copies of that byte's top bit. (__byte_perm
+// drops the 8.)
+__device__ __forceinline__ uint32_t prmt(uint32_t a, uint32_t b, uint32_t selectors) {
+  uint32_t d;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(selectors));
+  return d;
+}
+
 // mad.lo.u32: a * b + c, on the multiply-add pipe.
 __device__ __forceinline__ uint32_t mad_lo_u32(uint32_t a, uint32_t b, uint32_t c) {
   uint32_t d;

@@ -105,6 +105,22 @@ def test_bytes_of_stochastic_rounding(shape, dtype, device):
     assert_same_bytes(t.data, a.transposed().data)
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_bytes_of_stochastic_rounding_at_both_ends(dtype, device):
+    """Half a million zeros, which see all draws, and blocks of their largest magnitude, whose
+    quotients are 127 and one step of float32 more or less."""
+    g = torch.Generator().manual_seed(3)
+    grid = torch.rand(4, 8, generator=g) + 0.5
+    zeros = torch.zeros(4 * BLOCK, 8 * BLOCK)
+    zeros[::BLOCK, ::BLOCK] = grid
+    tops = grid.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
+    tops = tops * (torch.randint(0, 2, tops.shape, generator=g) * 2 - 1)
+    for x in (zeros.to(dtype), tops.to(dtype)):
+        data, _ = reference.int8_quantize(x, RNG)
+        got = mxtrain.int8_quantize(x.to(device), rounding="stochastic", rng=RNG.to(device))
+        assert_same_bytes(got.data, data)
+
+
 def test_ties_go_to_even_and_grid_values_stay(device):
     x = torch.zeros(BLOCK, BLOCK)
     x[0] = torch.arange(BLOCK) - 0.5

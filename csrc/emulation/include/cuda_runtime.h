@@ -139,10 +139,8 @@ inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selectors) {
   const uint64_t bytes = static_cast<uint64_t>(b) << 32 | a;
   uint32_t d = 0;
   for (int i = 0; i < 4; ++i) {
-    const uint32_t s = selectors >> (4 * i) & 15u;
-    uint32_t byte = static_cast<uint32_t>(bytes >> (8 * (s & 7))) & 0xFFu;
-    if (s & 8) byte = byte & 0x80u ? 0xFFu : 0u;  // its sign, eight times
-    d |= byte << (8 * i);
+    const uint32_t s = selectors >> (4 * i) & 7u;
+    d |= (static_cast<uint32_t>(bytes >> (8 * s)) & 0xFFu) << (8 * i);
   }
   return d;
 }
@@ -166,6 +164,12 @@ inline float __fmul_ru(float a, float b) {
   const double product = static_cast<double>(a) * b;
   const float f = static_cast<float>(product);
   return f < product ? nextafterf(f, INFINITY) : f;
+}
+// a + b rounded up; where their exponents are within 29 of each other the sum is exact in double.
+inline float __fadd_ru(float a, float b) {
+  const double sum = static_cast<double>(a) + b;
+  const float f = static_cast<float>(sum);
+  return f < sum ? nextafterf(f, INFINITY) : f;
 }
 
 namespace mxtrain::cuda {
