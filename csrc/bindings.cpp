@@ -106,40 +106,20 @@ py::tuple scheduled_philox(uint32_t group, uint32_t offset, uint32_t stream,
   return py::make_tuple(w.w[0], w.w[1], w.w[2], w.w[3]);
 }
 
-// The plan of a product, and what each worker does by it: (tile, first stage, end, slot of its sum,
-// or -1 where it has the whole tile).
+// The plan of a product, and what each thread block does by it: (tile, first stage, end).
 py::dict split_k(int64_t m, int64_t n, int64_t k, int multiprocessors) {
   const cuda::SplitK split = cuda::plan_split(m, n, k, multiprocessors);
-  py::dict plan;
-  plan["parts"] = split.parts;
-  plan["slabs"] = split.slabs;
-  py::list workers;
-  if (split.slabs > 1) {
-    const int tiles = static_cast<int>(cuda::split_k::tiles_of(m, n, split.parts)),
-              k_blocks = static_cast<int>((k + cuda::split_k::kStage - 1) / cuda::split_k::kStage);
-    for (int w = 0; w < split.workers(tiles); ++w) {
-      py::list segments;
-      int at = w * split.share, stop = std::min(at + split.share, split.line(tiles));
-      while (at < stop) {
-        const cuda::Segment s = split.segment(at, stop, k_blocks);
-        at += s.count;
-        if (w < split.first_worker(s.tile) || w > split.last_worker(s.tile))
-          throw std::logic_error("a worker outside of its tile's");
-        const int slot = s.count == split.slabs ? -1 : split.slot(w, s.tile);
-        segments.append(py::make_tuple(s.tile, s.begin, s.end, slot));
-      }
-      workers.append(segments);
-    }
-    plan["tiles"] = tiles;
-    plan["slots"] = split.workers(tiles) * split.slots();
-    plan["sharers"] = [&] {
-      py::list sharers;
-      for (int tile = 0; tile < tiles; ++tile)
-        sharers.append(split.last_worker(tile) - split.first_worker(tile) + 1);
-      return sharers;
-    }();
+  const int tiles = static_cast<int>(cuda::split_k::tiles_of(m, n, 1)),
+            k_blocks = static_cast<int>((k + cuda::split_k::kStage - 1) / cuda::split_k::kStage);
+  py::list segments;
+  for (int slab = 0; split.slabs > 1 && slab < tiles * split.slabs; ++slab) {
+    const cuda::Segment s = split.segment(slab, k_blocks);
+    segments.append(py::make_tuple(s.tile, s.begin, s.end));
   }
-  plan["workers"] = workers;
+  py::dict plan;
+  plan["slabs"] = split.slabs;
+  plan["tiles"] = tiles;
+  plan["segments"] = segments;
   return plan;
 }
 

@@ -31,22 +31,13 @@ def plan():
 
 
 def check_plan(p: dict, k: int) -> None:
-    """Every stage of every tile once; every sum in a slot of its own; sharers know their number."""
+    """Every stage of every tile once, in the order of K, which is that of the sum."""
     stages = [[] for _ in range(p["tiles"])]
-    sharers, slots = [0] * p["tiles"], []
-    for segments in p["workers"]:
-        assert segments
-        for tile, begin, end, slot in segments:
-            assert begin < end
-            stages[tile] += range(begin, end)
-            sharers[tile] += 1
-            whole = (begin, end) == (0, -(-k // 128))
-            assert (slot == -1) == whole
-            slots += [] if whole else [slot]
-    # In the order of the workers, K ascends: that is the order of the sum.
+    for tile, begin, end in p["segments"]:
+        assert begin < end
+        stages[tile] += range(begin, end)
+    assert len(p["segments"]) == p["slabs"] * p["tiles"]
     assert all(s == list(range(-(-k // 128))) for s in stages)
-    assert sharers == p["sharers"]
-    assert len(set(slots)) == len(slots) and set(slots) <= set(range(p["slots"]))
 
 
 def test_plans_cover_the_product_once(plan):
@@ -58,37 +49,38 @@ def test_plans_cover_the_product_once(plan):
         sms = r.choice((132, 114, 78, 1, 2, 3, 131))
         p = plan(m, n, k, sms)
         if p["slabs"] == 1:
-            assert p["workers"] == []
+            assert p["segments"] == []
             continue
         split += 1
-        assert len(p["workers"]) * p["parts"] <= sms
+        assert len(p["segments"]) <= sms  # a thread block each
         check_plan(p, k)
     assert split > 500
 
 
 def test_what_is_split_and_what_is_not(plan):
-    """On 132 multiprocessors: the weight gradients of a GPT of width 1024, but not the products
-    that fill the GPU or have little K."""
-    for m, n, k in [(1024, 1024, 16384), (3072, 1024, 16384), (3072, 768, 12608), (64, 8192, 8192)]:
+    """On 132 multiprocessors, as measured (docs/performance.md): what leaves half of them idle, but
+    not what leaves fewer, or has little K."""
+    for m, n, k in [(1024, 1024, 16384), (768, 768, 12608), (256, 4096, 16384), (512, 768, 8192),
+                    (64, 8192, 8192)]:  # fmt: skip
         assert plan(m, n, k, 132)["slabs"] > 1, (m, n, k)
-    for m, n, k in [(4096, 1024, 16384), (16384, 1024, 1024), (4096, 4096, 4096), (64, 4096, 512),
-                    (8192, 8192, 8192), (16384, 4096, 4096), (8192, 14336, 4096)]:  # fmt: skip
+    for m, n, k in [(3072, 1024, 16384), (3072, 768, 12608), (1536, 1024, 16384),
+                    (2048, 1536, 16384), (4096, 1024, 16384), (16384, 1024, 1024),
+                    (4096, 4096, 4096), (64, 4096, 512), (8192, 8192, 8192),
+                    (16384, 4096, 4096), (8192, 14336, 4096)]:  # fmt: skip
         assert plan(m, n, k, 132)["slabs"] == 1, (m, n, k)
 
 
 # ---- the product ----
 
-# One row a plan: 128 x 128 tiles in 2, 3, 5, 8 and 16 slabs, one a worker; several slabs a worker,
-# of small and of large tiles; ragged everywhere.
+# 128 x 128 tiles in 2, 3, 5, 10 and 16 slabs; ragged ones.
 SHAPES = [
     (1024, 1024, 16384),
     (768, 768, 12608),
     (512, 768, 8192),
     (256, 256, 16384),
     (5, 300, 65536),
-    (4099, 1111, 3333),
-    (3072, 1024, 16384),
-    (3071, 770, 12600),
+    (1000, 1023, 16380),
+    (767, 770, 12600),
 ]
 
 

@@ -43,32 +43,22 @@ struct KernelArgs {
 
 // ---- the tiles ----
 
-// What a cluster computes, one after the other: whole tiles, every so many of their order, or its
-// slabs of the line.
+// What a cluster computes, one after the other: every so many of all tiles, or of all slabs.
 template <class T, Tiling kTiling>
 struct Walk {
   static constexpr bool kSplit = kTiling == Tiling::kSlabs;
 
   const KernelArgs& args;
-  int at, stop;
+  int at = blockIdx.x / T::kCluster;
 
-  __device__ __forceinline__ explicit Walk(const KernelArgs& args) : args(args) {
-    const int worker = blockIdx.x / T::kCluster;
-    if constexpr (kSplit) {
-      at = worker * args.p.split.share;
-      stop = min(at + args.p.split.share, args.p.split.line(args.order.count()));
-    } else {
-      at = worker;
-    }
+  __device__ __forceinline__ bool more() const {
+    return at < args.order.count() * (kSplit ? args.p.split.slabs : 1);
   }
-  __device__ __forceinline__ bool more() const { return at < (kSplit ? stop : args.order.count()); }
   __device__ __forceinline__ Segment segment() const {
-    if constexpr (kSplit) return args.p.split.segment(at, stop, args.k_blocks);
-    return {at, 0, args.k_blocks, 1};
+    if constexpr (kSplit) return args.p.split.segment(at, args.k_blocks);
+    return {at, 0, args.k_blocks};
   }
-  __device__ __forceinline__ void step(const Segment& done) {
-    at += kSplit ? done.count : gridDim.x / T::kCluster;
-  }
+  __device__ __forceinline__ void step() { at += gridDim.x / T::kCluster; }
 };
 
 // ---- the consumers ----
@@ -197,21 +187,20 @@ __device__ __forceinline__ void multiply_fast(float (&d)[T::kParts][64], RingPos
   release<T>(previous, lane);
 }
 
-// The warp's sum of a part of a tile joins those of the other workers of the tile. Whether they are
-// all there: then d is their sum, in the order of K, and the warp finishes its rows. A warp has one
-// counter and one order of its own, so no warp waits for another.
+// The warp's sum of a slab joins those of the tile's other slabs. Whether they are all there: then
+// d is their sum, in the order of K, and the warp finishes its rows. A warp has one counter and one
+// order of its own, so no warp waits for another.
 template <class T>
 __device__ __forceinline__ bool join(float (&d)[T::kParts][64], const FoldedGemmParams& p, int tile,
-                                     uint32_t rank, int warp, int lane) {
-  constexpr int kVectors = T::kParts * 16, kFlight = 8;  // float4 of a lane; asked for at a time
-  const SplitK& split = p.split;
-  const int self = blockIdx.x / T::kCluster, first = split.first_worker(tile),
-            last = split.last_worker(tile);
-  const auto sum_of = [&](int worker) {
-    const int at = (split.slot(worker, tile) * T::kCluster + rank) * T::kWarps + warp;
-    return reinterpret_cast<float4*>(p.partial) + at * (kVectors * 32) + lane;
+                                     int slab, int warp, int lane) {
+  static_assert(T::kCluster == 1, "a slab is one block's");
+  constexpr int kVectors = T::kParts * 16, kFlight = 8;   // float4 of a lane; asked for at a time
+  const int slabs = p.split.slabs, first = tile * slabs;  // of all
+  const auto sum_of = [&](int slab) {
+    return reinterpret_cast<float4*>(p.partial) + (slab * T::kWarps + warp) * (kVectors * 32) +
+           lane;
   };
-  float4* mine = sum_of(self);
+  float4* mine = sum_of(slab);
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
     const float* v = &d[i / 16][i % 16 * 4];
@@ -221,27 +210,27 @@ __device__ __forceinline__ bool join(float (&d)[T::kParts][64], const FoldedGemm
   uint32_t before = 0;
   if (lane == 0) {
     __threadfence();  // what the warp wrote, before its arrival
-    before = atomicAdd(p.arrived + (tile * T::kCluster + rank) * T::kWarps + warp, 1u);
+    before = atomicAdd(p.arrived + tile * T::kWarps + warp, 1u);
     __threadfence();  // the arrivals of the others, before what they wrote is read
   }
   before = __shfl_sync(0xFFFFFFFFu, before, 0);
   __syncwarp();
-  if (before != static_cast<uint32_t>(last - first)) return false;
+  if (before != static_cast<uint32_t>(slabs - 1)) return false;
 #pragma unroll
   for (int i = 0; i < kVectors; i += kFlight) {
     float4 sum[kFlight];
 #pragma unroll 1
-    for (int worker = first; worker <= last; ++worker) {
-      const float4* theirs = sum_of(worker) + i * 32;
+    for (int other = first; other < first + slabs; ++other) {
+      const float4* theirs = sum_of(other) + i * 32;
       float4 v[kFlight];
 #pragma unroll
       for (int j = 0; j < kFlight; ++j) v[j] = __ldcg(theirs + j * 32);
 #pragma unroll
       for (int j = 0; j < kFlight; ++j) {
-        sum[j].x = worker == first ? v[j].x : sum[j].x + v[j].x;
-        sum[j].y = worker == first ? v[j].y : sum[j].y + v[j].y;
-        sum[j].z = worker == first ? v[j].z : sum[j].z + v[j].z;
-        sum[j].w = worker == first ? v[j].w : sum[j].w + v[j].w;
+        sum[j].x = other == first ? v[j].x : sum[j].x + v[j].x;
+        sum[j].y = other == first ? v[j].y : sum[j].y + v[j].y;
+        sum[j].z = other == first ? v[j].z : sum[j].z + v[j].z;
+        sum[j].w = other == first ? v[j].w : sum[j].w + v[j].w;
       }
     }
 #pragma unroll
@@ -295,9 +284,8 @@ __device__ __forceinline__ void consume(const CUtensorMap& map_out, const Kernel
   const uint32_t boxes = boxes_of<T>(shared, warp);
   const Factors<T> factors(shared, group);
   RingPosition<T> ring(shared);
-  for (Walk<T, kTiling> walk(args); walk.more();) {
+  for (Walk<T, kTiling> walk{args}; walk.more(); walk.step()) {
     const Segment s = walk.segment();
-    walk.step(s);
     int m, n;
     args.order.at(s.tile, m, n);
     m = (m * T::kCluster + rank) * T::kTileM + warp * 16;  // the warp's 16 rows
@@ -312,7 +300,7 @@ __device__ __forceinline__ void consume(const CUtensorMap& map_out, const Kernel
     else
       multiply_fast<T>(d, ring, factors, s.end - s.begin, lane);
     if constexpr (kTiling == Tiling::kSlabs)
-      if (s.count < args.p.split.slabs && !join<T>(d, args.p, s.tile, rank, warp, lane)) continue;
+      if (!join<T>(d, args.p, s.tile, walk.at, warp, lane)) continue;
     const bool moderate = scales.all_moderate() && args.moderate_alpha;
 #pragma unroll
     for (int unit = 0; unit < 2 * T::kParts; ++unit)

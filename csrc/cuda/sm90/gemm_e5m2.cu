@@ -21,9 +21,8 @@ template <class T, Tiling kTiling>
 __device__ __forceinline__ void produce(const CUtensorMap& map_a, const CUtensorMap& map_b,
                                         const KernelArgs& args, uint32_t shared, uint32_t rank) {
   RingPosition<T> ring(shared);
-  for (Walk<T, kTiling> walk(args); walk.more();) {
+  for (Walk<T, kTiling> walk{args}; walk.more(); walk.step()) {
     const Segment s = walk.segment();
-    walk.step(s);
     int m, n;
     args.order.at(s.tile, m, n);
     for (int block = s.begin; block < s.end; ++block) {
@@ -90,7 +89,7 @@ static cudaError_t launch(const FoldedGemmParams& p, int multiprocessors, cudaSt
   }
   const int tiles = args.order.count();
   return launch_persistent<T>(folded_gemm_kernel<T, kType, kTiling>,
-                              kTiling == Tiling::kSlabs ? p.split.workers(tiles) : tiles,
+                              kTiling == Tiling::kSlabs ? tiles * p.split.slabs : tiles,
                               multiprocessors, stream, map_a, map_b, map_out, args);
 }
 
@@ -117,17 +116,13 @@ static cudaError_t launch_chunk(const FoldedGemmParams& p, int multiprocessors,
 }
 
 // Partial sums of a chunk of 128, K in slabs.
-using LargeSplit = GemmTraits<2, 2, 128>;
-using SmallSplit = GemmTraits<1, 1, 128>;
+using SlabTraits = GemmTraits<1, 1, 128>;
 
 SplitScratch split_scratch(const SplitK& split, int64_t m, int64_t n) {
   if (split.slabs == 1) return {};
-  const bool large = split.parts == 2;
-  const int blocks = large ? LargeSplit::kCluster : SmallSplit::kCluster,
-            bytes = large ? LargeSplit::kSumBytes : SmallSplit::kSumBytes;
-  const int tiles = static_cast<int>(split_k::tiles_of(m, n, split.parts));
-  return {int64_t{split.workers(tiles)} * split.slots() * blocks * bytes,
-          tiles * blocks * LargeSplit::kWarps};
+  const int64_t tiles = split_k::tiles_of(m, n, SlabTraits::kParts);
+  return {tiles * split.slabs * SlabTraits::kSumBytes,
+          static_cast<int>(tiles) * SlabTraits::kWarps};
 }
 
 cudaError_t launch_folded_gemm(const FoldedGemmParams& p, cudaStream_t stream) {
@@ -143,9 +138,7 @@ cudaError_t launch_folded_gemm(const FoldedGemmParams& p, cudaStream_t stream) {
     case Accumulate::kFp32:
       break;
   }
-  if (p.split.slabs > 1)
-    return p.split.parts == 2 ? launch<LargeSplit, Tiling::kSlabs>(p, multiprocessors, stream)
-                              : launch<SmallSplit, Tiling::kSlabs>(p, multiprocessors, stream);
+  if (p.split.slabs > 1) return launch<SlabTraits, Tiling::kSlabs>(p, multiprocessors, stream);
   if (p.overlap) return launch_chunk<128, Tiling::kOverlapped>(p, multiprocessors, stream);
   return launch_chunk<128>(p, multiprocessors, stream);
 }

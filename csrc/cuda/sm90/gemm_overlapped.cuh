@@ -143,12 +143,12 @@ struct Overlapped {
   }
 
   __device__ __forceinline__ void run() {
-    Walk<T, Tiling::kOverlapped> walk(args);
+    Walk<T, Tiling::kOverlapped> walk{args};
     if (!walk.more()) return;
     ptx::mbarrier_wait(ring.full(), ring.parity);
     while (walk.more()) {
       const Segment s = walk.segment();
-      walk.step(s);
+      walk.step();
       first_stage(s.tile);
 #pragma unroll 1
       for (int block = 2; block < args.k_blocks; ++block) middle_stage();
