@@ -107,15 +107,19 @@ OPTIMIZERS = {
 }
 
 
-# The full suite.
-RUN = "nvidia-h200.json"
+# The full suite, by GPU.
+RUNS = {"H200": "nvidia-h200.json", "H100": "nvidia-h100.json"}
 
 
 def measured_table(title: str, column: str, rows: dict[str, str]) -> str:
     """Rows of the committed measurements, by the names that the README gives them."""
-    found = {row["name"]: row for row in json.loads((MEASURED / RUN).read_text())["results"]}
-    lines = [f"| row | {title} |", "| --- | --- |"]
-    lines += [f"| {label} | {found[name][column]:.2f} |" for label, name in rows.items()]
+    found = [
+        {row["name"]: row for row in json.loads((MEASURED / run).read_text())["results"]}
+        for run in RUNS.values()
+    ]
+    lines = [f"| {title} | {' | '.join(RUNS)} |", f"| --- |{' --- |' * len(RUNS)}"]
+    for label, name in rows.items():
+        lines.append(f"| {label} | {' | '.join(f'{run[name][column]:.2f}' for run in found)} |")
     return "\n".join(lines)
 
 
