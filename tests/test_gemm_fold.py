@@ -154,13 +154,21 @@ def test_error_bound_of_dequant(name):
         test_error_bound(name, "exact")
 
 
+@needs_fold
+@pytest.mark.parametrize("format", ["mxfp8_e4m3", "mxfp8_e5m2", "mxfp6_e2m3", "nvfp4"])
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+def test_error_bound_of_the_formats_that_are_decoded(name, format):
+    """Of each a BF16 holds what an element and its block's scale make."""
+    test_error_bound(name, "exact", format)
+
+
 @by_each_fold_backend
 @pytest.mark.parametrize("accumulate", ["fp32", "exact"])
 @pytest.mark.parametrize("name", DISTRIBUTIONS)
-def test_error_bound(name, accumulate):
+def test_error_bound(name, accumulate, format="mxfp4"):
     for m, n, k in [(256, 512, 128), (130, 200, 1000), (128, 256, 8192), (5, 300, 65536)]:
-        a = mxtrain.quantize(values(name, m, k, seed=1), "mxfp4")
-        b = mxtrain.quantize(values(name, n, k, seed=2), "mxfp4")
+        a = mxtrain.quantize(values(name, m, k, seed=1), format)
+        b = mxtrain.quantize(values(name, n, k, seed=2), format)
         got = mxtrain.gemm(a, b, out_dtype=torch.float32, accumulate=accumulate).double()
         product, magnitude = exact(a, b)
         assert ((got - product).abs() <= TOLERANCE[accumulate](k) * magnitude).all(), (m, n, k)
