@@ -84,9 +84,8 @@ struct StripPlan {
   uint32_t rows, kp, blocks;  // blocks: of a row
   uint32_t round_up, ordinary;
   uint32_t norm_shift;  // float32 bits by which the norm, a power of two, moves a scale; else 0
-  uint32_t zeros;    // (+0, -0) in bfloat16; in memory, since ptxas takes pairs of constants apart
-  float norm;        // 1 where it is multiplied into the elements
-  bool fits, plain;  // plain: fits, and no prescale
+  float norm;           // 1 where it is multiplied into the elements
+  bool fits, plain;     // plain: fits, and no prescale
 };
 
 template <Strip kStrip>
@@ -102,7 +101,6 @@ __host__ __device__ __forceinline__ StripPlan make_plan(const QuantizeParams& p)
                       : 0u;
   plan.norm_shift =
       rotates(kStrip) && p.hadamard != 32 ? (127u << 23) - float_bits(p.hadamard_norm) : 0u;
-  plan.zeros = kSignBit;
   plan.norm = plan.norm_shift != 0 ? p.hadamard_norm : 1.0f;
   // |v| < 8 S by every rule and <= 6 S by ceil
   plan.fits = p.prescale <= 0.75f ||
@@ -111,30 +109,19 @@ __host__ __device__ __forceinline__ StripPlan make_plan(const QuantizeParams& p)
   return plan;
 }
 
-// Which elements of a block lie in the high halves of words whose halves are `apart` elements from
-// each other: in rows, in columns (ColumnLanes in strip_tile.cuh).
-constexpr uint32_t kRowApart = 1;
-constexpr uint32_t column_apart(bool group64) { return group64 ? 4 : 2; }
-constexpr bool is_high(uint32_t i, uint32_t apart) { return i & apart; }
-
-// The signs of 64 elements, in shared memory: of a high one 1 or -1 as float32, which is (0, 1) or
-// (0, -1) in bfloat16; of a low one the bit.
+// The sign bits of 64 elements, in shared memory.
 struct StripSigns {
   uint4 word[StripTraits::kTile / 4];
 };
-constexpr uint32_t kOne = 0x3F800000u;
 
 template <Strip kStrip>
 __device__ __forceinline__ void fill_signs(uint4 (&signs)[StripTraits::kTile / 4],
-                                           const QuantizeParams& p, uint32_t apart) {
-  if constexpr (rotates(kStrip)) {
+                                           const QuantizeParams& p) {
+  if (!rotates(kStrip)) return;
 #pragma unroll 1
-    for (uint32_t i = threadIdx.x; i < StripTraits::kTile; i += blockDim.x) {
-      const bool minus = p.signs != nullptr && p.signs[i % static_cast<uint32_t>(p.hadamard)] < 0;
-      reinterpret_cast<uint32_t*>(signs)[i] =
-          (is_high(i, apart) ? kOne : 0u) | (minus ? kSignBit : 0u);
-    }
-  }
+  for (int i = threadIdx.x; i < StripTraits::kTile; i += blockDim.x)
+    reinterpret_cast<uint32_t*>(signs)[i] =
+        p.signs != nullptr && p.signs[i % p.hadamard] < 0 ? kSignBit : 0u;
 }
 
 // The same in all lanes, and the compiler knows it: so it lies in a uniform register.
@@ -179,7 +166,7 @@ __device__ __forceinline__ void fill_tables(StripTables& t, const QuantizeParams
     t.plan = make_plan<kStrip>(p);
     t.offset = draws_bits(kStrip) ? static_cast<uint32_t>(p.rng[p.rng_stride]) : 0u;
   }
-  fill_signs<kStrip>(t.signs, p, column_apart(rotates64(kStrip)));
+  fill_signs<kStrip>(t.signs, p);
   if (draws_bits(kStrip) && i < kPhiloxRounds) {
     const uint64_t seed = static_cast<uint64_t>(p.rng[0]);
     reinterpret_cast<uint2*>(t.keys)[i] =

@@ -15,21 +15,11 @@ __device__ __forceinline__ uint32_t strip_offset(uint32_t r, uint32_t chunk) {
   return r * StripTraits::kRowBytes + ((chunk ^ (r & 7) ^ (r / 32 * 4)) * 16);
 }
 
-// The low half of a pair of bfloat16, and the high one, with a sign as StripSigns has it. The high
-// one is a product of pairs, whose low one is a zero, plus (+0, -0), so that a zero keeps its sign:
-// the pipe for these is free, those of the integer instructions are not. In groups of 64 the zeros'
-// signs do not matter: where one would come to be a result's all 64 elements are zeros, and empty
-// blocks have codes of +0. Beside an infinity or a NaN the low half of the product is a NaN: no
-// matter either, since then the maximum of the block is none that anything is rounded by.
-__device__ __forceinline__ float widen_low(uint32_t pair, uint32_t sign) {
-  return bits_float(ptx::mad_lo_u32(pair, 1u << 16, sign));  // adding bit 31 flips it
-}
-template <Strip kStrip>
-__device__ __forceinline__ float widen_high(uint32_t pair, uint32_t sign, const StripPlan& plan) {
-  return bits_float(ptx::fma_rn_bf16x2(pair, sign, rotates64(kStrip) ? 0u : plan.zeros));
+__device__ __forceinline__ float widen_with_sign(uint32_t half, uint32_t sign) {
+  return bits_float(ptx::mad_lo_u32(half, 1u << 16, sign));  // adding bit 31 flips it
 }
 
-// v[i] = element(i, sign); the signs are those of half b of the Hadamard group's 64.
+// v[i] = element(i, sign bit); the signs are those of half b of the Hadamard group's 64.
 template <Strip kStrip, class Tables, class Element>
 __device__ __forceinline__ void fill_block(float (&v)[32], const Tables& tables, int b,
                                            Element element) {
@@ -55,8 +45,7 @@ template <Strip kStrip, class Tables>
 __device__ __forceinline__ void fill_from_row(float (&v)[32], const Tables& tables, int b,
                                               const uint32_t (&w)[16]) {
   fill_block<kStrip>(v, tables, b, [&](int i, uint32_t sign) {
-    if (!is_high(i, kRowApart)) return widen_low(w[i / 2], sign);
-    return widen_high<kStrip>(w[i / 2], rotates(kStrip) ? sign : kOne, tables.plan);
+    return i % 2 ? bits_float((w[i / 2] & 0xFFFF0000u) ^ sign) : widen_with_sign(w[i / 2], sign);
   });
 }
 
@@ -166,7 +155,7 @@ __device__ __forceinline__ void column_addresses(uint32_t tile, uint32_t b, uint
 // chunks of a matrix lie in different banks.
 template <bool k64>
 struct ColumnLanes {
-  static constexpr uint32_t kApart = column_apart(k64);
+  static constexpr uint32_t kApart = k64 ? 4 : 2;
   static constexpr uint32_t kChunks = k64 ? 4 : 2;  // of a pass
   static constexpr uint32_t kNeighbour = 8;         // see RowLanes; where k64
 
@@ -199,10 +188,8 @@ __device__ __forceinline__ void fill_from_column(float (&v)[32], const Tables& t
   for (int i = 0; i < 4; ++i) ptx::ldmatrix_x4_trans(w[i], from + i * 8 * StripTraits::kRowBytes);
   fill_block<kStrip>(v, tables, b, [&](int i, uint32_t sign) {
     const uint32_t pair = w[i / 8][Lanes::matrix(i)];
-    if (!is_high(i, Lanes::kApart)) return widen_low(pair, sign);
-    // sums of x need infinities as they are
-    return rotates(kStrip) ? widen_high<kStrip>(pair, sign, tables.plan)
-                           : bits_float(pair & 0xFFFF0000u);
+    return i & Lanes::kApart ? bits_float((pair & 0xFFFF0000u) ^ sign)
+                             : widen_with_sign(pair, sign);
   });
 }
 
