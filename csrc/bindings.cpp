@@ -110,7 +110,7 @@ py::tuple scheduled_philox(uint32_t group, uint32_t offset, uint32_t stream,
 py::dict split_k(int64_t m, int64_t n, int64_t k, int multiprocessors) {
   const cuda::SplitK split = cuda::plan_split(m, n, k, multiprocessors);
   const int tiles = static_cast<int>(cuda::split_k::tiles_of(m, n, 1)),
-            k_blocks = static_cast<int>((k + cuda::split_k::kStage - 1) / cuda::split_k::kStage);
+            k_blocks = cuda::split_k::stages_of(k);
   py::list segments;
   for (int slab = 0; split.slabs > 1 && slab < tiles * split.slabs; ++slab) {
     const cuda::Segment s = split.segment(slab, k_blocks);

@@ -119,7 +119,8 @@ def measured_table(title: str, column: str, rows: dict[str, str]) -> str:
     ]
     lines = [f"| {title} | {' | '.join(RUNS)} |", f"| --- |{' --- |' * len(RUNS)}"]
     for label, name in rows.items():
-        lines.append(f"| {label} | {' | '.join(f'{run[name][column]:.2f}' for run in found)} |")
+        cells = [f"{of_gpu[name][column]:.2f}" for of_gpu in found]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -48,7 +48,6 @@ def check_plan(p: dict, k: int) -> None:
     for tile, begin, end in p["segments"]:
         assert begin < end
         stages[tile] += range(begin, end)
-    assert len(p["segments"]) == p["slabs"] * p["tiles"]
     assert all(s == list(range(-(-k // 128))) for s in stages)
 
 
@@ -94,7 +93,10 @@ def operands(name: str, m: int, n: int, k: int) -> tuple[mxtrain.Operand, mxtrai
 @needs_hopper
 @pytest.mark.parametrize("shape", SHAPES)
 def test_split_products_are_right(shape, monkeypatch):
-    """Within the bound on operands that err; the bytes of whole tiles on those that do not."""
+    """Within the bound on operands that err; the bytes of whole tiles on those that do not.
+
+    On 132 multiprocessors all are split (test_what_is_split_and_what_is_not).
+    """
     a, b = operands("blocks-4", *shape)
     got = mxtrain.gemm(a, b, out_dtype=torch.float32).double()
     product, magnitude = exact(a, b)

@@ -102,6 +102,42 @@ def test_maximum_at_every_place(rounding, group, transpose, value, device):
     check_quantize(x, "mxfp4", device, transpose=transpose, **options(rounding, group))
 
 
+def zeros_of_both_signs(rows, cols, group):
+    """Sparse +-1, of which what is left out keeps its sign; and a group that is half -0 and cancels
+    in the rest: a butterfly's -0 - (+0) is -0, so the sign of a zero reaches a code."""
+    g = torch.Generator().manual_seed(group)
+    sign = torch.randint(0, 2, (rows, cols), generator=g) * 2.0 - 1
+    x = (torch.rand(rows, cols, generator=g) < 0.02) * sign
+    if group:
+        x[0, :group] = -0.0
+        x[0, group // 2], x[0, group // 2 + 1] = 1, -1
+    return x.bfloat16()
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("rounding, group", TARGETS)
+def test_zeros_of_both_signs(rounding, group, transpose, device):
+    x = zeros_of_both_signs(192, 256, group)
+    opts = options(rounding, group) | ({"signs": None} if group else {})
+    for y in (x, x.T.contiguous()):
+        check_quantize(y, "mxfp4", device, transpose=transpose, **opts)
+        check_quantize(y, "mxfp4", device, transpose=transpose, **options(rounding, group))
+    codes = reference.quantize(x, "mxfp4", **opts)[0]
+    assert ((codes & 0xF) == 8).any() or ((codes >> 4) == 8).any()  # -0, in blocks of ordinary size
+
+
+@pytest.mark.parametrize("group", [16, 32, 64])
+def test_zeros_of_both_signs_from_codes(group, device):
+    x = reference.quantize(zeros_of_both_signs(192, 256, group).T.contiguous(), "mxfp4")
+    data, scale = (t.to(device) for t in x[:2])
+    opts = options("stochastic", group)
+    on = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in opts.items()}
+    got = mxtrain.requantize(mxtrain.Operand(data, scale, "mxfp4", (256, 192)), **on)
+    want = reference.requantize(*x, "mxfp4", 192, **opts)
+    assert_same_bytes(got.scale, want[1])
+    assert_same_bytes(got.data, want[0])
+
+
 @pytest.mark.parametrize("swizzle", [False, True])
 @pytest.mark.parametrize("transpose", [False, True])
 @pytest.mark.parametrize(

@@ -38,9 +38,9 @@ struct FoldedGemmParams {
   bool add;   // to what a float32 out holds
 
   SplitK split;       // K in slabs, if it has any; of plan_folded_gemm
-  float* partial;     // the sums of workers that share a tile; 16-byte aligned
+  float* partial;     // the sums of slabs, [slab, ...]; 16-byte aligned
   bool overlap;       // a tile's end under the next one's products; the same bytes
-  uint32_t* arrived;  // how many of them are there, of each warp of each tile; 0 at first
+  uint32_t* arrived;  // how many sums are in partial, of each warp of each tile; 0 at first
 };
 
 // What a split product needs beside its operands; nothing, if it is not split.

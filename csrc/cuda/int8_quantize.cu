@@ -106,8 +106,9 @@ __device__ __forceinline__ uint32_t pack4(const float* rounded) {
 
 // The codes of formats/int8.h's int8_stochastic for finite u, four of them, in fewer instructions.
 // |u| + 128 - 2^-17, rounded up to a multiple of 2^-16, has the bits of n + 128 and, below them, a
-// 16-bit F for the fraction f, with f * 2^16 > draw + 1/2 just where F > draw. So plus 65535 - draw
-// it carries into n just there, and the third byte is the magnitude. |u| is at most 127 + 2^-17
+// 16-bit F for the fraction f, with f * 2^16 > draw + 1/2 just where F > draw (or n has its carry
+// already, above 65535 1/2). So plus 65535 - draw it carries into n just there, and the third byte
+// is the magnitude. |u| is at most 127 + 2^-17
 // (tried for all maxima of a binade; others have the same quotients), so that byte at most 127. Of
 // a zero the sum would lie under 128: its |u| is 2^-20, which never goes up either. flipped: draws
 // 2 h and 2 h + 1 in the halves of word h, all bits flipped. signs: 0xFF for a negative one's byte.
@@ -229,7 +230,7 @@ struct Int8Quantizer {
     return largest;
   }
 
-  // The calls of two of its rows; the lanes of the group's other quarters have the other rows'.
+  // The calls of some of its rows; the lanes of the group's other quarters have the other rows'.
   struct Draws {
     Philox4 own[T::kOwnDraws];
   };

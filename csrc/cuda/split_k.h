@@ -5,9 +5,9 @@
 // every sum depends on the shapes and the number of multiprocessors alone. No CUDA here: tests ask
 // the host for it.
 //
-// A block takes one slab and no more. Where blocks took several, of up to 16 a tile, what they read
-// at one time lay all over K, so that the L2 had less of it once for many: 8 to 36% slower than
-// whole tiles (docs/performance.md).
+// A block takes one slab and no more. Where blocks took several, they no longer read the same part
+// of A or B at one time: four of seven shapes were 8 to 35% slower than whole tiles, three 4 to 6%
+// faster (docs/performance.md).
 #pragma once
 
 #include <cstdint>
@@ -38,11 +38,13 @@ constexpr int kStage = 128;  // of K
 
 // Clocks of a multiprocessor: a stage of a whole tile of 128 x 128 or of 128 x 256; one of a slab,
 // always of 128 x 128, since slabs share less of what they read; leaving a sum; adding another's.
-constexpr double kStageClocks[3] = {0, 602, 1024}, kSlabStage = 1000;
+constexpr double kStageClocks[3] = {0, 602, 1024};
+constexpr double kSlabStage = 1000;  // 1100 on an H100; but then two slabs a tile would never pay
 constexpr double kLeave = 1300, kAdd = 1300;
 constexpr double kGain = 0.92;  // of the time of whole tiles, at most
 constexpr int kMostSlabs = 16;
 
+MXT_HD int stages_of(int64_t k) { return static_cast<int>((k + kStage - 1) / kStage); }
 MXT_HD int64_t tiles_of(int64_t m, int64_t n, int parts) {
   const int64_t rows = parts == 2 ? 256 : 128, cols = 128 * parts;
   return ((m + rows - 1) / rows) * ((n + cols - 1) / cols);
@@ -59,7 +61,7 @@ inline double whole_clocks(int64_t m, int64_t n, int k_blocks, int parts, int mu
 // The cheapest way for m x n x k, which may be not to split.
 inline SplitK plan_split(int64_t m, int64_t n, int64_t k, int multiprocessors) {
   using namespace split_k;
-  const int k_blocks = static_cast<int>((k + kStage - 1) / kStage);
+  const int k_blocks = stages_of(k);
   SplitK best;
   if (multiprocessors < 2) return best;
   double least = kGain * whole_clocks(m, n, k_blocks, 1, multiprocessors);

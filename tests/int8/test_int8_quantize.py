@@ -107,18 +107,28 @@ def test_bytes_of_stochastic_rounding(shape, dtype, device):
 
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_bytes_of_stochastic_rounding_at_both_ends(dtype, device):
-    """Half a million zeros, which see all draws, and blocks of their largest magnitude, whose
-    quotients are 127 and one step of float32 more or less."""
+    """Half a million zeros, draws of 0 and of 65535 among them, and blocks of their largest
+    magnitude, whose quotients are 127 and one step of float32 more or less."""
     g = torch.Generator().manual_seed(3)
     grid = torch.rand(4, 8, generator=g) + 0.5
     zeros = torch.zeros(4 * BLOCK, 8 * BLOCK)
     zeros[::BLOCK, ::BLOCK] = grid
+    drawn = reference.draws(RNG, *zeros.shape, 0)[zeros == 0]
+    assert drawn.min() == 0 and drawn.max() == 2**16 - 1  # only of the last a wrong zero goes up
     tops = grid.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
     tops = tops * (torch.randint(0, 2, tops.shape, generator=g) * 2 - 1)
     for x in (zeros.to(dtype), tops.to(dtype)):
         data, _ = reference.int8_quantize(x, RNG)
         got = mxtrain.int8_quantize(x.to(device), rounding="stochastic", rng=RNG.to(device))
         assert_same_bytes(got.data, data)
+
+
+def test_quotients_of_the_largest_magnitude():
+    """x / S of a block's largest |x| is at most 127 + 2^-17, as stochastic rounding on CUDA has it:
+    for all float32 of a binade; others have the same, or smaller ones where S is held at 2^-126."""
+    largest = (torch.arange(2**23, dtype=torch.int32) + (127 << 23)).view(torch.float32)
+    quotient = largest * (1 / (largest / 127))
+    assert quotient.max() == 127 + 2.0**-17
 
 
 def test_ties_go_to_even_and_grid_values_stay(device):

@@ -195,9 +195,9 @@ __device__ __forceinline__ bool join(float (&d)[T::kParts][64], const FoldedGemm
                                      int slab, int warp, int lane) {
   static_assert(T::kCluster == 1, "a slab is one block's");
   constexpr int kVectors = T::kParts * 16, kFlight = 8;   // float4 of a lane; asked for at a time
-  const int slabs = p.split.slabs, first = tile * slabs;  // of all
-  const auto sum_of = [&](int slab) {
-    return reinterpret_cast<float4*>(p.partial) + (slab * T::kWarps + warp) * (kVectors * 32) +
+  const int slabs = p.split.slabs, first = tile * slabs;  // the tile's first of all slabs
+  const auto sum_of = [&](int which) {
+    return reinterpret_cast<float4*>(p.partial) + (which * T::kWarps + warp) * (kVectors * 32) +
            lane;
   };
   float4* mine = sum_of(slab);
