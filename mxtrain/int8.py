@@ -72,6 +72,11 @@ class Int8Operand:
                 refusal(what, "shape", "have data's rows", self.shape, context, advice)
             )
 
+    def __repr__(self) -> str:
+        """Without the codes and scales, which may be large and on a GPU."""
+        residual = ", with residual" if self.residual is not None else ""
+        return f"Int8Operand(shape={self.shape}, device='{self.data.device}'{residual})"
+
     @property
     def parts(self) -> tuple[Tensor | None, ...]:
         """Every tensor of it; `Int8Operand.of(parts, shape)` is the inverse."""

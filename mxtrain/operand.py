@@ -85,6 +85,11 @@ class Operand:
             advice = "Pass what quantize or swizzle_scale returned."
             raise ValueError(refusal("Operand", "swizzled", condition, got, context, advice))
 
+    def __repr__(self) -> str:
+        """Without the codes and scales, which may be large and on a GPU."""
+        layout = ", swizzled=True" if self.swizzled else ""
+        return f"Operand({self.format!r}, shape={self.shape}, device='{self.data.device}'{layout})"
+
     @property
     def nbytes(self) -> int:
         """Bytes that codes and scales take."""
