@@ -16,7 +16,38 @@ std::string device_of(const Tensor& t) {
   return (t.is_cuda() ? "cuda:" : "device ") + std::to_string(t.get_device_index());
 }
 
-const char* dtype_name(ScalarType dtype) { return torch::headeronly::toString(dtype); }
+const char* dtype_name(ScalarType dtype) {
+  switch (dtype) {
+#define MXT_ROW(type, name) \
+  case ScalarType::type:    \
+    return name;
+    MXT_ROW(Bool, "bool")
+    MXT_ROW(Byte, "uint8")
+    MXT_ROW(Char, "int8")
+    MXT_ROW(Short, "int16")
+    MXT_ROW(Int, "int32")
+    MXT_ROW(Long, "int64")
+    MXT_ROW(Half, "float16")
+    MXT_ROW(BFloat16, "bfloat16")
+    MXT_ROW(Float, "float32")
+    MXT_ROW(Double, "float64")
+    MXT_ROW(ComplexFloat, "complex64")
+    MXT_ROW(ComplexDouble, "complex128")
+    MXT_ROW(Float8_e4m3fn, "float8_e4m3fn")
+    MXT_ROW(Float8_e5m2, "float8_e5m2")
+    MXT_ROW(Float8_e8m0fnu, "float8_e8m0fnu")
+    MXT_ROW(Float8_e4m3fnuz, "float8_e4m3fnuz")
+    MXT_ROW(Float8_e5m2fnuz, "float8_e5m2fnuz")
+    MXT_ROW(Float4_e2m1fn_x2, "float4_e2m1fn_x2")
+    MXT_ROW(ComplexHalf, "complex32")
+    MXT_ROW(UInt16, "uint16")
+    MXT_ROW(UInt32, "uint32")
+    MXT_ROW(UInt64, "uint64")
+#undef MXT_ROW
+    default:
+      return torch::headeronly::toString(dtype);
+  }
+}
 
 bool is_input_float(ScalarType dtype) {
   return dtype == ScalarType::BFloat16 || dtype == ScalarType::Half || dtype == ScalarType::Float;

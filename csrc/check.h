@@ -35,9 +35,9 @@ template <class... Parts>
     if (!(condition)) ::mxtrain::fail(op, __VA_ARGS__); \
   } while (0)
 
-std::string shape_of(const Tensor& t);   // "[4, 100]"
-std::string device_of(const Tensor& t);  // "cuda:1"
-const char* dtype_name(ScalarType dtype);
+std::string shape_of(const Tensor& t);     // "[4, 100]"
+std::string device_of(const Tensor& t);    // "cuda:1"
+const char* dtype_name(ScalarType dtype);  // as Python has it: "float32"
 
 bool is_input_float(ScalarType dtype);  // bfloat16, float16 or float32
 void check_matrix(const char* op, const char* name, const Tensor& t);  // 2-D, a float type

@@ -31,7 +31,7 @@ from .int8_ops import BLOCK, blocks
 _ops = torch.ops.mxtrain
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # tensors have no one truth of ==
 class Int8Operand:
     """A logical `[R, K]` matrix in int8_block. value = scale * data (+ residual_scale * residual).
 

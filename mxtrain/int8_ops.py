@@ -145,7 +145,7 @@ def _check_unpack(pool: Tensor, scale: Tensor, mask: Tensor, rows: int, kp: int)
     check.check_same_device(op, "mask", mask, pool)
     fits = scale.dtype == torch.float32 and scale.dim() == 2
     if not fits or any(_differ(a, b) for a, b in zip(scale.shape, mask.shape, strict=True)):
-        condition, got = "be Float of the mask's shape", f"{_dtype(scale.dtype)} {_shape(scale)}"
+        condition, got = "be float32 of the mask's shape", f"{_dtype(scale.dtype)} {_shape(scale)}"
         _fail(op, "scale", condition, got, context, "Pass that of int8_pack_residual.")
     check.check_same_device(op, "scale", scale, pool)
     whole = not _known(kp) or (kp % BLOCK == 0 and not _differ(kp // BLOCK, mask.shape[1]))

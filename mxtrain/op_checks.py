@@ -22,22 +22,13 @@ BYTE = torch.uint8
 STATISTICS_PARTS = 128  # as kStatisticsParts in csrc/formats/statistics.h
 ROUND_TARGETS = (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 
-# What C++ calls the dtypes whose torch name, capitalised, is not its name.
-_DTYPE_NAMES = {
-    "uint8": "Byte", "int8": "Char", "int16": "Short", "int32": "Int", "int64": "Long",
-    "float16": "Half", "float32": "Float", "float64": "Double", "bfloat16": "BFloat16",
-    "complex32": "ComplexHalf", "complex64": "ComplexFloat", "complex128": "ComplexDouble",
-    "uint16": "UInt16", "uint32": "UInt32", "uint64": "UInt64",
-}  # fmt: skip
-
 
 def _fail(op: str, argument: str, condition: str, got: object, context: str, advice: str) -> None:
     raise RuntimeError(refusal(op, argument, condition, got, context, advice))
 
 
 def _dtype(dtype: torch.dtype) -> str:
-    name = str(dtype).removeprefix("torch.")
-    return _DTYPE_NAMES.get(name, name[0].upper() + name[1:])
+    return str(dtype).removeprefix("torch.")
 
 
 def _shape(t: Tensor) -> str:
@@ -332,17 +323,17 @@ def check_gemm(
 ) -> None:  # fmt: skip
     _, a_kp = check_operand(op, "a", *a, format, True)
     n, b_kp = check_operand(op, "b", *b, format, True)
-    shapes = f"a {_shape(a[0])}, b {_shape(b[0])}"
+    shapes = f"a data {_shape(a[0])}, b data {_shape(b[0])}"
     if _differ(a_kp, b_kp):
         condition, got = "have the same K", f"{a_kp} and {b_kp}"
         context = f"padded, format {BY_CODE[format].name}; {shapes}"
         advice = "Both are quantized along the contraction axis: D = A B^T."
         _fail(op, "a and b", condition, got, context, advice)
     check_same_device(op, "b", b[0], a[0])
-    check_float_dtype(op, "out_dtype", out_dtype, "a", a[0])
+    check_float_dtype(op, "out_dtype", out_dtype, "a data", a[0])
     if not math.isfinite(as_float32(alpha)):
         advice = "It is a float32 factor on the product; 1 for none."
-        _fail(op, "alpha", "be finite", f"{alpha:g}", f"a {_shape(a[0])}", advice)
+        _fail(op, "alpha", "be finite", f"{alpha:g}", f"a data {_shape(a[0])}", advice)
     check_choice(op, "accumulate", accumulate, list(ACCUMULATE))
     if bias is None:
         return
@@ -360,7 +351,7 @@ def check_accumulator(out: Tensor, a: Tensor, b: Tensor) -> None:
         condition = f"be contiguous, float32 of shape [{size[0]}, {size[1]}]"
         strided = "" if out.is_contiguous() else " strided"
         got, advice = f"{_dtype(out.dtype)} {_shape(out)}{strided}", "Allocate it with torch.zeros."
-        _fail("gemm_add_", "out", condition, got, f"a {_shape(a)}, b {_shape(b)}", advice)
+        _fail("gemm_add_", "out", condition, got, f"a data {_shape(a)}, b data {_shape(b)}", advice)
     check_same_device("gemm_add_", "out", out, a)
 
 

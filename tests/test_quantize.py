@@ -376,12 +376,13 @@ def test_operands_at_any_address(format, device):
             assert got is expected is None or torch.equal(got, expected)
 
 
-def test_operands_print_themselves_without_their_codes():
+def test_operands_print_themselves_without_their_codes_and_compare_by_identity():
     x = torch.randn(130, 256)
     operand = mxtrain.quantize(x, "mxfp4")
     assert repr(operand) == "Operand('mxfp4', shape=(130, 256), device='cpu')"
     swizzled = mxtrain.quantize(x, "mxfp4", swizzle=True)
     assert repr(swizzled) == "Operand('mxfp4', shape=(130, 256), device='cpu', swizzled=True)"
+    assert operand != swizzled and len({operand, swizzled, operand}) == 2
     assert repr(mxtrain.int8_quantize(x)) == "Int8Operand(shape=(130, 256), device='cpu')"
     fallen, _ = mxtrain.int8_quantize_fallback(x, 1.0)
     assert repr(fallen) == "Int8Operand(shape=(130, 256), device='cpu', with residual)"

@@ -73,7 +73,7 @@ void check_rms_norm_backward(const Tensor& dy, const ContextTensors& context, co
   check_context(op, context, 1, dy);
   MXT_CHECK(
       rstd.scalar_type() == ScalarType::Float && rstd.dim() == 1 && rstd.size(0) == dy.size(0), op,
-      "rstd must be Float of shape [", dy.size(0), "], got ", dtype_name(rstd.scalar_type()), " ",
+      "rstd must be float32 of shape [", dy.size(0), "], got ", dtype_name(rstd.scalar_type()), " ",
       shape_of(rstd), " (the gradient has shape ", shape_of(dy),
       "). Pass what the forward op returned.");
   check_same_device(op, "rstd", rstd, dy);

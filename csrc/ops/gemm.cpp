@@ -18,13 +18,13 @@ void check_gemm(const char* op, const Tensor& a, const Tensor& a_scale,
   const PackedShape sa = check_operand(op, "a", a, a_scale, a_tensor_scale, format, true);
   const PackedShape sb = check_operand(op, "b", b, b_scale, b_tensor_scale, format, true);
   MXT_CHECK(sa.kp == sb.kp, op, "a and b must have the same K, got ", sa.kp, " and ", sb.kp,
-            " (padded, format ", kFormats[format].name, "; a ", shape_of(a), ", b ", shape_of(b),
-            "). Both are quantized along the contraction axis: D = A B^T.");
+            " (padded, format ", kFormats[format].name, "; a data ", shape_of(a), ", b data ",
+            shape_of(b), "). Both are quantized along the contraction axis: D = A B^T.");
   check_same_device(op, "b", b, a);
   MXT_CHECK(is_input_float(out_dtype), op, "out_dtype must be bfloat16, float16 or float32, got ",
-            dtype_name(out_dtype), " (a ", shape_of(a), "). Convert afterwards.");
+            dtype_name(out_dtype), " (a data ", shape_of(a), "). Convert afterwards.");
   MXT_CHECK(std::isfinite(static_cast<float>(alpha)), op, "alpha must be finite, got ", alpha,
-            " (a ", shape_of(a), "). It is a float32 factor on the product; 1 for none.");
+            " (a data ", shape_of(a), "). It is a float32 factor on the product; 1 for none.");
   check_choice(op, "accumulate", accumulate, kAccumulateNames, kAccumulates);
   if (!bias) return;
   MXT_CHECK(is_input_float(bias->scalar_type()) && bias->dim() == 1 && bias->size(0) == sb.rows, op,
@@ -44,8 +44,8 @@ void check_accumulator(const Tensor& out, const Tensor& a, const Tensor& b) {
                 out.size(1) == b.size(0) && out.is_contiguous(),
             op, "out must be contiguous, float32 of shape [", a.size(0), ", ", b.size(0), "], got ",
             dtype_name(out.scalar_type()), " ", shape_of(out),
-            out.is_contiguous() ? "" : " strided", " (a ", shape_of(a), ", b ", shape_of(b),
-            "). Allocate it with torch.zeros.");
+            out.is_contiguous() ? "" : " strided", " (a data ", shape_of(a), ", b data ",
+            shape_of(b), "). Allocate it with torch.zeros.");
   check_same_device(op, "out", out, a);
 }
 

@@ -120,7 +120,7 @@ void check_int8_unpack_residual(const Tensor& pool, const Tensor& scale, const T
   check_same_device(op, "mask", mask, pool);
   MXT_CHECK(scale.scalar_type() == ScalarType::Float && scale.dim() == 2 &&
                 scale.size(0) == mask.size(0) && scale.size(1) == mask.size(1),
-            op, "scale must be Float of the mask's shape, got ", dtype_name(scale.scalar_type()),
+            op, "scale must be float32 of the mask's shape, got ", dtype_name(scale.scalar_type()),
             " ", shape_of(scale), " (mask ", shape_of(mask), "). Pass that of int8_pack_residual.");
   check_same_device(op, "scale", scale, pool);
   MXT_CHECK(rows >= 0 && rows <= kMaxSize && int8_blocks(rows) == mask.size(0) &&

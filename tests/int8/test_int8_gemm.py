@@ -214,7 +214,7 @@ def test_refusals():
     with refuses(RuntimeError, match=r"a must hold codes in \[-127, 127\], got -128"):
         mxtrain.int8_gemm(lowest, mxtrain.int8_quantize(torch.ones(4, 128)))
     other = Int8Operand.of((*a.parts[:4], a.mask[:1]), a.shape)
-    with refuses(RuntimeError, match=r"mask must be Byte of shape \[2, 2\], got Byte \[1, 2\]"):
+    with refuses(RuntimeError, match=r"mask must be uint8 of shape \[2, 2\], got uint8 \[1, 2\]"):
         mxtrain.int8_gemm(other, b)
 
 
