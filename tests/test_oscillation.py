@@ -317,7 +317,7 @@ def test_errors():
         mxtrain.quantization_statistics(x, x)
     with refuses(TypeError, "state must be a torch.Tensor"):
         mxtrain.oscillation_step_(None, x, mxtrain.quantize(x, "mxfp4"))
-    with refuses(RuntimeError, "state must be contiguous, of dtype Float and shape"):
+    with refuses(RuntimeError, "state must be contiguous, of dtype float32 and shape"):
         mxtrain.oscillation_step_(x, x, mxtrain.quantize(x, "mxfp4"))
     with refuses(ValueError, "x must have 2 dimensions, got 3"):
         osc.quantizer_statistics(x[None], MXFP4)
