@@ -21,6 +21,11 @@ namespace mxtrain::cuda {
 
 constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 
+// The larger magnitude of two bfloat16, whose signs may be garbage, as float32 bits.
+__device__ __forceinline__ uint32_t larger_half(uint32_t pair) {
+  return max(pair << 16 & ~kSignBit, pair & 0x7FFF0000u);
+}
+
 // ---- sources: floats in memory ----
 
 struct Float32Source {
@@ -384,7 +389,7 @@ __device__ __forceinline__ uint4 quantize_row_block(const uint32_t (&x2)[16],
   uint32_t m2 = ptx::max_nan_abs_bf16x2(x2[0], x2[1]);
 #pragma unroll
   for (int i = 2; i < 16; ++i) m2 = ptx::max_nan_abs_bf16x2(m2, x2[i]);
-  s = scales.choose(max(m2 << 16 & ~kSignBit, m2 & 0x7FFF0000u));
+  s = scales.choose(larger_half(m2));
   const uint32_t inv2 = (float_bits(s.factor) >> 16) * 0x00010001u;
   uint32_t w[4];
 #pragma unroll

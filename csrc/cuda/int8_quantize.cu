@@ -108,10 +108,10 @@ __device__ __forceinline__ uint32_t pack4(const float* rounded) {
 // |u| + 128 - 2^-17, rounded up to a multiple of 2^-16, has the bits of n + 128 and, below them, a
 // 16-bit F for the fraction f, with f * 2^16 > draw + 1/2 just where F > draw (or n has its carry
 // already, above 65535 1/2). So plus 65535 - draw it carries into n just there, and the third byte
-// is the magnitude. |u| is at most 127 + 2^-17
-// (tried for all maxima of a binade; others have the same quotients), so that byte at most 127. Of
-// a zero the sum would lie under 128: its |u| is 2^-20, which never goes up either. flipped: draws
-// 2 h and 2 h + 1 in the halves of word h, all bits flipped. signs: 0xFF for a negative one's byte.
+// is the magnitude; at most 127, since |u| is at most 127 + 2^-17 (tests/int8 tries all maxima of a
+// binade; others have the same quotients). Of a zero the sum would lie under 128: its |u| is 2^-20,
+// which never goes up either. flipped: draws 2 h and 2 h + 1 in the halves of word h, all bits
+// flipped. signs: 0xFF for a negative one's byte.
 __device__ __forceinline__ uint32_t stochastic4(const float* u, const uint32_t* flipped,
                                                 uint32_t signs) {
   constexpr float kSmall = 0x1p-20f, kBelow128 = 128.0f - 0x1p-17f;
@@ -206,7 +206,7 @@ struct Int8Quantizer {
       for (int i = 0; i < T::kRows; ++i)
 #pragma unroll
         for (const uint32_t word : v[i].w) pair = ptx::max_nan_abs_bf16x2(pair, word);
-      return max(pair << 16 & ~kSignBit, pair & 0x7FFF0000u);
+      return larger_half(pair);
     }
     uint32_t largest = 0;
 #pragma unroll

@@ -117,11 +117,12 @@ struct StripSigns {
 template <Strip kStrip>
 __device__ __forceinline__ void fill_signs(uint4 (&signs)[StripTraits::kTile / 4],
                                            const QuantizeParams& p) {
-  if (!rotates(kStrip)) return;
+  if constexpr (rotates(kStrip)) {
 #pragma unroll 1
-  for (int i = threadIdx.x; i < StripTraits::kTile; i += blockDim.x)
-    reinterpret_cast<uint32_t*>(signs)[i] =
-        p.signs != nullptr && p.signs[i % p.hadamard] < 0 ? kSignBit : 0u;
+    for (int i = threadIdx.x; i < StripTraits::kTile; i += blockDim.x)
+      reinterpret_cast<uint32_t*>(signs)[i] =
+          p.signs != nullptr && p.signs[i % p.hadamard] < 0 ? kSignBit : 0u;
+  }
 }
 
 // The same in all lanes, and the compiler knows it: so it lies in a uniform register.

@@ -132,7 +132,7 @@ __device__ __forceinline__ void row_pass(uint32_t tile, int pass, const Quantize
     for (int i = 4; i < 16; ++i) m4[i % 4] = ptx::max_nan_abs_bf16x2(m4[i % 4], w[i]);
     const uint32_t m2 = ptx::max_nan_abs_bf16x2(ptx::max_nan_abs_bf16x2(m4[0], m4[1]),
                                                 ptx::max_nan_abs_bf16x2(m4[2], m4[3]));
-    m = max(m2 << 16 & ~kSignBit, m2 & 0x7FFF0000u);
+    m = larger_half(m2);
   }
   fill_from_row<kStrip>(v, tables, b, w);
   after_read();
