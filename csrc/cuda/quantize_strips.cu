@@ -70,8 +70,8 @@ __global__ void __launch_bounds__(strip_warps(kRow, kCodeArch) * 32, 1)
   begin_early();
   if (has_tickets(kRow) && grid.tickets && blockIdx.x == 0 && threadIdx.x == 0)
     atomicExch(grid.tickets, 0u);
-  fill_signs<kRow>(row_signs.word, row);
-  fill_signs<kCol>(col_signs.word, col);
+  fill_signs<kRow, StripSide::kRows>(row_signs.word, row);
+  fill_signs<kCol, StripSide::kColumns>(col_signs.word, col);
   PhiloxSchedule row_keys = {}, col_keys = {};
   make_schedules<kRow, kCol>(row, col, row_keys, col_keys);
   constexpr bool kStaged = kCol != Strip::kNone && !kFlat && has_stages(kCodeArch);

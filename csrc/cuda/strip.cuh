@@ -114,13 +114,24 @@ struct StripSigns {
   uint4 word[StripTraits::kTile / 4];
 };
 
-template <Strip kStrip>
+// Whose blocks a sign is for.
+enum class StripSide { kRows, kColumns };
+
+// Which word of its four has the sign of element i. A multiprocessor reads a register of an even
+// number and one of an odd in a clock, but not two of either, and loads fill four registers in
+// order. So a sign comes to lie in the other kind than the word of its element: of a row's, two
+// elements in a word, and of a column's, by ldmatrix, a word of its own (strip_tile.cuh).
+__host__ __device__ constexpr int sign_slot(StripSide side, int i) {
+  return i / 4 * 4 + (side == StripSide::kColumns ? i % 4 ^ 1 : (i % 4 * 2 + 1) % 5);
+}
+
+template <Strip kStrip, StripSide kSide>
 __device__ __forceinline__ void fill_signs(uint4 (&signs)[StripTraits::kTile / 4],
                                            const QuantizeParams& p) {
   if constexpr (rotates(kStrip)) {
 #pragma unroll 1
     for (int i = threadIdx.x; i < StripTraits::kTile; i += blockDim.x)
-      reinterpret_cast<uint32_t*>(signs)[i] =
+      reinterpret_cast<uint32_t*>(signs)[sign_slot(kSide, i)] =
           p.signs != nullptr && p.signs[i % p.hadamard] < 0 ? kSignBit : 0u;
   }
 }
@@ -167,7 +178,7 @@ __device__ __forceinline__ void fill_tables(StripTables& t, const QuantizeParams
     t.plan = make_plan<kStrip>(p);
     t.offset = draws_bits(kStrip) ? static_cast<uint32_t>(p.rng[p.rng_stride]) : 0u;
   }
-  fill_signs<kStrip>(t.signs, p);
+  fill_signs<kStrip, StripSide::kColumns>(t.signs, p);
   if (draws_bits(kStrip) && i < kPhiloxRounds) {
     const uint64_t seed = static_cast<uint64_t>(p.rng[0]);
     reinterpret_cast<uint2*>(t.keys)[i] =

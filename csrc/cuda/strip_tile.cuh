@@ -20,15 +20,16 @@ __device__ __forceinline__ float widen_with_sign(uint32_t half, uint32_t sign) {
 }
 
 // v[i] = element(i, sign bit); the signs are those of half b of the Hadamard group's 64.
-template <Strip kStrip, class Tables, class Element>
+template <Strip kStrip, StripSide kSide, class Tables, class Element>
 __device__ __forceinline__ void fill_block(float (&v)[32], const Tables& tables, int b,
                                            Element element) {
 #pragma unroll
   for (int i = 0; i < 32; i += 4) {
-    uint4 s = {};
-    if (rotates(kStrip)) s = tables.signs[8 * b + i / 4];
-    v[i] = element(i, s.x), v[i + 1] = element(i + 1, s.y);
-    v[i + 2] = element(i + 2, s.z), v[i + 3] = element(i + 3, s.w);
+    uint4 four = {};
+    if (rotates(kStrip)) four = tables.signs[8 * b + i / 4];
+    const uint32_t s[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+    for (int j = 0; j < 4; ++j) v[i + j] = element(i + j, s[sign_slot(kSide, j)]);
   }
 }
 
@@ -44,7 +45,7 @@ __device__ __forceinline__ void read_row_block(uint32_t from, uint32_t (&w)[16])
 template <Strip kStrip, class Tables>
 __device__ __forceinline__ void fill_from_row(float (&v)[32], const Tables& tables, int b,
                                               const uint32_t (&w)[16]) {
-  fill_block<kStrip>(v, tables, b, [&](int i, uint32_t sign) {
+  fill_block<kStrip, StripSide::kRows>(v, tables, b, [&](int i, uint32_t sign) {
     return i % 2 ? bits_float((w[i / 2] & 0xFFFF0000u) ^ sign) : widen_with_sign(w[i / 2], sign);
   });
 }
@@ -127,9 +128,11 @@ __device__ __forceinline__ void row_pass(uint32_t tile, int pass, const Quantize
   float v[32];
   uint32_t m = 0;
   if constexpr (!rotates(kStrip)) {
-    uint32_t m4[4] = {w[0], w[1], w[2], w[3]};  // four chains
+    uint32_t m4[4];  // four chains, of words from both banks of registers
 #pragma unroll
-    for (int i = 4; i < 16; ++i) m4[i % 4] = ptx::max_nan_abs_bf16x2(m4[i % 4], w[i]);
+    for (int j = 0; j < 4; ++j) m4[j] = ptx::max_nan_abs_bf16x2(w[2 * j], w[2 * j + 1]);
+#pragma unroll
+    for (int i = 8; i < 16; ++i) m4[i / 2 % 4] = ptx::max_nan_abs_bf16x2(m4[i / 2 % 4], w[i]);
     const uint32_t m2 = ptx::max_nan_abs_bf16x2(ptx::max_nan_abs_bf16x2(m4[0], m4[1]),
                                                 ptx::max_nan_abs_bf16x2(m4[2], m4[3]));
     m = larger_half(m2);
@@ -186,7 +189,7 @@ __device__ __forceinline__ void fill_from_column(float (&v)[32], const Tables& t
   uint32_t w[4][4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) ptx::ldmatrix_x4_trans(w[i], from + i * 8 * StripTraits::kRowBytes);
-  fill_block<kStrip>(v, tables, b, [&](int i, uint32_t sign) {
+  fill_block<kStrip, StripSide::kColumns>(v, tables, b, [&](int i, uint32_t sign) {
     const uint32_t pair = w[i / 8][Lanes::matrix(i)];
     return i & Lanes::kApart ? bits_float((pair & 0xFFFF0000u) ^ sign)
                              : widen_with_sign(pair, sign);
