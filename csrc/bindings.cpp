@@ -226,7 +226,7 @@ PYBIND11_MODULE(_host, m) {
   m.def("e8m0_decode", &scale_values, py::arg("codes"),
         "Values of E8M0 codes. float32, same shape.");
   m.def("philox4x32", &philox, py::arg("counter"), py::arg("key"),
-        "One Philox4x32-10 block: 4 words from a counter of 4 and a key of 2.");
+        "One Philox4x32-7 block: 4 words from a counter of 4 and a key of 2.");
   m.def("scheduled_philox", &scheduled_philox, py::arg("group"), py::arg("offset"),
         py::arg("stream"), py::arg("key"),
         "The block of counter (group, 0, offset, stream) as the CUDA kernels make it, from keys "

@@ -282,20 +282,20 @@ def test_host_codecs():
         host.e8m0_decode(codes), np.ldexp(np.float64(1), codes.astype(int) - 127).astype(np.float32)
     )
     assert np.isnan(host.e8m0_decode(np.array([255], np.uint8))[0])
-    # Random123's known answers for philox4x32-10.
-    assert host.philox4x32([0] * 4, [0] * 2) == (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)
+    # Random123's known answers for philox4x32-7.
+    assert host.philox4x32([0] * 4, [0] * 2) == (0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48)
     assert host.philox4x32([2**32 - 1] * 4, [2**32 - 1] * 2) == (
-        0x408F276D,
-        0x41C83B0E,
-        0xA20BC7C6,
-        0x6D5451FD,
+        0x5207DDC2,
+        0x45165E59,
+        0x4D8EE751,
+        0x8C52F662,
     )
     pi = [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344]
     assert host.philox4x32(pi, [0xA4093822, 0x299F31D0]) == (
-        0xD16CFE09,
-        0x94FDCCEB,
-        0x5001E420,
-        0x24126EA1,
+        0x4DFCCABA,
+        0x190A87F0,
+        0xC47362BA,
+        0xB6B5242A,
     )
     for call, message in (
         (lambda: host.encode("e9m9", x), "element must be one of e2m1"),

@@ -49,9 +49,11 @@ __device__ __forceinline__ void make_schedules(const QuantizeParams& row, const 
 // ---- kernels ----
 
 // Warps of a CTA on an architecture: as many as there is shared memory for, and as registers allow
-// without spilling.
-constexpr int strip_warps(Strip row, int arch) {
-  return arch == 90 && row != Strip::kRotated64Nearest            ? StripTraits::kMostWarps
+// without spilling. Two stochastic operands on 9.0 are no slower with 20 warps of 96 registers, and
+// where memory bounds them faster.
+constexpr int strip_warps(Strip row, Strip col, int arch) {
+  const bool two = draws_bits(row) && draws_bits(col);
+  return arch == 90 && row != Strip::kRotated64Nearest && !two    ? StripTraits::kMostWarps
          : arch == 80 || arch == 90 || arch == 100 || arch == 103 ? 20
                                                                   : 12;
 }
@@ -59,7 +61,7 @@ constexpr int requantize_ctas(Strip col) { return rotates64(col) ? 4 : 5; }
 
 // Either may be kNone. kRuns: col.runs is written.
 template <Strip kRow, Strip kCol, bool kFlat, bool kRuns>
-__global__ void __launch_bounds__(strip_warps(kRow, kCodeArch) * 32, 1)
+__global__ void __launch_bounds__(strip_warps(kRow, kCol, kCodeArch) * 32, 1)
     quantize_strips_kernel(const QuantizeParams row, const QuantizeParams col,
                            const StripPlan row_plan, const StripPlan col_plan,
                            const StripGrid grid) {
@@ -290,7 +292,8 @@ struct StripShares {
 };
 
 // squares: whether scales may leave by squares; then g may come to have rounds of these.
-static cudaError_t share_tiles(Strip row, bool squares, StripGrid& g, StripShares& shares) {
+static cudaError_t share_tiles(Strip row, Strip col, bool squares, StripGrid& g,
+                               StripShares& shares) {
   int device = 0, sms = 0, shared = 0, arch = 0;
   cudaError_t error = device_arch(&arch);
   if (error == cudaSuccess) error = count_multiprocessors(&sms);
@@ -309,7 +312,7 @@ static cudaError_t share_tiles(Strip row, bool squares, StripGrid& g, StripShare
   const int room =
       (shared - static_cast<int>(sizeof(StripStatic)) - stages) / StripTraits::kTileBytes;
   shares.warps = std::min((g.tiles + shares.ctas - 1) / shares.ctas,
-                          static_cast<uint32_t>(std::min(room, strip_warps(row, arch))));
+                          static_cast<uint32_t>(std::min(room, strip_warps(row, col, arch))));
   shares.shared = static_cast<int>(shares.warps) * StripTraits::kTileBytes + stages;
   return cudaSuccess;
 }
@@ -328,7 +331,7 @@ static cudaError_t launch_strips(const QuantizeParams& row, const QuantizeParams
   grid.tickets = has_tickets(kRow) ? row.tickets : nullptr;
   StripShares shares;
   const bool squares = kCol != Strip::kNone && has_squares(row) && has_squares(col);
-  const cudaError_t error = share_tiles(kRow, squares, grid, shares);
+  const cudaError_t error = share_tiles(kRow, kCol, squares, grid, shares);
   if (error != cudaSuccess) return error;
   return launch_early(quantize_strips_kernel<kRow, kCol, kFlat, kRuns>, shares.ctas,
                       shares.warps * 32, shares.shared, stream, row, col, make_plan<kRow>(row),

@@ -161,10 +161,10 @@ struct StripOperand {
   uint32_t stage;
 };
 
-// An operand of the kernels from codes, in shared memory; keys: (k0, k1) of two rounds a uint4.
+// An operand of the kernels from codes, in shared memory; keys: (k0, k1) of the rounds.
 struct StripTables {
   uint4 signs[StripTraits::kTile / 4];
-  uint4 keys[kPhiloxRounds / 2];
+  uint2 keys[kPhiloxRounds];
   StripPlan plan;
   uint32_t offset;
 
@@ -181,9 +181,8 @@ __device__ __forceinline__ void fill_tables(StripTables& t, const QuantizeParams
   fill_signs<kStrip, StripSide::kColumns>(t.signs, p);
   if (draws_bits(kStrip) && i < kPhiloxRounds) {
     const uint64_t seed = static_cast<uint64_t>(p.rng[0]);
-    reinterpret_cast<uint2*>(t.keys)[i] =
-        make_uint2(static_cast<uint32_t>(seed) + i * kPhiloxW0,
-                   static_cast<uint32_t>(seed >> 32) + i * kPhiloxW1);
+    t.keys[i] = make_uint2(static_cast<uint32_t>(seed) + i * kPhiloxW0,
+                           static_cast<uint32_t>(seed >> 32) + i * kPhiloxW1);
   }
 }
 
@@ -201,10 +200,9 @@ __device__ __forceinline__ Philox4 draw_block(const StripTables& t, uint64_t gro
   Philox4 c = {
       {static_cast<uint32_t>(group), static_cast<uint32_t>(group >> 32), t.offset, stream}};
 #pragma unroll
-  for (int i = 0; i < kPhiloxRounds / 2; ++i) {
-    const uint4 key = t.keys[i];
+  for (int i = 0; i < kPhiloxRounds; ++i) {
+    const uint2 key = t.keys[i];
     c = philox_round(c, key.x, key.y);
-    c = philox_round(c, key.z, key.w);
   }
   return c;
 }

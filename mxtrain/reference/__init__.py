@@ -40,7 +40,7 @@ from .gemm import FOLD_BIAS, fold, gemm, gemm_float64, gemm_magnitude
 from .int8 import int8_dequantize, int8_gemm, int8_quantize, int8_quantize_fallback
 from .layout import swizzle, unswizzle
 from .optimizer import adamw, factors, fma, lerp, ramped_adamw
-from .philox import draws, draws_of_words, philox4x32_10
+from .philox import draws, draws_of_words, philox4x32
 from .quantize import (
     column_sum,
     dequantize,
@@ -91,7 +91,7 @@ __all__ = [
     "lerp",
     "oscillation_step_",
     "pack",
-    "philox4x32_10",
+    "philox4x32",
     "quantization_statistics",
     "quantize",
     "quantize_dual",

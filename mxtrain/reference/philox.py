@@ -1,4 +1,4 @@
-"""Philox4x32-10 (Salmon, Moraes, Dror, Shaw, SC'11) in int64, and the draws of an operand."""
+"""Philox4x32 (Salmon, Moraes, Dror, Shaw, SC'11) in int64, and the draws of an operand."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ MASK = 0xFFFFFFFF
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
 GROUP = 32  # elements of a call
+ROUNDS = 7  # the fewest with which Philox4x32 passes BigCrush (SC'11, table 2)
 
 
 def _mul32(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -20,11 +21,11 @@ def _mul32(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
     return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
 
 
-def philox4x32_10(counter: list[Tensor], key: list[Tensor]) -> list[Tensor]:
+def philox4x32(counter: list[Tensor], key: list[Tensor], rounds: int = ROUNDS) -> list[Tensor]:
     """Four output words from four counter and two key words: int64 in [0, 2^32), broadcastable."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
-    for _ in range(10):
+    for _ in range(rounds):
         high0, low0 = _mul32(MULTIPLIERS[0], c0)
         high1, low1 = _mul32(MULTIPLIERS[1], c2)
         c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
@@ -57,5 +58,5 @@ def draws(rng: Tensor, rows: int, cols: int, stream: int) -> Tensor:
     groups = -(-cols // GROUP)
     g = torch.arange(rows * groups, dtype=torch.int64, device=rng.device)
     counter = [g & MASK, (g >> 32) & MASK, offset & MASK, torch.full_like(offset, stream)]
-    words = philox4x32_10(counter, [seed & MASK, (seed >> 32) & MASK])
+    words = philox4x32(counter, [seed & MASK, (seed >> 32) & MASK])
     return draws_of_words(words).reshape(rows, groups * GROUP)[:, :cols].contiguous()
