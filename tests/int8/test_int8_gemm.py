@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -57,7 +58,7 @@ def test_bytes(shape, device):
 
 @pytest.mark.parametrize("heavy", [(0,), (3,), (1, 4), (0, 2, 5), (0, 1, 2, 3, 4, 5)])
 def test_rows_that_fell_back_as_a_whole(heavy, device):
-    """Their tiles come first, in pairs, and one that is left over along N."""
+    """Their tiles come first."""
     rows, n, k = (25 * 128 - 5, 12 * 256 - 3, 384) if device == "cuda" else (6 * 128 - 5, 130, 384)
     a, b = operands(rows, n, k, "cpu")
     mask = a.mask.clone()
@@ -72,13 +73,15 @@ def test_rows_that_fell_back_as_a_whole(heavy, device):
 
 @pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_bias_and_output_types(out_dtype, device):
+    """Also where B has the residual: there a kernel may compute D^T. One N is no multiple of 8."""
     a, b = operands(130, 200, 256, device)
-    bias = torch.randn(200, device=device)
-    want = mxtrain.int8_gemm(a, b, out_dtype=torch.float32)
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        got = mxtrain.int8_gemm(a, b, bias.to(dtype), out_dtype)
-        assert_same_bytes(got, (want + bias.to(dtype).float()).to(out_dtype))
-    assert_same_bytes(mxtrain.int8_gemm(a, b, out_dtype=out_dtype), want.to(out_dtype))
+    for left, right in ((a, b), (b, a)):
+        bias = torch.randn(right.shape[0], device=device)
+        want = mxtrain.int8_gemm(left, right, out_dtype=torch.float32)
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            got = mxtrain.int8_gemm(left, right, bias.to(dtype), out_dtype)
+            assert_same_bytes(got, (want + bias.to(dtype).float()).to(out_dtype))
+        assert_same_bytes(mxtrain.int8_gemm(left, right, out_dtype=out_dtype), want.to(out_dtype))
 
 
 def test_scales_and_masks_of_any_strides(device):
@@ -99,15 +102,19 @@ def test_scales_and_masks_of_any_strides(device):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_every_kernel_gives_the_same_bytes(monkeypatch):
     """The portable kernel and that of the architecture, both sides' residuals, large and small;
-    the last two have several tiles a thread block, whose stages follow one another.
+    the last three have several tiles a thread block, whose stages follow one another, an odd or an
+    even number of them across.
     """
-    for shape in ((260, 300, 400), (1024, 1280, 512), (4200, 4352, 300), (4200, 4352, 100)):
+    shapes = ((260, 300, 400), (1024, 1280, 512), (4200, 4352, 300), (4200, 4352, 100),
+              (9001, 2000, 512))  # fmt: skip
+    for shape, dtype in itertools.product(shapes, (torch.bfloat16, torch.float16, torch.float32)):
         a, b = operands(*shape, "cuda")
         for left, right in ((a.without_fallback(), b), (a, b), (b, a)):
-            want = mxtrain.int8_gemm(left, right)
+            want = mxtrain.int8_gemm(left, right, out_dtype=dtype)
             with monkeypatch.context() as context:
                 context.setenv("MXTRAIN_INT8_GEMM", "portable")
-                assert_same_bytes(mxtrain.int8_gemm(left, right), want, str(shape))
+                got = mxtrain.int8_gemm(left, right, out_dtype=dtype)
+            assert_same_bytes(got, want, str(shape))
 
 
 def test_the_largest_integers_are_exact(device):
