@@ -27,9 +27,10 @@ struct Int8Tile {
   static constexpr int kWords = kInt8Block / 4;        // words of codes in a row
   static constexpr int kOwnDraws = kRows / kQuarters;  // Philox calls of a thread
   static_assert(kAcross % kQuarters == 0 && kRows % kQuarters == 0, "four lanes share their calls");
-  // Blocks on a multiprocessor, by what the registers hold: 32 words of bfloat16 a thread.
+  // Blocks on a multiprocessor, by what the registers hold: 32 words of bfloat16 a thread. (Before
+  // 9.0 a few would be spilled with three.)
   static constexpr int blocks(FloatType type, bool fallback) {
-    return type != FloatType::kBfloat16 ? 1 : fallback ? 2 : 4;
+    return type != FloatType::kBfloat16 ? 1 : !fallback ? 4 : kCodeArch >= 90 ? 3 : 2;
   }
   static constexpr int kUnit = 16;  // codes in a store of the transpose
 };
