@@ -59,7 +59,7 @@ def test_bytes(shape, device):
 @pytest.mark.parametrize("heavy", [(0,), (3,), (1, 4), (0, 2, 5), (0, 1, 2, 3, 4, 5)])
 def test_rows_that_fell_back_as_a_whole(heavy, device):
     """Their tiles come first."""
-    rows, n, k = (25 * 128 - 5, 12 * 256 - 3, 384) if device == "cuda" else (6 * 128 - 5, 130, 384)
+    rows, n, k = (25 * 128 - 5, 14 * 256 - 3, 384) if device == "cuda" else (6 * 128 - 5, 130, 384)
     a, b = operands(rows, n, k, "cpu")
     mask = a.mask.clone()
     mask[::7, 1], mask[list(heavy)] = 1, 1
@@ -73,9 +73,12 @@ def test_rows_that_fell_back_as_a_whole(heavy, device):
 
 @pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_bias_and_output_types(out_dtype, device):
-    """Also where B has the residual: there a kernel may compute D^T. One N is no multiple of 8."""
-    a, b = operands(130, 200, 256, device)
-    for left, right in ((a, b), (b, a)):
+    """Also where B has the residual: there a kernel may compute D^T. N of 130 is no multiple of 8;
+    the last is one that Hopper's large tile takes.
+    """
+    shapes = [(130, 200, 256), (136, 200, 256)] + [(4200, 4352, 128)] * (device == "cuda")
+    pairs = [operands(*shape, device) for shape in shapes]
+    for left, right in pairs + [pair[::-1] for pair in pairs]:
         bias = torch.randn(right.shape[0], device=device)
         want = mxtrain.int8_gemm(left, right, out_dtype=torch.float32)
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -102,11 +105,11 @@ def test_scales_and_masks_of_any_strides(device):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_every_kernel_gives_the_same_bytes(monkeypatch):
     """The portable kernel and that of the architecture, both sides' residuals, large and small;
-    the last three have several tiles a thread block, whose stages follow one another, an odd or an
+    the last four have several tiles a thread block, whose stages follow one another, an odd or an
     even number of them across.
     """
     shapes = ((260, 300, 400), (1024, 1280, 512), (4200, 4352, 300), (4200, 4352, 100),
-              (9001, 2000, 512))  # fmt: skip
+              (9001, 2000, 512), (9001, 1280, 512))  # fmt: skip
     for shape, dtype in itertools.product(shapes, (torch.bfloat16, torch.float16, torch.float32)):
         a, b = operands(*shape, "cuda")
         for left, right in ((a.without_fallback(), b), (a, b), (b, a)):

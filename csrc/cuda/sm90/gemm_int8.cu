@@ -447,8 +447,12 @@ static cudaError_t launch(const Int8GemmParams& p, int multiprocessors, cudaStre
   args.k_blocks = ceil_div(p.kp, T::kTileK);
   args.blocks_m = ceil_div(p.m, kInt8Block);
   args.blocks_n = ceil_div(p.n, kInt8Block);
-  return launch_persistent<T>(int8_gemm_kernel<T, kType, kTransposed>, args.order.count(),
-                              multiprocessors, stream, map_a, map_b, map_residual, map_out, args);
+  // With a mask a cluster's tiles may lie along N (int8_order.cuh): more of them where N has an odd
+  // number.
+  const int along_n = p.mask ? args.blocks_m * ceil_div(args.order.tiles_n, 2) : 0;
+  return launch_persistent<T>(int8_gemm_kernel<T, kType, kTransposed>,
+                              std::max(args.order.count(), along_n), multiprocessors, stream, map_a,
+                              map_b, map_residual, map_out, args);
 }
 
 template <class T, bool kTransposed>
