@@ -6,9 +6,8 @@
 // warpgroup keeps the copy engine loading stages of K = 128 into a ring; two warpgroups multiply 64
 // rows of the tile each; the blocks of a cluster share a tile of B. A stage is one block of K, so
 // the producer, which is ahead, reads its scales and mask bits and leaves their products beside it.
-// Where a block of A fell back, its residual comes through a stage of its own and meets B, which is
-// still there: a fallback costs the products and one tile of copies. Where B has the residual, the
-// kernel computes D^T = B A^T, whose sums are the same, and stores it transposed.
+// Where a block fell back, its residual comes through a stage of its own and meets the other
+// operand, which is still there: a fallback costs the products and one tile of copies.
 //
 // The integer sums of a stage are exact. They are converted and added in float32:
 // acc = fma(scale, sum, acc), K ascending, a residual after its block. A conversion and a
@@ -17,8 +16,6 @@
 // products take the rows of A from registers: from shared memory, such narrow ones would read them
 // again for each 64 columns, 128 bytes a cycle with B, and there would be no room for the copies.
 // (Sums that start at the bits of a float, as cuda/int8_gemm.cu has them, would take a move each.)
-#include <utility>
-
 #include "cuda/sm90/gemm_consumer.cuh"
 #include "cuda/sm90/gemm_int8.h"
 #include "cuda/sm90/gemm_launch.h"
@@ -41,7 +38,6 @@ struct Int8Traits : Int8RingTraits<kParts, kCluster> {
   using Base = Int8RingTraits<kParts, kCluster>;
   static_assert(Base::kTileM == kInt8Block && Base::kTileK == kInt8Block,
                 "one scale of A, and one mask bit, a stage");
-  static constexpr int kBoxA = Base::kTileM / kCluster;  // which blocks of a cluster may share
 
   static constexpr int kOffsetResidual = (Base::kSharedBytes + 1023) / 1024 * 1024;
   static constexpr int kOffsetFacts = kOffsetResidual + Base::kBytesA;
@@ -57,10 +53,10 @@ struct Int8Traits : Int8RingTraits<kParts, kCluster> {
 // A pass: the products of a block, or of its residual.
 struct alignas(16) PassFacts {
   float scale[2];   // products of scales, of each part
-  uint32_t fallen;  // 1: A's block fell back, so its residual is next; or kOnResidual
+  uint32_t fallen;  // bit 0: A's block fell back; bits 1 and 2: those of B's parts; or kOnResidual
   uint16_t row, n;  // main: the tile, in rows of blocks and in tiles
 };
-constexpr uint32_t kOnResidual = 2;
+constexpr uint32_t kOnResidual = 8;
 
 // What the producer leaves beside a stage. second: with the residual's scale.
 struct StageFacts {
@@ -92,7 +88,7 @@ constexpr int kBatch = 16;
 
 struct LaneFacts {
   float main, second;
-  uint32_t fallen;
+  uint32_t fallen;  // of the stage
 };
 
 // Of block k of the tile whose first blocks are i of A and j of B. Blocks beyond the edge have no
@@ -105,12 +101,17 @@ __device__ __forceinline__ LaneFacts read_facts(const Int8KernelArgs& args, int 
     return __ldg(codes.scale + block * codes.stride_row + k * codes.stride_k);
   };
   LaneFacts f = {};
-  if (i >= args.blocks_m || k >= args.k_blocks) return f;
-  f.fallen = p.mask && __ldg(p.mask + i * p.mask_stride_row + k * p.mask_stride_k);
-  if (j + part >= args.blocks_n) return f;
-  const float b = scale(p.b, j + part);
-  f.main = scale(p.a, i) * b;
-  if (f.fallen) f.second = scale(p.residual, i) * b;
+  const bool in_a = i < args.blocks_m && k < args.k_blocks, in_b = in_a && j + part < args.blocks_n;
+  const int fallback = p.residual_of_b ? j + part : i;
+  if (p.mask && (p.residual_of_b ? in_b : in_a) &&
+      __ldg(p.mask + fallback * p.mask_stride_row + k * p.mask_stride_k))
+    f.fallen = p.residual_of_b ? 2u << part : 1u;
+  if (in_b) {
+    const float a = scale(p.a, i), b = scale(p.b, j + part);
+    f.main = a * b;
+    if (f.fallen) f.second = (p.residual_of_b ? a : b) * scale(p.residual, fallback);
+  }
+  if constexpr (T::kParts == 2) f.fallen |= __shfl_xor_sync(~0u, f.fallen, 1);
   return f;
 }
 
@@ -144,7 +145,7 @@ __device__ __forceinline__ void produce(const TensorMaps& maps, const Int8Kernel
                 ahead = ptx::opaque(lane) / T::kParts % kBatch;  // anew: registers are few
       // Before the wait: most of the time the ring is full.
       if (in_batch == 0) read = read_facts<T>(args, i, j, block + ahead, part);
-      const uint32_t fallen = __shfl_sync(~0u, read.fallen, in_batch * T::kParts);
+      uint32_t fallen = __shfl_sync(~0u, read.fallen, in_batch * T::kParts);
       ptx::mbarrier_wait(ring.empty(), ring.parity ^ 1);
       if (ahead == in_batch) {
         StageFacts& facts = *facts_of<T>(memory, ring.stage);
@@ -161,7 +162,11 @@ __device__ __forceinline__ void produce(const TensorMaps& maps, const Int8Kernel
         const int k = block * T::kTileK;
         load_stage<T>(maps.a, maps.b, ring, k, i * T::kTileM, j * kInt8Block, rank,
                       Deal<T::kCluster>::kOrdered && place.along_n);
-        if (fallen) load_residual<T>(maps, shared, k, i * kInt8Block, residual_parity);
+        int row = (fallen & 1 ? i : j) * kInt8Block;
+        if (!(fallen & 1)) fallen >>= 1;
+#pragma unroll 1
+        for (; fallen; fallen >>= 1, row += kInt8Block)
+          if (fallen & 1) load_residual<T>(maps, shared, k, row, residual_parity);
       }
       ring.advance();
     }
@@ -266,9 +271,12 @@ struct Multiplier {
 
   // Whether a pass follows this one directly. (Without branches: more blocks around the loop, and
   // ptxas waits after every product.)
-  __device__ __forceinline__ bool goes_on(int left) const { return (fallen & 1) | (left > 1); }
+  __device__ __forceinline__ bool goes_on(int left) const {
+    return (fallen & 1) | ((left > 1) & ((fallen & 6) == 0));
+  }
   // Before: unit 0 is in flight. kNext: then another pass follows, with A's residual or the next
-  // stage, and so it is afterwards. Otherwise the stage is left. added(u): after unit u.
+  // stage, and so it is afterwards. Otherwise the stage is left, unless residuals of B follow.
+  // added(u): after unit u.
   template <bool kNext, class Added>
   __device__ __forceinline__ void multiply(Added added) {
     constexpr int kLast = kUnits - 1;
@@ -305,15 +313,32 @@ struct Multiplier {
       take_facts(next);
     } else {
       ptx::wgmma_wait_group<0>(sums[1]);
-      leave();
+      if (!(fallen & 6)) leave();
       add(d + 32 * kLast, sums[1], scale[T::kParts - 1]);
       added(kLast);
     }
   }
+  // The residuals of B of a stage, while its rows are there.
+  __device__ __forceinline__ void add_residuals_of_b() {
+    const PassFacts second = facts(true);
+    constexpr uint32_t kFrom = (T::kOffsetResidual - T::kOffsetB) / 16;
+#pragma unroll
+    for (int part = 0; part < T::kParts; ++part) {
+      if (!(fallen & 2u << part)) continue;
+      await_residual();
+      start(sums[0], columns_at + kFrom);
+      start(sums[1], columns_at + kFrom + kColumns);
+      ptx::wgmma_wait_group<1>(sums[0]);
+      add(d + 64 * part, sums[0], second.scale[part]);
+      ptx::wgmma_wait_group<0>(sums[1]);
+      release_residual();
+      add(d + 64 * part + 32, sums[1], second.scale[part]);
+    }
+  }
 };
 
-// A tile's way to D, 64 columns at a time; see store_boxes.
-template <class T, FloatType kType, bool kTransposed>
+// A tile's way to D, 64 columns at a time.
+template <class T, FloatType kType>
 struct Output {
   const CUtensorMap& map_out;
   const Int8KernelArgs& args;
@@ -337,43 +362,45 @@ struct Output {
     float v[32];  // a copy: stores of float32 from d itself made it spill
 #pragma unroll
     for (int e = 0; e < 32; ++e) v[e] = ptx::opaque(d[32 * unit + e]);
-    if (!kPlain && __builtin_expect(p.bias != nullptr, 0)) {
-      if constexpr (kTransposed)
-        add_row_bias(v, p, row, lane);
-      else
-        add_bias(v, p, column, lane);
-    }
+    if (!kPlain && __builtin_expect(p.bias != nullptr, 0)) add_bias(v, p, column, lane);
     const uint32_t box = boxes_of<T>(shared, warp);
     if (kPlain || __builtin_expect(args.boxes, 1))
-      store_boxes<kType, T::kBoxes, T::kBoxBytes, kTransposed>(v, &map_out, row, column, box, unit,
-                                                               false, lane);
+      store_boxes<kType, T::kBoxes, T::kBoxBytes>(v, &map_out, row, column, box, unit, false, lane);
     else
-      store_elements<kType, kTransposed>(v, p.out, row, column, static_cast<int>(p.m),
-                                         static_cast<int>(p.n), false, lane);
+      store_elements<kType>(v, p.out, row, column, static_cast<int>(p.m), static_cast<int>(p.n),
+                            false, lane);
   }
 };
 
-template <class T, FloatType kType, bool kTransposed>
+template <class T, FloatType kType>
 __device__ __forceinline__ void consume(const CUtensorMap& map_out, const Int8KernelArgs& args,
                                         uint8_t* memory, uint32_t shared, uint32_t rank) {
   const int warp = threadIdx.x / 32 - 4, lane = threadIdx.x % 32;
-  Output<T, kType, kTransposed> out = {map_out, args, shared};
+  Output<T, kType> out = {map_out, args, shared};
   Multiplier<T> work(memory, shared, warp, lane);
   for (auto tiles = deal<T>(args, memory); tiles.more(); ++tiles.round) {
 #pragma unroll
     for (int i = 0; i < 64 * T::kParts; ++i) work.d[i] = 0.0f;
+    bool stored = false;
     int left = args.k_blocks;  // stages, with this one
-    work.begin();
 #pragma unroll 1
-    while (work.goes_on(left)) {
-      left -= ~work.fallen & 1;
-      work.template multiply<true>([](int) {});
-    }
-    out.at(work.facts(false));
-    const bool stored = out.plain();
-    work.template multiply<false>([&](int unit) {
-      if (stored) out.template store<true>(work.d, unit);
-    });
+    do {
+      work.begin();
+#pragma unroll 1
+      while (work.goes_on(left)) {
+        left -= ~work.fallen & 1;
+        work.template multiply<true>([](int) {});
+      }
+      if (left == 1) out.at(work.facts(false));
+      stored = left == 1 && !(work.fallen & 6) && out.plain();
+      work.template multiply<false>([&](int unit) {
+        if (stored) out.template store<true>(work.d, unit);
+      });
+      if (work.fallen & 6) {
+        work.add_residuals_of_b();
+        work.leave();
+      }
+    } while (--left > 0);
     if (stored) continue;
 #pragma unroll
     for (int unit = 0; unit < 2 * T::kParts; ++unit) out.store(work.d, unit);
@@ -384,7 +411,7 @@ __device__ __forceinline__ void consume(const CUtensorMap& map_out, const Int8Ke
 
 // ---- the kernel ----
 
-template <class T, FloatType kType, bool kTransposed>
+template <class T, FloatType kType>
 __global__ void __launch_bounds__(T::kThreads, 1)
     int8_gemm_kernel(const __grid_constant__ CUtensorMap map_a,
                      const __grid_constant__ CUtensorMap map_b,
@@ -407,11 +434,10 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     if (args.boxes) ptx::prefetch_tensormap(&map_out);
   }
   __syncthreads();
-  sync_cluster<T>();  // no arrival and no copy before every block's barriers exist
-  ptx::griddepcontrol_launch_dependents();
+  sync_cluster<T>();           // no arrival and no copy before every block's barriers exist
   ptx::griddepcontrol_wait();  // the operands are there
   if constexpr (Deal<T::kCluster>::kOrdered)
-    order_rows<T::kThreads>(args.p, args.order.tiles_n, args.blocks_m, args.k_blocks,
+    order_rows<T::kThreads>(args.p, args.order.tiles_m * T::kCluster, args.blocks_m, args.k_blocks,
                             *reinterpret_cast<RowOrder*>(memory + T::kOffsetOrder));
   if (threadIdx.x < 128) {
     ptx::setmaxnreg_dec<T::kProducerRegisters>();
@@ -420,7 +446,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     __syncwarp();
   } else {
     ptx::setmaxnreg_inc<T::kConsumerRegisters>();
-    consume<T, kType, kTransposed>(map_out, args, memory, shared, rank);
+    consume<T, kType>(map_out, args, memory, shared, rank);
   }
   sync_cluster<T>();  // a block's barriers outlive the arrivals of the others
 }
@@ -432,56 +458,43 @@ static cudaError_t make_codes_map(CUtensorMap* map, const int8_t* data, int64_t 
   return make_tensor_map(map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, data, rows, kp, kp, box_rows);
 }
 
-template <class T, FloatType kType, bool kTransposed>
+template <class T, FloatType kType>
 static cudaError_t launch(const Int8GemmParams& p, int multiprocessors, cudaStream_t stream) {
   CUtensorMap map_a, map_b, map_residual = {}, map_out = {};
   Int8KernelArgs args = {};
-  cudaError_t error = make_codes_map(&map_a, p.a.data, p.m, p.kp, T::kBoxA);
+  cudaError_t error = make_codes_map(&map_a, p.a.data, p.m, p.kp, T::kTileM);
   if (error == cudaSuccess) error = make_codes_map(&map_b, p.b.data, p.n, p.kp, T::kBoxB);
   if (error == cudaSuccess && p.mask)
-    error = make_codes_map(&map_residual, p.residual.data, p.m, p.kp, kInt8Block);
-  if (error == cudaSuccess) error = make_out_map(p, &map_out, &args.boxes, kTransposed);
+    error = make_codes_map(&map_residual, p.residual.data, p.residual_of_b ? p.n : p.m, p.kp,
+                           kInt8Block);
+  if (error == cudaSuccess) error = make_out_map(p, &map_out, &args.boxes);
   if (error != cudaSuccess) return error;
   args.p = p;
   args.order = {ceil_div(p.m, T::kTileM * T::kCluster), ceil_div(p.n, T::kTileN)};
   args.k_blocks = ceil_div(p.kp, T::kTileK);
   args.blocks_m = ceil_div(p.m, kInt8Block);
   args.blocks_n = ceil_div(p.n, kInt8Block);
-  // With a mask a cluster's tiles may lie along N (int8_order.cuh): more of them where N has an odd
-  // number.
-  const int along_n = p.mask ? args.blocks_m * ceil_div(args.order.tiles_n, 2) : 0;
-  return launch_persistent<T>(int8_gemm_kernel<T, kType, kTransposed>,
-                              std::max(args.order.count(), along_n), multiprocessors, stream, map_a,
-                              map_b, map_residual, map_out, args);
+  return launch_persistent<T>(int8_gemm_kernel<T, kType>, args.order.count(), multiprocessors,
+                              stream, map_a, map_b, map_residual, map_out, args);
 }
 
-template <class T, bool kTransposed>
+template <class T>
 static cudaError_t launch(const Int8GemmParams& p, int multiprocessors, cudaStream_t stream) {
   if (p.out_type == FloatType::kFloat32)
-    return launch<T, FloatType::kFloat32, kTransposed>(p, multiprocessors, stream);
+    return launch<T, FloatType::kFloat32>(p, multiprocessors, stream);
   if (p.out_type == FloatType::kBfloat16)
-    return launch<T, FloatType::kBfloat16, kTransposed>(p, multiprocessors, stream);
-  return launch<T, FloatType::kFloat16, kTransposed>(p, multiprocessors, stream);
-}
-
-template <bool kTransposed>
-static cudaError_t launch(const Int8GemmParams& p, cudaStream_t stream) {
-  int multiprocessors = 0;
-  const cudaError_t error = count_multiprocessors(&multiprocessors);
-  if (error != cudaSuccess) return error;
-  if (prefer_large(p.m, p.n, 256, 1.7, multiprocessors))
-    return launch<Int8Traits<2, 2>, kTransposed>(p, multiprocessors, stream);
-  return launch<Int8Traits<1, 1>, kTransposed>(p, multiprocessors, stream);
+    return launch<T, FloatType::kBfloat16>(p, multiprocessors, stream);
+  return launch<T, FloatType::kFloat16>(p, multiprocessors, stream);
 }
 
 cudaError_t launch_int8_gemm(const Int8GemmParams& p, cudaStream_t stream) {
   if (p.m == 0 || p.n == 0) return cudaSuccess;
-  if (!p.residual_of_b) return launch<false>(p, stream);
-  Int8GemmParams turned = p;  // D^T = B A^T
-  std::swap(turned.a, turned.b);
-  std::swap(turned.m, turned.n);
-  turned.residual_of_b = false;
-  return launch<true>(turned, stream);
+  int multiprocessors = 0;
+  const cudaError_t error = count_multiprocessors(&multiprocessors);
+  if (error != cudaSuccess) return error;
+  if (prefer_large(p.m, p.n, 256, 1.7, multiprocessors))
+    return launch<Int8Traits<2, 2>>(p, multiprocessors, stream);
+  return launch<Int8Traits<1, 1>>(p, multiprocessors, stream);
 }
 
 }  // namespace mxtrain::cuda::sm90

@@ -55,31 +55,25 @@ struct RingPosition {
   }
 };
 
-// Has the copy engine load kRows rows from `row` on of an operand, in boxes of kBox rows. share:
-// each block of the cluster (rank) fetches one box, for all.
-template <class T, int kRows, int kBox>
-__device__ __forceinline__ void load_rows(const CUtensorMap& map, uint32_t to, uint32_t full, int k,
-                                          int row, uint32_t rank, bool share) {
-  constexpr int kBytes = kBox * T::kTileK;
-  if (T::kCluster > 1 && kBox * T::kCluster == kRows && share) {
-    ptx::cp_async_bulk_tensor_2d_multicast(to + rank * kBytes, &map, k, row + rank * kBox, full,
-                                           (1 << T::kCluster) - 1);
-    return;
-  }
-#pragma unroll
-  for (int box = 0; box < kRows / kBox; ++box)
-    ptx::cp_async_bulk_tensor_2d_load(to + box * kBytes, &map, k, row + box * kBox, full);
-}
-
-// A stage: the columns from k on of rows from m on of A and of rows from n on of B. The blocks of
-// the cluster have one tile of B, which they share; along_n: one of A.
+// Has the copy engine load a stage: the columns from k on of rows from m on of A, and of the rows
+// from n on of B, of which each block of the cluster (rank) fetches a part for all; own: this block
+// fetches all of them for itself.
 template <class T>
 __device__ __forceinline__ void load_stage(const CUtensorMap& map_a, const CUtensorMap& map_b,
                                            const RingPosition<T>& ring, int k, int m, int n,
-                                           uint32_t rank, bool along_n = false) {
+                                           uint32_t rank, bool own = false) {
+  constexpr int kBytes = T::kBoxB * T::kTileK;
   ptx::mbarrier_arrive_expect_tx(ring.full(), T::kBytesA + T::kBytesB);
-  load_rows<T, T::kTileM, T::kBoxA>(map_a, ring.a(), ring.full(), k, m, rank, along_n);
-  load_rows<T, T::kTileN, T::kBoxB>(map_b, ring.b(), ring.full(), k, n, rank, !along_n);
+  ptx::cp_async_bulk_tensor_2d_load(ring.a(), &map_a, k, m, ring.full());
+  if (T::kCluster > 1 && !own) {
+    ptx::cp_async_bulk_tensor_2d_multicast(ring.b() + rank * kBytes, &map_b, k, n + rank * T::kBoxB,
+                                           ring.full(), (1 << T::kCluster) - 1);
+  } else {
+#pragma unroll
+    for (int box = 0; box < T::kTileN / T::kBoxB; ++box)
+      ptx::cp_async_bulk_tensor_2d_load(ring.b() + box * kBytes, &map_b, k, n + box * T::kBoxB,
+                                        ring.full());
+  }
 }
 
 }  // namespace mxtrain::cuda::sm90

@@ -6,8 +6,6 @@
 
 namespace mxtrain::cuda::sm90 {
 
-constexpr int kOutBoxBytes = 2048;  // of D: 16 rows by 128 bytes, or 16 columns
-
 // kParts_: blocks of 128 columns in a tile. kCluster_: thread blocks that share one tile of B, each
 // with a tile of A of its own. kChunk_: the K of a partial sum, 0 for all of it.
 // kStages_: of the ring. kProducerRegisters_: of a thread of the producing warpgroup; the consumers
@@ -24,8 +22,7 @@ struct GemmTraits {
   static constexpr int kWarps = 4 * kGroups, kThreads = 128 * (kGroups + 1);
   static constexpr int kTileM = 64 * kGroups, kTileN = 128 * kParts, kTileK = 128;
   static_assert(kTileK == 128, "a row of a stage is one 128-byte swizzle atom");
-  // Rows of A and of B in one copy.
-  static constexpr int kBoxA = kTileM, kBoxB = kCluster > 1 ? kTileN / kCluster : 128;
+  static constexpr int kBoxB = kCluster > 1 ? kTileN / kCluster : 128;  // rows of B in one copy
   static_assert(kBoxB % 8 == 0 && kBoxB <= 256, "whole swizzle atoms; the copy engine's limit");
 
   // Registers: D takes 64 kParts of a consumer's, and every partial sum of one part 64 more, of
@@ -47,7 +44,7 @@ struct GemmTraits {
   static constexpr int kBytesA = kTileM * kTileK, kBytesB = kTileN * kTileK;
   static constexpr int kOffsetB = kStages * kBytesA;
   static constexpr int kOffsetOut = kOffsetB + kStages * kBytesB;
-  static constexpr int kBoxBytes = kOutBoxBytes, kBoxes = kBoxes_;
+  static constexpr int kBoxBytes = 16 * 128, kBoxes = kBoxes_;
   static constexpr int kOffsetFull = kOffsetOut + kWarps * kBoxes * kBoxBytes;
   static constexpr int kOffsetEmpty = kOffsetFull + kStages * 8;
   static constexpr int kSharedBytes = kOffsetEmpty + kStages * 8;
