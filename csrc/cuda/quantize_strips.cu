@@ -49,8 +49,8 @@ __device__ __forceinline__ void make_schedules(const QuantizeParams& row, const 
 // ---- kernels ----
 
 // Warps of a CTA on an architecture: as many as there is shared memory for, and as registers allow
-// without spilling. Two stochastic operands on 9.0 are no slower with 20 warps of 96 registers, and
-// where memory bounds them faster.
+// without spilling. Two stochastic operands of 16384 x 8192 on 9.0 are no slower with 20 warps of
+// 96 registers, and where memory bounds them faster.
 constexpr int strip_warps(Strip row, Strip col, int arch) {
   const bool two = draws_bits(row) && draws_bits(col);
   return arch == 90 && row != Strip::kRotated64Nearest && !two    ? StripTraits::kMostWarps

@@ -117,10 +117,10 @@ struct StripSigns {
 // Whose blocks a sign is for.
 enum class StripSide { kRows, kColumns };
 
-// Which word of its four has the sign of element i. A multiprocessor reads a register of an even
-// number and one of an odd in a clock, but not two of either, and loads fill four registers in
-// order. So a sign comes to lie in the other kind than the word of its element: of a row's, two
-// elements in a word, and of a column's, by ldmatrix, a word of its own (strip_tile.cuh).
+// Which word of its four has the sign of element i. By measurement a scheduler reads one register
+// of an even number and one of an odd in a clock (docs/performance.md), and loads fill four in
+// order. So a sign comes to lie in the other kind than the word of its element: word i / 2 of a
+// row, and of a column one whose number is as odd as i (ColumnLanes::matrix).
 __host__ __device__ constexpr int sign_slot(StripSide side, int i) {
   return i / 4 * 4 + (side == StripSide::kColumns ? i % 4 ^ 1 : (i % 4 * 2 + 1) % 5);
 }
