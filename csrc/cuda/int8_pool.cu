@@ -86,7 +86,6 @@ template <bool kPack>
 __global__ void __launch_bounds__(Int8Pool::kThreads, Int8Pool::kBlocks)
     int8_pool_kernel(const Int8PoolParams p) {
   using T = Int8Pool;
-  begin_early();
   const auto across = static_cast<unsigned>(p.kp / kInt8Block);
   const int64_t i = blockIdx.x / across, k = blockIdx.x % across;
   const float scale = p.scale[i * p.scale_stride_row + k * p.scale_stride_k];
@@ -130,7 +129,7 @@ template <bool kPack>
 static cudaError_t launch_pool(const Int8PoolParams& p, cudaStream_t stream) {
   const int64_t down = (p.rows + kInt8Block - 1) / kInt8Block;
   const auto grid = static_cast<unsigned>(down * (p.kp / kInt8Block));
-  return launch_early(int8_pool_kernel<kPack>, grid, Int8Pool::kThreads, 0, stream, p);
+  return launch(int8_pool_kernel<kPack>, grid, Int8Pool::kThreads, stream, p);
 }
 
 cudaError_t launch_int8_pack(const Int8PoolParams& p, cudaStream_t stream) {

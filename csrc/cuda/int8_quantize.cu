@@ -308,7 +308,6 @@ __global__ void __launch_bounds__(Int8Tile::kThreads,
   using T = Int8Tile;
   __shared__ __align__(16) uint32_t tile[kInt8Block * T::kWords];
   __shared__ uint32_t maxima[T::kWarps];
-  begin_early();
   const int64_t across = p.kp / kInt8Block, i = blockIdx.x / across, k = blockIdx.x % across;
   Int8Quantizer<kType, kVector, kMode> q = {p, i * kInt8Block, k * kInt8Block,
                                             static_cast<int>(threadIdx.x) / T::kAcross,
@@ -351,7 +350,7 @@ static cudaError_t launch_modes(const Int8QuantizeParams& p, unsigned grid, cuda
   const auto kernel = p.threshold ? int8_quantize_kernel<kType, kVector, Int8Mode::kFallback>
                       : p.rng     ? int8_quantize_kernel<kType, kVector, Int8Mode::kStochastic>
                                   : int8_quantize_kernel<kType, kVector, Int8Mode::kNearest>;
-  return launch_early(kernel, grid, Int8Tile::kThreads, 0, stream, p);
+  return launch(kernel, grid, Int8Tile::kThreads, stream, p);
 }
 
 template <FloatType kType>

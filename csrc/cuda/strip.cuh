@@ -120,7 +120,8 @@ enum class StripSide { kRows, kColumns };
 // Which word of its four has the sign of element i. By measurement a scheduler reads one register
 // of an even number and one of an odd in a clock (docs/performance.md), and loads fill four in
 // order. So a sign comes to lie in the other kind than the word of its element: word i / 2 of a
-// row, and of a column one whose number is as odd as i (ColumnLanes::matrix).
+// row, so 1, 3, 0, 2, and of a column one whose number is as odd as i (ColumnLanes::matrix), so 1,
+// 0, 3, 2.
 __host__ __device__ constexpr int sign_slot(StripSide side, int i) {
   return i / 4 * 4 + (side == StripSide::kColumns ? i % 4 ^ 1 : (i % 4 * 2 + 1) % 5);
 }
