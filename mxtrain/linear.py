@@ -213,6 +213,7 @@ class _Linear(torch.autograd.Function):
         ctx.cache, ctx.weight = cache, None if cache is None else weight
         ctx.x_dtype, ctx.weight_dtype = x.dtype, weight.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.set_materialize_grads(False)  # no zeros for the counts, which have no gradient
         if counts is None:
             return y
         ctx.mark_non_differentiable(counts)
@@ -220,7 +221,9 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None, *_: Tensor) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return (None,) * 11
         recipe, dtype = ctx.recipe, ctx.dtype
         need_x, need_w, need_b = ctx.needs_input_grad[:3]
         *parts, rng, drawn, threshold = ctx.saved_tensors

@@ -130,6 +130,21 @@ __device__ __forceinline__ void add_bias(float* d, const Params& p, int n, int l
   }
 }
 
+// The same where the bias is of rows, from m on.
+template <class Params>
+__device__ __forceinline__ void add_row_bias(float* d, const Params& p, int m, int lane) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int at = m + lane / 4 + 8 * i;
+    const float bias = at < p.m ? load_any(p.bias, p.bias_type, at) : 0.0f;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      d[4 * j + 2 * i] += bias;
+      d[4 * j + 2 * i + 1] += bias;
+    }
+  }
+}
+
 // What add_bias will read of the kTileN columns from n on, on its way into the L1.
 template <int kTileN, class Params>
 __device__ __forceinline__ void prefetch_bias(const Params& p, int n, int lane) {
@@ -148,7 +163,8 @@ __device__ __forceinline__ uint32_t pack2(float low, float high) {
 }
 
 // 16 rows from m and 64 columns from n on, element by element: any address and row length.
-template <FloatType kType>
+// kTransposed: out is [cols, rows].
+template <FloatType kType, bool kTransposed = false>
 __device__ __forceinline__ void store_elements(const float* d, void* out, int m, int n, int rows,
                                                int cols, bool add, int lane) {
 #pragma unroll
@@ -161,7 +177,8 @@ __device__ __forceinline__ void store_elements(const float* d, void* out, int m,
       for (int c = 0; c < 2; ++c) {
         const int col = n + 8 * j + 2 * (lane % 4) + c;
         if (col >= cols) continue;
-        const int64_t at = static_cast<int64_t>(row) * cols + col;
+        const int64_t at = kTransposed ? static_cast<int64_t>(col) * rows + row
+                                       : static_cast<int64_t>(row) * cols + col;
         const float v = d[4 * j + 2 * i + c];
         if constexpr (kType == FloatType::kFloat32)
           static_cast<float*>(out)[at] = add ? static_cast<float*>(out)[at] + v : v;

@@ -75,6 +75,21 @@ __device__ __forceinline__ bool mbarrier_try_wait_parity(uint32_t barrier, uint3
   return done != 0;
 }
 
+// mbarrier.test_wait.parity: the same, without waiting.
+__device__ __forceinline__ bool mbarrier_test_wait_parity(uint32_t barrier, uint32_t parity) {
+  uint32_t done;
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, p;\n"
+      "}"
+      : "=r"(done)
+      : "r"(barrier), "r"(parity)
+      : "memory");
+  return done != 0;
+}
+
 // Waits until the phase of this parity has completed. With MXT_BOUNDED_WAITS a deadlock ends in a
 // trap within seconds instead of a hung GPU.
 __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity) {

@@ -100,9 +100,23 @@ __device__ __forceinline__ void stmatrix_x4(uint32_t shared, uint32_t w0, uint32
                : "memory");
 }
 
+// stmatrix.x4.trans: the same, each matrix transposed; w[i] as above, of columns in place of rows.
+__device__ __forceinline__ void stmatrix_x4_trans(uint32_t shared, uint32_t w0, uint32_t w1,
+                                                  uint32_t w2, uint32_t w3) {
+  asm volatile(
+      "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared),
+      "r"(w0), "r"(w1), "r"(w2), "r"(w3)
+      : "memory");
+}
+
 // st.shared.v2.b32: 8 bytes.
 __device__ __forceinline__ void st_shared_v2(uint32_t shared, uint32_t w0, uint32_t w1) {
   asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(shared), "r"(w0), "r"(w1) : "memory");
+}
+
+// st.shared.b32: 4 bytes.
+__device__ __forceinline__ void st_shared_b32(uint32_t shared, uint32_t w) {
+  asm volatile("st.shared.b32 [%0], %1;" ::"r"(shared), "r"(w) : "memory");
 }
 
 // st.shared.u16: 2 bytes.

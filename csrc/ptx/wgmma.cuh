@@ -185,28 +185,6 @@ __device__ __forceinline__ void wgmma_m64n64k128_s8(int32_t (&d)[32], const uint
         "r"(a[3][0]), "r"(a[3][1]), "r"(a[3][2]), "r"(a[3][3]), "l"(b));
 }
 
-// The same with A in shared memory.
-__device__ __forceinline__ void wgmma_m64n64k128_s8(int32_t (&d)[32], uint64_t a, uint64_t b) {
-  asm volatile(
-      "{\n"
-      ".reg .b64 a, b;\n"
-      "mov.b64 a, %32;\n"
-      "mov.b64 b, %33;\n"
-      MXT_S8_STEP("a", "0")
-      "add.s64 a, a, 2;\n"
-      "add.s64 b, b, 2;\n"
-      MXT_S8_STEP("a", "1")
-      "add.s64 a, a, 2;\n"
-      "add.s64 b, b, 2;\n"
-      MXT_S8_STEP("a", "1")
-      "add.s64 a, a, 2;\n"
-      "add.s64 b, b, 2;\n"
-      MXT_S8_STEP("a", "1")
-      "}"
-      : MXT_S8_SUMS(d)
-      : "l"(a), "l"(b));
-}
-
 #undef MXT_S8_STEP
 #undef MXT_S8_SUMS
 

@@ -58,7 +58,7 @@ def test_bytes(shape, device):
 
 @pytest.mark.parametrize("heavy", [(0,), (3,), (1, 4), (0, 2, 5), (0, 1, 2, 3, 4, 5)])
 def test_rows_that_fell_back_as_a_whole(heavy, device):
-    """Their tiles come first, in pairs, and one that is left over along N."""
+    """Their tiles come first."""
     rows, n, k = (25 * 128 - 5, 14 * 256 - 3, 384) if device == "cuda" else (6 * 128 - 5, 130, 384)
     a, b = operands(rows, n, k, "cpu")
     mask = a.mask.clone()
@@ -73,8 +73,8 @@ def test_rows_that_fell_back_as_a_whole(heavy, device):
 
 @pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_bias_and_output_types(out_dtype, device):
-    """Also where B has the residual. N of 130 is no multiple of 8; the last is one that Hopper's
-    large tile takes.
+    """Also where B has the residual: there a kernel may compute D^T. N of 130 is no multiple of 8;
+    the last is one that Hopper's large tile takes.
     """
     shapes = [(130, 200, 256), (136, 200, 256)] + [(4200, 4352, 128)] * (device == "cuda")
     pairs = [operands(*shape, device) for shape in shapes]

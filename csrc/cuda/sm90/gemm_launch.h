@@ -10,17 +10,22 @@
 
 namespace mxtrain::cuda::sm90 {
 
-// The map of D, where boxes can be stored. Params: of any GEMM.
+// The map of D, where boxes can be stored, or, transposed, of its transpose [n, m]. Params: of any
+// GEMM.
 template <class Params>
-inline cudaError_t make_out_map(const Params& p, CUtensorMap* out, bool* boxes) {
+inline cudaError_t make_out_map(const Params& p, CUtensorMap* out, bool* boxes,
+                                bool transposed = false) {
   const int size = p.out_type == FloatType::kFloat32 ? 4 : 2;
-  *boxes = p.n * size % 16 == 0 && reinterpret_cast<uintptr_t>(p.out) % 16 == 0;
+  const int64_t rows = transposed ? p.n : p.m, cols = transposed ? p.m : p.n;
+  *boxes = cols * size % 16 == 0 && reinterpret_cast<uintptr_t>(p.out) % 16 == 0;
   if (!*boxes) return cudaSuccess;
   const CUtensorMapDataType type =
       p.out_type == FloatType::kFloat32   ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
       : p.out_type == FloatType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
                                           : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-  return make_tensor_map(out, type, size, p.out, p.m, p.n, p.n * size, 16);
+  const int box_bytes = transposed ? 16 * size : 128;
+  return make_tensor_map(out, type, size, p.out, rows, cols, cols * size, kOutBoxBytes / box_bytes,
+                         box_bytes);
 }
 
 // The arguments of a kernel that computes p in tiles of T, and the map of D where boxes can be

@@ -6,6 +6,8 @@
 
 namespace mxtrain::cuda::sm90 {
 
+constexpr int kOutBoxBytes = 2048;  // of D: 16 rows by 128 bytes, or 16 columns
+
 // kParts_: blocks of 128 columns in a tile. kCluster_: thread blocks that share one tile of B, each
 // with a tile of A of its own. kChunk_: the K of a partial sum, 0 for all of it.
 // kStages_: of the ring. kProducerRegisters_: of a thread of the producing warpgroup; the consumers
@@ -44,7 +46,7 @@ struct GemmTraits {
   static constexpr int kBytesA = kTileM * kTileK, kBytesB = kTileN * kTileK;
   static constexpr int kOffsetB = kStages * kBytesA;
   static constexpr int kOffsetOut = kOffsetB + kStages * kBytesB;
-  static constexpr int kBoxBytes = 16 * 128, kBoxes = kBoxes_;
+  static constexpr int kBoxBytes = kOutBoxBytes, kBoxes = kBoxes_;
   static constexpr int kOffsetFull = kOffsetOut + kWarps * kBoxes * kBoxBytes;
   static constexpr int kOffsetEmpty = kOffsetFull + kStages * 8;
   static constexpr int kSharedBytes = kOffsetEmpty + kStages * 8;

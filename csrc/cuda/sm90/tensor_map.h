@@ -12,8 +12,8 @@
 namespace mxtrain::cuda::sm90 {
 
 // A row-major matrix [rows, cols], `pitch` bytes from row to row, in boxes of box_rows rows of
-// box_bytes bytes, 64 or 128, stored in shared memory with the swizzle of that size. base: 16-byte
-// aligned; pitch: a multiple of 16.
+// box_bytes bytes, 32, 64 or 128, stored in shared memory with the swizzle of that size. base:
+// 16-byte aligned; pitch: a multiple of 16.
 inline cudaError_t make_tensor_map(CUtensorMap* map, CUtensorMapDataType type, int element_bytes,
                                    const void* base, int64_t rows, int64_t cols, int64_t pitch,
                                    int box_rows, int box_bytes = 128) {
@@ -34,7 +34,9 @@ inline cudaError_t make_tensor_map(CUtensorMap* map, CUtensorMapDataType type, i
   const CUresult result =
       encode(map, type, 2, const_cast<void*>(base), sizes, strides, box, steps,
              CU_TENSOR_MAP_INTERLEAVE_NONE,
-             box_bytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_128B,
+             box_bytes == 32   ? CU_TENSOR_MAP_SWIZZLE_32B
+             : box_bytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
+                               : CU_TENSOR_MAP_SWIZZLE_128B,
              CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
