@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import shutil
 from pathlib import Path
@@ -33,6 +34,15 @@ def refuses(error: type[Exception], match: str):
     assert caught.type is error
     message = str(caught.value)
     assert STYLE.fullmatch(message) and "\n" not in message, message
+
+
+def own_process(*paths: Path, **variables: str) -> dict[str, str]:
+    """The environment of another Python, which imports this package, installed or not, and what
+    lies in paths.
+    """
+    before = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    wanted = [*map(str, paths), str(Path(mxtrain.__file__).parents[1]), *before]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, wanted)), **variables}
 
 
 def cuobjdump() -> str | None:

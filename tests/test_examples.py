@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import train_vit
+from common import own_process
 from examples_common import EXAMPLES, SMALL, TASKS, load, read_csv, same
 from options import make_parser
 from train_gpt import PythonSource
@@ -278,7 +279,8 @@ def test_ctrl_c_leaves_a_checkpoint(tmp_path):
     checkpoint = tmp_path / "checkpoint.pt"
     command = [sys.executable, str(EXAMPLES / "train_vit.py"), *SMALL.split(), "--recipe", "bf16"]
     command += ["--steps", "1000000", "--save-every", "5", "--out", str(tmp_path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, env=own_process(), **pipes) as process:
         deadline = time.monotonic() + 120
         while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.1)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from common import own_process
 
 HERE = Path(__file__).parent
 
@@ -17,9 +17,8 @@ HERE = Path(__file__).parent
     not (dist.is_available() and dist.is_gloo_available()), reason="needs torch with gloo"
 )
 def test_two_ranks_agree(tmp_path):
-    paths = [str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1",
-           "PYTHONFAULTHANDLER": "1"}  # fmt: skip  # once in hundreds of runs a rank aborts: where?
+    env = own_process(HERE, HERE.parent, OMP_NUM_THREADS="1")
+    env["PYTHONFAULTHANDLER"] = "1"  # once in hundreds of runs a rank aborts: where?
     command = [sys.executable, str(HERE / "two_ranks.py")]
     ranks = [
         subprocess.Popen([*command, str(rank), str(tmp_path / "store")], env=env,
