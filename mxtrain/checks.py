@@ -67,8 +67,10 @@ def check_tensor(op: str, argument: str, value: object, optional: bool = False) 
         return
     if not isinstance(value, Tensor):
         condition = "be a torch.Tensor or None" if optional else "be a torch.Tensor"
-        got = type(value).__name__
-        raise TypeError(refusal(op, argument, condition, got, show(value), "Convert it first."))
+        got, advice = type(value).__name__, "Convert it first."
+        if argument == "rng":
+            advice = "Pass int64 [2] (seed, offset), such as torch.tensor([42, 0])."
+        raise TypeError(refusal(op, argument, condition, got, show(value), advice))
     if torch.compiler.is_compiling():
         return  # a trace of an autograd function may not ask for the layout
     if value.layout is not torch.strided or value.is_nested or value.is_quantized:

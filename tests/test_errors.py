@@ -269,6 +269,8 @@ def test_not_even_tensors():
     a = operand(4, 64, "mxfp4")
     refused(TypeError, "x must be a torch.Tensor, got NoneType", q(None))
     refused(TypeError, "x must be a torch.Tensor, got list", q([1.0]))
+    seed = r"rng must be a torch.Tensor or None, got int \(42\)\. Pass int64 \[2\] \(seed, offset\)"
+    refused(TypeError, seed, q(rng=42))
     refused(
         TypeError,
         "rng must be a torch.Tensor",
