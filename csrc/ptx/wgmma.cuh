@@ -146,7 +146,7 @@ __device__ __forceinline__ void wgmma_m64n256k32_e5m2(float (&d)[2][64], uint64_
       : "l"(a), "l"(b), "r"(static_cast<uint32_t>(accumulate)));
 }
 
-// What the two forms of the product below share: a K = 32 step, and the sums' registers.
+// What the product below repeats: a K = 32 step, and the sums' registers.
 #define MXT_S8_STEP(a, accumulate)                                                       \
   "wgmma.mma_async.sync.aligned.m64n64k32.s32.s8.s8 "                                    \
   "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "              \

@@ -20,6 +20,7 @@ SHAPES = [
     (5, 300, 1000),
     (256, 16, 128),
     (300, 72, 513),
+    (130, 40, 4500),  # 36 blocks of K
 ]
 
 
@@ -105,11 +106,13 @@ def test_scales_and_masks_of_any_strides(device):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_every_kernel_gives_the_same_bytes(monkeypatch):
     """The portable kernel and that of the architecture, both sides' residuals, large and small;
-    the last four have several tiles a thread block, whose stages follow one another, an odd or an
-    even number of them across.
+    the third to the sixth have several tiles a thread block, whose stages follow one another, an
+    odd or an even number of them across; then many blocks of K, and more rows of blocks than Hopper
+    orders.
     """
     shapes = ((260, 300, 400), (1024, 1280, 512), (4200, 4352, 300), (4200, 4352, 100),
-              (9001, 2000, 512), (9001, 1280, 512))  # fmt: skip
+              (9001, 2000, 512), (9001, 1280, 512), (4200, 4352, 4500),
+              (56500, 512, 128))  # fmt: skip
     for shape, dtype in itertools.product(shapes, (torch.bfloat16, torch.float16, torch.float32)):
         a, b = operands(*shape, "cuda")
         for left, right in ((a.without_fallback(), b), (a, b), (b, a)):

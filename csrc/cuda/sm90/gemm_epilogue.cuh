@@ -56,8 +56,8 @@ __device__ __forceinline__ void fill_box_transposed(const float* d, uint32_t box
 }
 
 // 16 rows from m and 64 columns from n on through the warp's boxes and the copy engine, which
-// leaves out what lies outside D. Two boxes take turns: one is filled while the other is read.
-// `first` is the number of boxes before these. No element is in two boxes, so adding has one
+// leaves out what lies outside D. With two, boxes take turns: one is filled while the other is
+// read. `first` is the number of boxes before these. No element is in two boxes, so adding has one
 // order. kTransposed: D is the transpose of what is summed, and so is the map.
 template <FloatType kType, int kBoxes, int kBoxBytes, bool kTransposed = false>
 __device__ __forceinline__ void store_boxes(const float* d, const void* map, int m, int n,

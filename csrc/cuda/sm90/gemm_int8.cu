@@ -4,11 +4,11 @@
 //
 // The ring of stages is that of gemm_e5m2.cu; a stage is one block of K, and beside it lie the
 // products of its scales and whether its block of A fell back (int8_producers.cuh). Two warpgroups
-// multiply 64 rows of the tile each. The blocks of a cluster share a tile of B or, with a mask, one
-// of A (int8_order.cuh). Where a block of A fell back, its residual comes through a buffer of its
-// own and meets B, which is still there: a fallback costs the products and one tile of copies.
-// Where B has the residual, the kernel computes D^T = B A^T, whose sums are the same, and stores it
-// transposed.
+// multiply 64 rows of the tile each. The blocks of a cluster share a tile of B or, with a mask, in
+// general one of A (int8_order.cuh). Where a block of A fell back, its residual comes through a
+// buffer of its own and meets B, which is still there: a fallback costs the products and one tile
+// of copies. Where B has the residual, the kernel computes D^T = B A^T, whose sums are the same,
+// and stores it transposed.
 //
 // The integer sums of a stage are exact. They are converted and added in float32:
 // acc = fma(scale, sum, acc), K ascending, a residual after its block. A conversion and a
@@ -30,10 +30,11 @@ namespace mxtrain::cuda::sm90 {
 // ---- the consumers ----
 
 // What a warp does. A unit is the products of its warpgroup's 64 rows with 64 columns over K = 128.
-// Under whatever is added there is a unit in the tensor cores. From one pass to the next: the rows
-// of A in registers are in use until a pass's last unit is done, so its sums are added under the
-// next pass's first unit, and in between only the next rows are read. Where they are, whether they
-// have come, and their facts is found out before, under the last but one unit.
+// Under whatever is added, but for a tile's last, there is a unit in the tensor cores. From one
+// pass to the next: the rows of A in registers are in use until a pass's last unit is done, so its
+// sums are added under the next pass's first unit, and in between only the next rows are read.
+// Where they are, whether they have come, and their facts is found out before, under the last but
+// one unit.
 //
 // Starts, waits and additions have the order that ptxas follows. It waits after each product where
 // one in flight around a loop is first waited for with others behind it, where the loop is entered

@@ -56,16 +56,15 @@ struct RingPosition {
 };
 
 // Has the copy engine load a stage: the columns from k on of rows from m on of A, and of the rows
-// from n on of B, of which each block of the cluster (rank) fetches a part for all; own: this block
-// fetches all of them for itself.
+// from n on of B, of which each block of the cluster (rank) fetches a part for all.
 template <class T>
 __device__ __forceinline__ void load_stage(const CUtensorMap& map_a, const CUtensorMap& map_b,
                                            const RingPosition<T>& ring, int k, int m, int n,
-                                           uint32_t rank, bool own = false) {
+                                           uint32_t rank) {
   constexpr int kBytes = T::kBoxB * T::kTileK;
   ptx::mbarrier_arrive_expect_tx(ring.full(), T::kBytesA + T::kBytesB);
   ptx::cp_async_bulk_tensor_2d_load(ring.a(), &map_a, k, m, ring.full());
-  if (T::kCluster > 1 && !own) {
+  if constexpr (T::kCluster > 1) {
     ptx::cp_async_bulk_tensor_2d_multicast(ring.b() + rank * kBytes, &map_b, k, n + rank * T::kBoxB,
                                            ring.full(), (1 << T::kCluster) - 1);
   } else {

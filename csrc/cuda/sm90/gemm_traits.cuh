@@ -9,9 +9,9 @@ namespace mxtrain::cuda::sm90 {
 constexpr int kOutBoxBytes = 2048;  // of D: 16 rows by 128 bytes, or 16 columns
 
 // kParts_: blocks of 128 columns in a tile. kCluster_: thread blocks that share one tile of B, each
-// with a tile of A of its own. kChunk_: the K of a partial sum, 0 for all of it.
-// kStages_: of the ring. kProducerRegisters_: of a thread of the producing warpgroup; the consumers
-// have the others. kBoxes_: of output, for each consumer warp.
+// with a tile of A of its own (or one of A: int8_order.cuh). kChunk_: the K of a partial sum, 0 for
+// all of it. kStages_: of the ring. kProducerRegisters_: of a thread of the producing warpgroup;
+// the consumers have the others. kBoxes_: of output, for each consumer warp.
 template <int kParts_, int kCluster_, int kChunk_, int kStages_ = kParts_ == 2 ? 4 : 6,
           int kProducerRegisters_ = 24, int kBoxes_ = 2>
 struct GemmTraits {

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // The order of int8_gemm's tiles. Both blocks of a cluster wait for the slower, and where blocks of
 // A fell back, a tile takes up to twice as long. So with a mask of A they have one row of blocks of
-// A, which falls back for both, and tiles beside each other along N; without, two rows, and one
-// tile of B. A few rows may have fallen back much more than the others: such heavy rows come first,
-// and the last round is dealt in reverse, so that clusters which began with a heavy tile have one
-// tile less where the tiles do not come out even.
+// A, which falls back for both, and tiles beside each other along N; without, or where N has a
+// small odd number of tiles, two rows and one tile of B, in no other order. A few rows may have
+// fallen back much more than the others: such heavy rows come first, and the last round is dealt in
+// reverse, so that clusters which began with a heavy tile have one tile less where the tiles do not
+// come out even.
 #pragma once
 
 #include "cuda/int8.h"

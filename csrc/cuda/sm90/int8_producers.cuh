@@ -76,8 +76,8 @@ __device__ __forceinline__ void copy_residuals(const TensorMaps& maps, const Int
           __ballot_sync(~0u, i < args.blocks_m && k < args.k_blocks &&
                                  __ldg(p.mask + i * p.mask_stride_row + k * p.mask_stride_k) != 0);
       for (; fallen; fallen &= fallen - 1, parity ^= 1) {
-        ptx::mbarrier_wait(empty, parity);
         if (lane != 0) continue;
+        ptx::mbarrier_wait(empty, parity);
         ptx::mbarrier_arrive_expect_tx(full, T::kBytesA);
         ptx::cp_async_bulk_tensor_2d_load(shared + T::kOffsetResidual, &maps.residual,
                                           (from + __ffs(fallen) - 1) * T::kTileK, i * kInt8Block,

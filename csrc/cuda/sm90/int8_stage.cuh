@@ -53,7 +53,7 @@ struct Int8Traits : Int8RingTraits<kParts, kCluster> {
 // ---- arguments ----
 
 struct Int8KernelArgs {
-  Int8GemmParams p;
+  Int8GemmParams p;  // transposed: of D^T, but bias and out are D's
   TileOrder order;
   int k_blocks, blocks_m, blocks_n;
   bool boxes;  // D's rows are whole 16-byte units: the copy engine stores them
