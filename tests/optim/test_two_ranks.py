@@ -18,7 +18,7 @@ HERE = Path(__file__).parent
 )
 def test_two_ranks_agree(tmp_path):
     env = own_process(HERE, HERE.parent, OMP_NUM_THREADS="1")
-    env["PYTHONFAULTHANDLER"] = "1"  # once in hundreds of runs a rank aborts: where?
+    env["PYTHONFAULTHANDLER"] = "1"
     command = [sys.executable, str(HERE / "two_ranks.py")]
     ranks = [
         subprocess.Popen([*command, str(rank), str(tmp_path / "store")], env=env,
