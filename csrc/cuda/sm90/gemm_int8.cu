@@ -163,7 +163,7 @@ struct Multiplier {
   }
   // Before: the rows and the facts are there, and of the pass before, the last unit's sums. kNext:
   // then another pass follows, with A's residual or the next stage, and so it is afterwards.
-  // Otherwise the stage is left. added(u): after unit u.
+  // The stage is left unless its residual is next. added(u): after unit u.
   template <bool kNext, class Added>
   __device__ __forceinline__ void multiply(Added added) {
     constexpr int kLast = kUnits - 1;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The producers of int8_gemm on Hopper: three warps of the first warpgroup, a task each. A stage
+// The producers of int8_gemm on Hopper: three warps of the first warpgroup, a task each. A pass
 // then waits for the longest of three chains of waits and instructions, not for their sum. All walk
 // over the same tiles, and each is as far ahead as its barriers let it:
 //   copy_stages     tiles of A and B into the ring; an arrival and the bytes at a stage's barrier
