@@ -60,35 +60,26 @@ __device__ __forceinline__ void mbarrier_arrive_cluster(uint32_t barrier, uint32
       : "memory");
 }
 
-// mbarrier.try_wait.parity: whether the phase of this parity has completed; waits a while for it.
-__device__ __forceinline__ bool mbarrier_try_wait_parity(uint32_t barrier, uint32_t parity) {
-  uint32_t done;
-  asm volatile(
-      "{\n"
-      ".reg .pred p;\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
-      "selp.u32 %0, 1, 0, p;\n"
-      "}"
-      : "=r"(done)
-      : "r"(barrier), "r"(parity)
-      : "memory");
-  return done != 0;
-}
-
-// mbarrier.test_wait.parity: the same, without waiting.
-__device__ __forceinline__ bool mbarrier_test_wait_parity(uint32_t barrier, uint32_t parity) {
-  uint32_t done;
-  asm volatile(
-      "{\n"
-      ".reg .pred p;\n"
-      "mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n"
-      "selp.u32 %0, 1, 0, p;\n"
-      "}"
-      : "=r"(done)
-      : "r"(barrier), "r"(parity)
-      : "memory");
-  return done != 0;
-}
+// mbarrier.try_wait.parity, mbarrier.test_wait.parity: whether the phase of this parity has
+// completed; the first waits a while for it.
+#define MXT_MBARRIER_QUERY(wait)                                                                \
+  __device__ __forceinline__ bool mbarrier_##wait##_parity(uint32_t barrier, uint32_t parity) { \
+    uint32_t done;                                                                              \
+    asm volatile(                                                                               \
+        "{\n"                                                                                   \
+        ".reg .pred p;\n"                                                                       \
+        "mbarrier." #wait                                                                       \
+        ".parity.shared::cta.b64 p, [%1], %2;\n"                                                \
+        "selp.u32 %0, 1, 0, p;\n"                                                               \
+        "}"                                                                                     \
+        : "=r"(done)                                                                            \
+        : "r"(barrier), "r"(parity)                                                             \
+        : "memory");                                                                            \
+    return done != 0;                                                                           \
+  }
+MXT_MBARRIER_QUERY(try_wait)
+MXT_MBARRIER_QUERY(test_wait)
+#undef MXT_MBARRIER_QUERY
 
 // Waits until the phase of this parity has completed. With MXT_BOUNDED_WAITS a deadlock ends in a
 // trap within seconds instead of a hung GPU.

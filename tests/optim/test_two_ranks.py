@@ -17,8 +17,7 @@ HERE = Path(__file__).parent
     not (dist.is_available() and dist.is_gloo_available()), reason="needs torch with gloo"
 )
 def test_two_ranks_agree(tmp_path):
-    env = own_process(HERE, HERE.parent, OMP_NUM_THREADS="1")
-    env["PYTHONFAULTHANDLER"] = "1"
+    env = own_process(HERE, HERE.parent, OMP_NUM_THREADS="1", PYTHONFAULTHANDLER="1")
     command = [sys.executable, str(HERE / "two_ranks.py")]
     ranks = [
         subprocess.Popen([*command, str(rank), str(tmp_path / "store")], env=env,

@@ -106,7 +106,6 @@ def main(rank: int, store: str) -> None:
 
 if __name__ == "__main__":
     main(int(sys.argv[1]), sys.argv[2])
-    # All has been asserted. Without the interpreter's end, in which a thread of torch's that still
-    # runs has aborted the process about once in 300 runs, with no Python frame left; the package
-    # has no threads of its own.
+    # All has been asserted. Without the interpreter's end, in which a rank has aborted now and
+    # then, with no Python frame left, as where a thread still runs; the package has none.
     os._exit(0)

@@ -248,7 +248,7 @@ struct Output {
 
 template <class T, FloatType kType, bool kTransposed>
 __device__ __forceinline__ void consume(const CUtensorMap& map_out, const Int8KernelArgs& args,
-                                        uint8_t* memory, uint32_t shared, uint32_t rank) {
+                                        uint8_t* memory, uint32_t shared) {
   const int warp = threadIdx.x / 32 - 4, lane = threadIdx.x % 32;
   Output<T, kType, kTransposed> out = {map_out, args, shared};
   Multiplier<T> work(shared, warp, lane);
@@ -305,7 +305,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     produce<T>(maps, args, memory, shared, rank);
   } else {
     ptx::setmaxnreg_inc<T::kConsumerRegisters>();
-    consume<T, kType, kTransposed>(maps.out, args, memory, shared, rank);
+    consume<T, kType, kTransposed>(maps.out, args, memory, shared);
   }
   sync_cluster<T>();  // a block's barriers outlive the arrivals of the others
 }
