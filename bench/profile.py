@@ -21,7 +21,7 @@ KINDS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("folded GEMM, split K", ("folded_gemm_kernel<*, (mxtrain::cuda::sm90::Tiling)2>",)),
     ("folded GEMM", ("folded_gemm", "packed_gemm")),
     ("int8 GEMM", ("int8_gemm",)),
-    ("residuals packed", ("int8_pool",)),
+    ("residuals packed", ("int8_pack", "int8_unpack")),
     ("fold", ("fold_kernel", "shift_kernel")),
     ("quantize_dual", ("quantize_dual",)),
     ("requantize", ("requantize",)),

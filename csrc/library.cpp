@@ -89,9 +89,7 @@ MXT_DEFINE(MXT_LIBRARY, m) {
   m.def(
       "int8_pack_residual(Tensor residual, Tensor scale, Tensor mask, SymInt count) -> (Tensor, "
       "Tensor)");
-  m.def(
-      "int8_unpack_residual(Tensor pool, Tensor scale, Tensor mask, SymInt rows, SymInt kp) -> "
-      "Tensor");
+  m.def("int8_unpack_residual(Tensor pool, Tensor slots, SymInt rows, SymInt kp) -> Tensor");
   m.def(
       "rms_norm_forward(Tensor x, Tensor? weight, float eps, ScalarType out_dtype, bool "
       "context=True) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");

@@ -40,8 +40,10 @@ class Int8Operand:
         scale: float32 `[ceil(R/128), Kp/128]`, any strides; NaN for a block that is not finite.
         shape: (R, K).
         residual: int8 like data, written only in blocks that fell back; None without a fallback.
+            Or a pool of such blocks alone, `[tiles, 128, 128]` (`int8_pack_residual`).
         residual_scale: float32 like scale.
-        mask: uint8 like scale, 1 where the block fell back.
+        mask: uint8 like scale, 1 where the block fell back. With a pool int32: 1 + the number of
+            the block's tile, 0 where it has none.
     """
 
     data: Tensor
@@ -97,8 +99,18 @@ class Int8Operand:
         """The same codes, without the residual."""
         return Int8Operand(self.data, self.scale, self.shape)
 
+    def unpacked(self) -> Int8Operand:
+        """The same with the residual like data, not in a pool."""
+        if self.residual is None or self.residual.dim() == 2:
+            return self
+        residual = _ops.int8_unpack_residual(self.residual, self.mask, *self.data.shape)
+        grids = self.residual_scale, (self.mask != 0).to(torch.uint8)
+        return Int8Operand(self.data, self.scale, self.shape, residual, *grids)
+
     def transposed(self) -> Int8Operand:
-        """The operand `[K, R]` of the transpose: exact, by moving codes."""
+        """The operand `[K, R]` of the transpose: exact, by moving codes. Not of a pool."""
+        if self.residual is not None and self.residual.dim() != 2:
+            return self.unpacked().transposed()
         r, k = self.shape
 
         def turn(codes: Tensor | None) -> Tensor | None:
@@ -121,7 +133,7 @@ class Int8Operand:
 
         value = spread(self.scale) * self.data[:, :k]
         if self.residual is not None:
-            second = spread(self.residual_scale) * self.residual[:, :k]
+            second = spread(self.residual_scale) * self.unpacked().residual[:, :k]
             value = torch.where(spread(self.mask).bool(), value + second, value)
         return value.to(dtype)
 
@@ -223,8 +235,14 @@ def _check_tail(what: str, name: str, op: Int8Operand) -> None:
     if op.data[:, k:].any():
         bad = name
     elif op.mask is not None and op.mask.shape == op.scale.shape and op.scale.dim() == 2:
-        fallen = op.mask[:, -1].repeat_interleave(BLOCK)[: op.shape[0], None] != 0
-        if (fallen & (op.residual[:, k:] != 0)).any():
+        last = op.mask[:, -1]
+        if op.residual.dim() == 3:
+            tiles = last[(last > 0) & (last <= len(op.residual))].long() - 1
+            tail = op.residual[tiles][:, :, k % BLOCK :]
+        else:
+            fallen = last.repeat_interleave(BLOCK)[: op.shape[0], None] != 0
+            tail = torch.where(fallen, op.residual[:, k:], 0)
+        if tail.any():
             bad = "residual"
     if bad is not None:
         condition, got = f"hold zeros beyond K = {k}", "other codes"
@@ -243,9 +261,10 @@ def int8_gemm(
     order is fixed, so CPU and CUDA give the same bytes.
 
     What the operands hold must be what int8_quantize writes: codes in [-127, 127], zeros beyond K,
-    scales of at least 0 or NaN; of a residual, where the mask is set. On the CPU that is checked.
-    On CUDA it is not, for the host would have to wait: what breaks it is multiplied as it stands,
-    without an error (-128 as -128, codes beyond K as if K were longer).
+    scales of at least 0 or NaN; of a residual, where the mask is set; of a pool, slots within it.
+    On the CPU that is checked. On CUDA it is not, for the host would have to wait: what breaks it
+    is multiplied as it stands, without an error (-128 as -128, codes beyond K as if K were longer,
+    a slot beyond the pool as a tile of zeros).
 
     Args:
         a, b: operands with the same K.

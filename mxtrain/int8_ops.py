@@ -70,6 +70,13 @@ def _check_grid(op: str, name: str, t: Tensor, dtype: torch.dtype, side: str, ow
     check.check_same_device(op, name, t, own)
 
 
+def _is_pool(t: Tensor) -> bool:
+    """Of tiles of 128 x 128 codes."""
+    return (
+        t.dtype == torch.int8 and t.dim() == 3 and not any(_differ(n, BLOCK) for n in t.shape[1:])
+    )
+
+
 def _check_residual(
     op: str, data: Tensor | None, scale: Tensor | None, mask: Tensor | None, of_b: bool, own: Tensor
 ) -> None:  # fmt: skip
@@ -81,15 +88,18 @@ def _check_residual(
         _fail(op, name, condition, f"{given} of them", context, advice)
     if data is None or scale is None or mask is None:
         return
-    fits = data.dtype == torch.int8 and data.dim() == 2
-    if not fits or any(
-        _differ(have, want) for have, want in zip(data.shape, own.shape, strict=True)
+    pool, fits = _is_pool(data), data.dtype == torch.int8 and data.dim() == 2
+    if not pool and (
+        not fits
+        or any(_differ(have, want) for have, want in zip(data.shape, own.shape, strict=True))
     ):
-        condition, got = f"be int8 of shape {_shape(own)}", f"{_dtype(data.dtype)} {_shape(data)}"
+        condition = f"be int8 of shape {_shape(own)} or [tiles, 128, 128]"
+        got = f"{_dtype(data.dtype)} {_shape(data)}"
+        advice = "Pass what int8_quantize_fallback or int8_pack_residual returned."
         _fail(op, "residual", condition, got, f"of {side}", advice)
     check.check_same_device(op, "residual", data, own)
     _check_grid(op, "residual_scale", scale, torch.float32, side, own)
-    _check_grid(op, "mask", mask, torch.uint8, side, own)
+    _check_grid(op, "mask", mask, torch.int32 if pool else torch.uint8, side, own)
 
 
 def _check_gemm(
@@ -132,26 +142,20 @@ def _check_pack(residual: Tensor, scale: Tensor, mask: Tensor, count: int) -> No
         _fail(op, "count", f"lie in [0, {most}]", count, context, advice)
 
 
-def _check_unpack(pool: Tensor, scale: Tensor, mask: Tensor, rows: int, kp: int) -> None:
+def _check_unpack(pool: Tensor, slots: Tensor, rows: int, kp: int) -> None:
     op, as_made = "int8_unpack_residual", "Pass what int8_pack_residual returned."
-    context = f"mask {_shape(mask)}"
-    fits = pool.dtype == torch.int8 and pool.dim() == 3
-    if not fits or any(_differ(size, BLOCK) for size in pool.shape[1:]):
+    context = f"slots {_shape(slots)}"
+    if not _is_pool(pool):
         got = f"{_dtype(pool.dtype)} {_shape(pool)}"
-        _fail(op, "pool", "be int8 of shape [blocks, 128, 128]", got, context, as_made)
-    if mask.dtype != torch.uint8 or mask.dim() != 2:
-        condition, got = "be uint8 with 2 dimensions", _dtype(mask.dtype)
-        _fail(op, "mask", condition, got, f"shape {_shape(mask)}", as_made)
-    check.check_same_device(op, "mask", mask, pool)
-    fits = scale.dtype == torch.float32 and scale.dim() == 2
-    if not fits or any(_differ(a, b) for a, b in zip(scale.shape, mask.shape, strict=True)):
-        condition, got = "be float32 of the mask's shape", f"{_dtype(scale.dtype)} {_shape(scale)}"
-        _fail(op, "scale", condition, got, context, "Pass that of int8_pack_residual.")
-    check.check_same_device(op, "scale", scale, pool)
-    whole = not _known(kp) or (kp % BLOCK == 0 and not _differ(kp // BLOCK, mask.shape[1]))
+        _fail(op, "pool", "be int8 of shape [tiles, 128, 128]", got, context, as_made)
+    if slots.dtype != torch.int32 or slots.dim() != 2:
+        condition, got = "be int32 with 2 dimensions", _dtype(slots.dtype)
+        _fail(op, "slots", condition, got, f"shape {_shape(slots)}", as_made)
+    check.check_same_device(op, "slots", slots, pool)
+    whole = not _known(kp) or (kp % BLOCK == 0 and not _differ(kp // BLOCK, slots.shape[1]))
     in_range = not _known(rows) or 0 <= rows <= check.MAX_SIZE
-    if not (whole and in_range) or _differ(blocks(rows), mask.shape[0]):
-        condition = "be those of the mask's blocks of 128 x 128"
+    if not (whole and in_range) or _differ(blocks(rows), slots.shape[0]):
+        condition = "be those of the slots' blocks of 128 x 128"
         advice = "Pass the shape of the operand's codes."
         _fail(op, "rows and kp", condition, f"{rows} and {kp}", context, advice)
 
@@ -203,10 +207,11 @@ def _(
 @torch.library.register_fake("mxtrain::int8_pack_residual")
 def _(residual, scale, mask, count):
     _check_pack(residual, scale, mask, count)
-    return residual.new_empty((count, BLOCK, BLOCK)), mask.new_empty(mask.shape)
+    pool, slots = (count, BLOCK, BLOCK), mask.new_empty(mask.shape, dtype=torch.int32)
+    return residual.new_empty(pool), slots
 
 
 @torch.library.register_fake("mxtrain::int8_unpack_residual")
-def _(pool, scale, mask, rows, kp):
-    _check_unpack(pool, scale, mask, rows, kp)
+def _(pool, slots, rows, kp):
+    _check_unpack(pool, slots, rows, kp)
     return pool.new_empty((rows, kp))

@@ -171,6 +171,8 @@ def _forward(
     col_signs = signs_of(recipe, "wgrad", drawn, x.device) if col else None
     rows = x.reshape(-1, x.shape[-1])
     x_row, x_col, counts = _quantize_both(rows, row, col, x_rng, signs, col_signs, threshold)
+    if isinstance(x_col, Int8Operand):
+        x_col = compacted(x_col, recipe.fallback.kept_share)  # before what else needs memory
     w_row = None
     if fw.format:
         make = partial(_quantize, weight, fw, w_rng, signs, toward=ema)
@@ -183,8 +185,6 @@ def _forward(
     keep_x = keep_w = None
     if need_w:
         keep_x = x if wx.format is None or again else x_row if x_col is None else x_col
-        if isinstance(keep_x, Int8Operand):
-            keep_x = compacted(keep_x, recipe.fallback.kept_share)
     if need_x:
         keep_w = weight if dw.source == "original" else w_row
     # As F.linear does it: no in-place op may follow if a Function returns a view. In two dimensions

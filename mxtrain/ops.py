@@ -94,19 +94,20 @@ int8_quantize_fallback(x, threshold, layout=0)
     another type, or (on the CPU; on CUDA all scales are then NaN) one that is not positive.
 int8_gemm(a, a_scale, b, b_scale, bias, out_dtype, residual=None, residual_scale=None, mask=None,
           residual_of_b=False) -> `[M, N]`
-    A B^T + bias. The residual is of a or of b. Raises where K or a grid differs, for parts of a
-    residual without the others, and (on the CPU) for a code of -128.
-int8_pack_residual(residual, scale, mask, count) -> (pool, kept)
-    The residuals of `count` blocks, int8 `[count, 128, 128]`, rows beyond R zero, and the mask of
-    these blocks: of those that fell back (the mask is set and the scale is no NaN) the ones with
-    the largest scale, of equal scales the first in the order of the grid. Where fewer fell back,
-    the tail of the pool is not written. On CUDA each counts the blocks before it, so time grows
-    with the square of their number. Raises where a grid differs, for a count that is negative or
-    above the number of blocks.
-int8_unpack_residual(pool, scale, mask, rows, kp) -> `[rows, kp]`
-    The inverse, of the pool, the scale that was given and the mask that was returned; blocks that
-    the mask leaves out are not written. Raises where they disagree, and for a mask with more blocks
-    than the pool (on CUDA those are not written).
+    A B^T + bias. The residual is of a or of b, like it and with a mask, or a pool and with slots
+    as the mask. Raises where K or a grid differs, for parts of a residual without the others, and
+    on the CPU for a code of -128 and a slot beyond the pool (on CUDA that is a tile of zeros).
+int8_pack_residual(residual, scale, mask, count) -> (pool, slots)
+    The residuals of `count` blocks, int8 `[count, 128, 128]`, rows beyond R zero; and slots, int32
+    like the mask, which say where: 1 + the number of the block's tile, 0 for the others. Of those
+    that fell back (the mask is set and the scale is no NaN) they are the ones with the largest
+    scale, of equal scales the first in the order of the grid, in this order. Where fewer fell back,
+    the tail of the pool is not written. On CUDA each looks at all blocks, so time grows with the
+    square of their number. Raises where a grid differs, for a count that is negative or above the
+    number of blocks.
+int8_unpack_residual(pool, slots, rows, kp) -> `[rows, kp]`
+    The inverse; blocks without a slot are not written. Raises where they disagree, and for slots
+    beyond the pool (on CUDA their blocks are not written).
 
 RMSNorm and SwiGLU keep their inputs for backward in int10_group: high int8 `[P, R, Cp]`, low uint8
 `[P, R, Cp/4]`, scale float32 `[P, R, Cp/128]` for P matrices `[R, C]`, Cp being C rounded up to

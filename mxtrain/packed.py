@@ -40,20 +40,12 @@ def quantize_squares(
 
 
 def compacted(op: Int8Operand, capacity: float | None) -> Int8Operand:
-    """op with the residual of that share of its blocks, int8 `[count, 128, 128]`; see Fallback."""
+    """op with the residuals of at most that share of its blocks, in a pool; see Fallback."""
     if op.residual is None or capacity is None:
         return op
     count = math.ceil(capacity * (op.mask.shape[0] * op.mask.shape[1]))
-    pool, mask = _ops.int8_pack_residual(op.residual, op.scale, op.mask, count)
-    return Int8Operand(op.data, op.scale, op.shape, pool, op.residual_scale, mask)
-
-
-def _expanded(op: Int8Operand) -> Int8Operand:
-    """What compacted was made of, but for blocks that the mask leaves out."""
-    if op.residual is None or op.residual.dim() == 2:
-        return op
-    residual = _ops.int8_unpack_residual(op.residual, op.scale, op.mask, *op.data.shape)
-    return Int8Operand(op.data, op.scale, op.shape, residual, op.residual_scale, op.mask)
+    pool, slots = _ops.int8_pack_residual(op.residual, op.scale, op.mask, count)
+    return Int8Operand(op.data, op.scale, op.shape, pool, op.residual_scale, slots)
 
 
 PARTS = 5
@@ -73,6 +65,6 @@ def restored(
 ) -> Packed:  # fmt: skip
     """The operand by q of which parts_of were saved."""
     if q.square:
-        return _expanded(Int8Operand.of(parts, shape))
+        return Int8Operand.of(parts, shape)
     data, scale, tensor_scale = parts[:3]
     return Operand(data, scale, q.format, shape, tensor_scale)

@@ -27,7 +27,7 @@ from bench.profile import Kernel, busy, kind_of, table
         ("mxtrain::cuda::column_runs_kernel(mxtrain::cuda::ColumnRunsParams)", "column_sum"),
         ("void mxtrain::cuda::adamw_kernel<...>", "mxtrain, other"),
         ("void mxtrain::cuda::int8_quantize_kernel<...>", "quantize"),
-        ("void mxtrain::cuda::int8_pool_kernel<true>(...)", "residuals packed"),
+        ("mxtrain::cuda::int8_pack_kernel(...)", "residuals packed"),
         ("nvjet_hsh_256x128_64x4_1x2_h_bz_coopA_NTT", "cuBLAS"),
         ("void pytorch_flash::flash_fwd_kernel<...>", "attention"),
         ("triton_red_fused_native_layer_norm_0", "torch.compile"),

@@ -85,14 +85,15 @@ def int8(
 POOL = torch.zeros(3, 128, 128, dtype=torch.int8)
 CODES = POOL.view(-1, 256)
 GRID, KEPT = torch.ones(2, 2), torch.ones(2, 2, dtype=torch.uint8)
+SLOTS = torch.ones(2, 2, dtype=torch.int32)
 
 
 def pack(residual=CODES[:150], scale=GRID, mask=KEPT, count=3):
     return (residual, scale, mask, count)
 
 
-def unpack(pool=POOL, scale=GRID, mask=KEPT, rows=150, kp=256):
-    return (pool, scale, mask, rows, kp)
+def unpack(pool=POOL, slots=SLOTS, rows=150, kp=256):
+    return (pool, slots, rows, kp)
 
 
 BAD = {
@@ -347,6 +348,11 @@ BAD = {
         int8(residual=(I8.residual, I8.residual_scale.half(), I8.mask)),
         int8(residual=(I8.residual, I8.residual_scale, I8.mask.bool())),
         int8(residual=(I8.residual, I8.residual_scale, torch.ones(2, 1, dtype=torch.uint8))),
+        int8(residual=(I8.residual, I8.residual_scale, I8.mask.int())),
+        int8(residual=(POOL, I8.residual_scale, I8.mask)),
+        int8(residual=(POOL, I8.residual_scale, torch.ones(2, 1, dtype=torch.int32))),
+        int8(residual=(POOL.byte(), I8.residual_scale, I8.mask.int())),
+        int8(residual=(POOL[:, :100], I8.residual_scale, I8.mask.int())),
         int8(bias=torch.ones(63)),
         int8(bias=torch.ones(64, 1)),
         int8(bias=torch.ones(64).int()),
@@ -371,14 +377,12 @@ BAD = {
         unpack(pool=POOL[0]),
         unpack(pool=POOL[:, :100]),
         unpack(pool=POOL[:, :, :100]),
-        unpack(mask=KEPT.bool()),
-        unpack(mask=KEPT[None]),
-        unpack(scale=GRID.half()),
-        unpack(scale=GRID[0]),
-        unpack(scale=torch.ones(3, 2)),
+        unpack(slots=KEPT),
+        unpack(slots=SLOTS.long()),
+        unpack(slots=SLOTS[None]),
         unpack(rows=128),
         unpack(rows=257),
-        unpack(rows=-1, mask=KEPT[:0], scale=GRID[:0]),
+        unpack(rows=-1, slots=SLOTS[:0]),
         unpack(rows=2**63 - 1),
         unpack(kp=128),
         unpack(kp=250),

@@ -172,10 +172,12 @@ def int8_call(x: torch.Tensor) -> tuple:
 def int8_pool_samples(x: torch.Tensor) -> list[tuple[str, tuple, dict]]:
     """Of a pool that is full."""
     _, scale, residual, _, mask = int8_parts(x.repeat(3, 2))
-    pool, kept = torch.ops.mxtrain.int8_pack_residual(residual, scale, mask, 3)
+    pool, slots = torch.ops.mxtrain.int8_pack_residual(residual, scale, mask, 3)
     assert pool.shape == (3, 128, 128) and residual.shape == (192, 256)
-    small = (pool[:1], scale[:1, :1], kept[:1, :1], 100, 128)
+    small = (pool, slots[:1, :1], 100, 128)
+    codes = residual[:, :128], scale[:, :1]
     return [
+        ("int8_gemm", (*codes, *codes, None, torch.float32, pool, scale[:, :1], slots[:, :1]), {}),
         ("int8_pack_residual", (residual, scale, mask, 3), {}),
         ("int8_pack_residual", (residual, scale, mask, 0), {}),
         ("int8_unpack_residual", small, {}),

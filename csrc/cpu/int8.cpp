@@ -102,12 +102,15 @@ Int8BlockState int8_quantize(const Int8QuantizeParams& p, int64_t i, int64_t k) 
 
 using Wide = int16_t[kBlock][kBlock];
 
-// Block (i, k) of some codes as 16-bit integers; zeros stand where nothing exists.
-static void widen(const int8_t* data, int64_t kp, int64_t i, int64_t k, int rows, Wide& w) {
-  for (int r = 0; r < rows; ++r) {
-    const int8_t* row = data + (i * kBlock + r) * kp + k * kBlock;
-    for (int c = 0; c < kBlock; ++c) w[r][c] = row[c];
-  }
+// A block's codes as 16-bit integers: `rows` of them, `pitch` apart.
+static void widen(const int8_t* codes, int64_t pitch, int rows, Wide& w) {
+  for (int r = 0; r < rows; ++r)
+    for (int c = 0; c < kBlock; ++c) w[r][c] = codes[r * pitch + c];
+}
+
+// Block (i, k) of a matrix of rows of kp.
+static const int8_t* block_of(const int8_t* data, int64_t kp, int64_t i, int64_t k) {
+  return data + i * kBlock * kp + k * kBlock;
 }
 
 // acc += scale * (A B^T) of blocks of rows x cols.
@@ -138,12 +141,16 @@ void int8_gemm(const Int8GemmParams& p, int64_t i, int64_t j) {
   const int64_t own = p.residual_of_b ? j : i;
   for (int64_t k = 0; k < p.kp / kBlock; ++k) {
     const float sa = scale_at(p.a, i, k), sb = scale_at(p.b, j, k);
-    widen(p.a.data, p.kp, i, k, rows, a);
-    widen(p.b.data, p.kp, j, k, cols, b);
+    widen(block_of(p.a.data, p.kp, i, k), p.kp, rows, a);
+    widen(block_of(p.b.data, p.kp, j, k), p.kp, cols, b);
     add_product(a, b, rows, cols, sa * sb, acc, p.n);
-    if (!p.mask || !p.mask[own * p.mask_stride_row + k * p.mask_stride_k]) continue;
+    const int64_t fallen = p.mask.given() ? p.mask.at(own, k) : 0;
+    if (fallen == 0) continue;
     const float d = scale_at(p.residual, own, k);
-    widen(p.residual.data, p.kp, own, k, p.residual_of_b ? cols : rows, p.residual_of_b ? b : a);
+    const int8_t* codes = p.mask.slots ? p.residual.data + (fallen - 1) * kBlock * kBlock
+                                       : block_of(p.residual.data, p.kp, own, k);
+    widen(codes, p.mask.slots ? kBlock : p.kp, p.residual_of_b ? cols : rows,
+          p.residual_of_b ? b : a);
     add_product(a, b, rows, cols, p.residual_of_b ? sa * d : d * sb, acc, p.n);
   }
 }

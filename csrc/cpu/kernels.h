@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "formats/block.h"
+#include "formats/int8.h"
 #include "optim/adamw.h"
 #include "random/philox.h"
 
@@ -156,8 +157,7 @@ struct Int8Codes {
 // acc = A B^T, summed as formats/int8.h says. residual: of A, or of B where residual_of_b.
 struct Int8GemmParams {
   Int8Codes a, b, residual;
-  const uint8_t* mask;  // null: there is no residual
-  int64_t mask_stride_row, mask_stride_k;
+  Int8Mask mask;  // not given: there is no residual
   bool residual_of_b;
   int64_t m, n, kp;
   float* acc;  // [m, n]

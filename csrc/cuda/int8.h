@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cuda/quantize.h"
+#include "formats/int8.h"
 
 namespace mxtrain::cuda {
 
@@ -37,29 +38,42 @@ struct Int8Codes {
 // D[M, N] = A B^T + bias, summed as formats/int8.h says. residual: of A, or of B.
 struct Int8GemmParams {
   Int8Codes a, b, residual;
-  const uint8_t* mask;  // of the residual's blocks; null: there is none
-  int mask_stride_row, mask_stride_k;
+  Int8Mask mask;  // of the residual's blocks; not given: there is none
+  int tiles;      // of the residual, where it is a pool
   bool residual_of_b;
   int64_t m, n, kp;
   const void* bias;  // [n], or null
   FloatType bias_type, out_type;
   void* out;  // [m, n]
+
+  // The number of a slot's tile. Beyond the pool it is `tiles`, of zeros.
+  MXT_HD int tile_of(int32_t slot) const {
+    const uint32_t number = static_cast<uint32_t>(slot) - 1u;
+    return number < static_cast<uint32_t>(tiles) ? static_cast<int>(number) : tiles;
+  }
 };
 cudaError_t launch_int8_gemm(const Int8GemmParams& p, cudaStream_t stream);
 
 // A residual [rows, kp] and its pool [count, 128, 128]: `from` one of them, 16-byte aligned, `to`
-// the other. What no block of the mask has is neither read nor written.
-struct Int8PoolParams {
+// the other. What no block has is neither read nor written.
+struct Int8PackParams {
   const int8_t* from;
   int8_t* to;
   const float* scale;  // [ceil(rows / 128), kp / 128], of these strides; mask: alike
   int64_t scale_stride_row, scale_stride_k;
   const uint8_t* mask;
   int64_t mask_stride_row, mask_stride_k;
-  uint8_t* kept;  // packing: the mask of the blocks in the pool, contiguous
+  int32_t* slots;  // of the pool, as Int8Mask has them, contiguous
   int64_t count, rows, kp;
 };
-cudaError_t launch_int8_pack(const Int8PoolParams& p, cudaStream_t stream);
-cudaError_t launch_int8_unpack(const Int8PoolParams& p, cudaStream_t stream);
+cudaError_t launch_int8_pack(const Int8PackParams& p, cudaStream_t stream);
+
+struct Int8UnpackParams {
+  const int8_t* from;
+  int8_t* to;
+  Int8Mask slots;  // one beyond the pool: nothing is written
+  int64_t count, rows, kp;
+};
+cudaError_t launch_int8_unpack(const Int8UnpackParams& p, cudaStream_t stream);
 
 }  // namespace mxtrain::cuda

@@ -38,13 +38,19 @@ struct Int8Step {
   bool second = false;
 };
 
+// The rows of a block, and how many exist.
+struct Int8Rows {
+  const int8_t* first;
+  int64_t pitch, count;
+};
+
 struct Int8Walk {
   const Int8GemmParams& p;
   int i, j;  // of the tile, in blocks
 
   __device__ __forceinline__ bool fell_back(int k) const {
     const int own = p.residual_of_b ? j : i;
-    return p.mask && __ldg(p.mask + own * p.mask_stride_row + k * p.mask_stride_k);
+    return p.mask.given() && p.mask.at(own, k) != 0;
   }
   __device__ __forceinline__ void advance(Int8Step& s) const {
     if (!s.second && fell_back(s.k)) {
@@ -54,8 +60,22 @@ struct Int8Walk {
       ++s.k;
     }
   }
+  __device__ __forceinline__ bool is_residual(bool of_b, bool second) const {
+    return second && of_b == p.residual_of_b;
+  }
   __device__ __forceinline__ const Int8Codes& codes(bool of_b, bool second) const {
-    return second && of_b == p.residual_of_b ? p.residual : of_b ? p.b : p.a;
+    return is_residual(of_b, second) ? p.residual : of_b ? p.b : p.a;
+  }
+  __device__ __forceinline__ Int8Rows rows(bool of_b, const Int8Step& s) const {
+    const int8_t* data = codes(of_b, s.second).data;
+    const int own = of_b ? j : i;
+    if (p.mask.slots && is_residual(of_b, s.second)) {
+      const int tile = p.tile_of(p.mask.at(own, s.k));
+      return {data + static_cast<int64_t>(tile) * kInt8Block * kInt8Block, kInt8Block,
+              tile < p.tiles ? kInt8Block : 0};
+    }
+    const int64_t row0 = static_cast<int64_t>(own) * kInt8Block;
+    return {data + row0 * p.kp + s.k * kInt8Block, p.kp, (of_b ? p.n : p.m) - row0};
   }
   __device__ __forceinline__ float scale(const Int8Step& s) const {
     const Int8Codes &a = codes(false, s.second), &b = codes(true, s.second);
@@ -69,15 +89,15 @@ __device__ __forceinline__ uint32_t chunk_at(uint32_t base, int r, int c) {
   return base + r * Int8GemmTile::kRowBytes + ((c ^ (r % 8)) * 16);
 }
 
-__device__ __forceinline__ void copy_operand(uint32_t shared, const Int8Codes& codes, int64_t row0,
-                                             int64_t rows, int64_t kp, int k) {
+// Zeros stand where no row exists.
+__device__ __forceinline__ void copy_rows(uint32_t shared, const Int8Rows& rows) {
   using T = Int8GemmTile;
   constexpr int kChunks = T::kRowBytes / 16;
 #pragma unroll
   for (int t = 0; t < T::kTile * kChunks / T::kThreads; ++t) {
     const int at = t * T::kThreads + threadIdx.x, r = at / kChunks, c = at % kChunks;
-    const bool exists = row0 + r < rows;
-    const int8_t* from = codes.data + (exists ? (row0 + r) * kp + k * kInt8Block + c * 16 : 0);
+    const bool exists = r < rows.count;
+    const int8_t* from = rows.first + (exists ? r * rows.pitch + c * 16 : 0);
     ptx::cp_async_16(chunk_at(shared, r, c), from, exists ? 16 : 0);
   }
 }
@@ -167,8 +187,8 @@ __global__ void __launch_bounds__(Int8GemmTile::kThreads, 1)
   const auto copy_next = [&] {
     if (ahead.k < blocks) {
       const uint32_t stage = shared + fill * 2 * T::kBytes;
-      copy_operand(stage, walk.codes(false, ahead.second), m0, p.m, p.kp, ahead.k);
-      copy_operand(stage + T::kBytes, walk.codes(true, ahead.second), n0, p.n, p.kp, ahead.k);
+      copy_rows(stage, walk.rows(false, ahead));
+      copy_rows(stage + T::kBytes, walk.rows(true, ahead));
       fill = fill + 1 == T::kStages ? 0 : fill + 1;
       walk.advance(ahead);
     }

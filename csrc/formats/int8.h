@@ -75,6 +75,22 @@ MXT_HD bool int8_packs_before(uint8_t mask_i, float scale_i, int64_t i, float sc
   return (mask_i != 0) & ((scale_i > scale_j) | ((scale_i == scale_j) & (i < j)));
 }
 
+// Which blocks of an operand have a residual, in grids of any strides. Bytes: a block's is not 0,
+// and its codes lie in a matrix, where the block does in the operand. Or slots, of a pool of tiles
+// of 128 x 128: 1 + the number of the block's tile, or 0. The other pointer is null.
+struct Int8Mask {
+  const uint8_t* bytes;
+  const int32_t* slots;
+  int64_t stride_row, stride_k;
+
+  MXT_HD bool given() const { return bytes || slots; }
+  // Of block (i, k): 0 where it has none.
+  MXT_HD int32_t at(int64_t i, int64_t k) const {
+    const int64_t block = i * stride_row + k * stride_k;
+    return slots ? slots[block] : bytes[block];
+  }
+};
+
 // The float32 sum of a product, K in blocks of 128, ascending; a residual follows its block:
 //   acc = fma(scale_a * scale_b, integer product, acc)
 MXT_HD float int8_promote(float acc, float scale, float product) {

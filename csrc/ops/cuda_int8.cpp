@@ -42,21 +42,6 @@ Int8Codes view_codes(const Tensor& data, const Tensor& scale) {
           static_cast<int>(scale.stride(0)), static_cast<int>(scale.stride(1))};
 }
 
-Int8PoolParams make_pool_params(const Tensor& scale, const Tensor& mask, int64_t count,
-                                int64_t rows, int64_t kp) {
-  Int8PoolParams p = {};
-  p.scale = scale.const_data_ptr<float>();
-  p.scale_stride_row = scale.stride(0);
-  p.scale_stride_k = scale.stride(1);
-  p.mask = static_cast<const uint8_t*>(mask.const_data_ptr());
-  p.mask_stride_row = mask.stride(0);
-  p.mask_stride_k = mask.stride(1);
-  p.count = count;
-  p.rows = rows;
-  p.kp = kp;
-  return p;
-}
-
 }  // namespace
 
 Operand3 int8_quantize(Tensor x, int64_t rounding, OptionalTensor rng, int64_t layout) {
@@ -114,12 +99,11 @@ Tensor int8_gemm(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, OptionalTen
   Int8GemmParams p = {};
   p.a = view_codes(ac, a_scale);
   p.b = view_codes(bc, b_scale);
-  if (mask) {  // what the mask leaves out is not looked at
+  if (mask && residual->numel() > 0) {  // what the mask leaves out is not looked at
     rc = aligned_codes(*residual);
     p.residual = view_codes(rc, *residual_scale);
-    p.mask = static_cast<const uint8_t*>(mask->const_data_ptr());
-    p.mask_stride_row = static_cast<int>(mask->stride(0));
-    p.mask_stride_k = static_cast<int>(mask->stride(1));
+    p.mask = view_mask(*mask);
+    p.tiles = p.mask.slots ? static_cast<int>(rc.size(0)) : 0;
   }
   p.residual_of_b = residual_of_b;
   p.m = a.size(0);
@@ -140,28 +124,41 @@ Operand2 int8_pack_residual(Tensor residual, Tensor scale, Tensor mask, int64_t 
   const cudaStream_t stream = stream_for(op, residual);
   Tensor pool =
       torch::stable::new_empty(residual, {count, kInt8Block, kInt8Block}, ScalarType::Char);
-  Tensor kept = torch::stable::new_empty(residual, {mask.size(0), mask.size(1)}, ScalarType::Byte);
-  if (kept.numel() == 0) return {pool, kept};
+  Tensor slots = torch::stable::new_empty(residual, {mask.size(0), mask.size(1)}, ScalarType::Int);
+  if (slots.numel() == 0) return {pool, slots};
   const Tensor codes = aligned_codes(residual);
-  Int8PoolParams p = make_pool_params(scale, mask, count, codes.size(0), codes.size(1));
+  Int8PackParams p = {};
   p.from = static_cast<const int8_t*>(codes.const_data_ptr());
   p.to = mutable_codes(pool);
-  p.kept = static_cast<uint8_t*>(kept.mutable_data_ptr());
+  p.scale = scale.const_data_ptr<float>();
+  p.scale_stride_row = scale.stride(0);
+  p.scale_stride_k = scale.stride(1);
+  p.mask = static_cast<const uint8_t*>(mask.const_data_ptr());
+  p.mask_stride_row = mask.stride(0);
+  p.mask_stride_k = mask.stride(1);
+  p.slots = static_cast<int32_t*>(slots.mutable_data_ptr());
+  p.count = count;
+  p.rows = codes.size(0);
+  p.kp = codes.size(1);
   check_launch(op, launch_int8_pack(p, stream));
-  return {pool, kept};
+  return {pool, slots};
 }
 
-Tensor int8_unpack_residual(Tensor pool, Tensor scale, Tensor mask, int64_t rows, int64_t kp) {
+Tensor int8_unpack_residual(Tensor pool, Tensor slots, int64_t rows, int64_t kp) {
   const char* op = "int8_unpack_residual";
-  check_int8_unpack_residual(pool, scale, mask, rows, kp);
+  check_int8_unpack_residual(pool, slots, rows, kp);
   const DeviceGuard guard(pool.get_device_index());
   const cudaStream_t stream = stream_for(op, pool);
   Tensor residual = torch::stable::new_empty(pool, {rows, kp}, ScalarType::Char);
   if (residual.numel() == 0) return residual;
   const Tensor tiles = aligned_codes(pool);
-  Int8PoolParams p = make_pool_params(scale, mask, pool.size(0), rows, kp);
+  Int8UnpackParams p = {};
   p.from = static_cast<const int8_t*>(tiles.const_data_ptr());
   p.to = mutable_codes(residual);
+  p.slots = view_mask(slots);
+  p.count = tiles.size(0);
+  p.rows = rows;
+  p.kp = kp;
   check_launch(op, launch_int8_unpack(p, stream));
   return residual;
 }

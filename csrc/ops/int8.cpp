@@ -50,23 +50,20 @@ void run(const Int8QuantizeParams& p, int64_t* counts) {
 }
 
 // Which blocks of an operand are looked at: all, or those that a mask has.
-struct Seen {
-  const uint8_t* mask = nullptr;
-  int64_t stride_row = 0, stride_k = 0;
-  bool operator()(int64_t i, int64_t k) const {
-    return !mask || mask[i * stride_row + k * stride_k];
-  }
-};
+bool is_seen(const Int8Mask& seen, int64_t i, int64_t k) {
+  return !seen.given() || seen.at(i, k) != 0;
+}
 
-void check_no_lowest(const char* name, const Tensor& codes, const Seen& seen = {}) {
+// codes: a matrix, or a pool: of that, tile t is seen as block (t, 0).
+void check_no_lowest(const char* name, const Tensor& codes, const Int8Mask& seen = {}) {
   const auto* c = static_cast<const int8_t*>(codes.const_data_ptr());
-  const int64_t kp = codes.size(1);
+  const int64_t kp = codes.size(codes.dim() - 1), rows = codes.numel() / kp;
   std::atomic<bool> found{false};
-  torch::stable::parallel_for(0, codes.size(0), grain(kp), [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, rows, grain(kp), [&](int64_t begin, int64_t end) {
     int8_t lowest = 0;
     for (int64_t r = begin; r < end; ++r)
       for (int64_t k = 0; k < kp; k += kInt8Block) {
-        if (!seen(r / kInt8Block, k / kInt8Block)) continue;
+        if (!is_seen(seen, r / kInt8Block, k / kInt8Block)) continue;
         const int8_t* block = c + r * kp + k;
         for (int i = 0; i < kInt8Block; ++i) lowest = block[i] < lowest ? block[i] : lowest;
       }
@@ -76,14 +73,31 @@ void check_no_lowest(const char* name, const Tensor& codes, const Seen& seen = {
             shape_of(codes), "). The format has no such code: use int8_quantize.");
 }
 
-void check_scales(const char* name, const Tensor& grid, const Seen& seen = {}) {
+void check_scales(const char* name, const Tensor& grid, const Int8Mask& seen = {}) {
   const float* s = grid.const_data_ptr<float>();
   for (int64_t i = 0; i < grid.size(0); ++i)
     for (int64_t k = 0; k < grid.size(1); ++k) {
       const float scale = s[i * grid.stride(0) + k * grid.stride(1)];
-      MXT_CHECK(!seen(i, k) || !(scale < 0), "int8_gemm", name, " must be at least 0 or NaN, got ",
-                scale, " (block ", i, ", ", k, "). The signs are in the codes: use int8_quantize.");
+      MXT_CHECK(!is_seen(seen, i, k) || !(scale < 0), "int8_gemm", name,
+                " must be at least 0 or NaN, got ", scale, " (block ", i, ", ", k,
+                "). The signs are in the codes: use int8_quantize.");
     }
+}
+
+// The tiles of a pool that its slots have: a byte each.
+std::vector<uint8_t> used_tiles(const char* op, const char* name, const Tensor& slots,
+                                const Tensor& pool) {
+  std::vector<uint8_t> used(pool.size(0));
+  const Int8Mask mask = view_mask(slots);
+  for (int64_t i = 0; i < slots.size(0); ++i)
+    for (int64_t k = 0; k < slots.size(1); ++k) {
+      const int64_t slot = mask.at(i, k);
+      MXT_CHECK(slot >= 0 && slot <= pool.size(0), op, name, " must lie in [0, ", pool.size(0),
+                "], got ", slot, " (block ", i, ", ", k, " of ", shape_of(slots),
+                "). Pass what int8_pack_residual returned with the pool.");
+      if (slot > 0) used[slot - 1] = 1;
+    }
+  return used;
 }
 
 Int8Codes view_codes(const Tensor& data, const Tensor& scale) {
@@ -109,19 +123,14 @@ std::vector<int64_t> packing_order(const Tensor& scale, const Tensor& mask) {
   return order;
 }
 
-// move(row in the pool, row of codes of the residual) for every row of the first `slots` blocks.
+// move(row in the pool, row of codes of the residual or -1 beyond the last) for every row of a tile
+// that is block (i, k).
 template <class Move>
-void for_each_packed_row(const std::vector<int64_t>& order, int64_t slots, int64_t rows, int64_t kp,
-                         const Move& move) {
-  constexpr int64_t kCodes = kInt8Block * kInt8Block;
-  const int64_t across = kp / kInt8Block;
-  torch::stable::parallel_for(0, slots, grain(kCodes), [&](int64_t begin, int64_t end) {
-    for (int64_t slot = begin; slot < end; ++slot) {
-      const int64_t r0 = order[slot] / across * kInt8Block, k0 = order[slot] % across * kInt8Block;
-      for (int64_t r = 0; r < kInt8Block; ++r)
-        move(slot * kCodes + r * kInt8Block, r0 + r < rows ? (r0 + r) * kp + k0 : -1);
-    }
-  });
+void for_each_row(int64_t tile, int64_t i, int64_t k, int64_t rows, int64_t kp, const Move& move) {
+  for (int64_t r = 0; r < kInt8Block; ++r) {
+    const int64_t row = i * kInt8Block + r;
+    move((tile * kInt8Block + r) * kInt8Block, row < rows ? row * kp + k * kInt8Block : -1);
+  }
 }
 
 }  // namespace
@@ -188,12 +197,14 @@ Tensor int8_gemm(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, OptionalTen
   if (mask) {  // what the mask leaves out is not looked at
     rc = torch::stable::contiguous(*residual);
     p.residual = view_codes(rc, *residual_scale);
-    p.mask = bytes(*mask);
-    p.mask_stride_row = mask->stride(0);
-    p.mask_stride_k = mask->stride(1);
-    const Seen seen = {p.mask, p.mask_stride_row, p.mask_stride_k};
-    check_no_lowest("residual", rc, seen);
-    check_scales("residual_scale", *residual_scale, seen);
+    p.mask = view_mask(*mask);
+    if (p.mask.slots) {
+      const std::vector<uint8_t> used = used_tiles("int8_gemm", "mask", *mask, rc);
+      if (!used.empty()) check_no_lowest("residual", rc, {used.data(), nullptr, 1, 0});
+    } else {
+      check_no_lowest("residual", rc, p.mask);
+    }
+    check_scales("residual_scale", *residual_scale, p.mask);
   }
   const int64_t across = int8_blocks(n);
   torch::stable::parallel_for(0, int8_blocks(m) * across, 1, [&](int64_t begin, int64_t end) {
@@ -218,35 +229,46 @@ Operand2 int8_pack_residual(Tensor residual, Tensor scale, Tensor mask, int64_t 
   check_int8_pack_residual(residual, scale, mask, count);
   Tensor pool =
       torch::stable::new_empty(residual, {count, kInt8Block, kInt8Block}, ScalarType::Char);
-  Tensor kept = torch::stable::new_zeros(residual, {mask.size(0), mask.size(1)}, ScalarType::Byte);
+  Tensor slots = torch::stable::new_zeros(residual, {mask.size(0), mask.size(1)}, ScalarType::Int);
   const std::vector<int64_t> order = packing_order(scale, mask);
-  const int64_t slots = std::min<int64_t>(count, order.size());
-  for (int64_t slot = 0; slot < slots; ++slot) mutable_bytes(kept)[order[slot]] = 1;
+  const int64_t tiles = std::min<int64_t>(count, order.size()), across = mask.size(1);
   const Tensor codes = torch::stable::contiguous(residual);
   const auto* from = static_cast<const int8_t*>(codes.const_data_ptr());
   auto* to = static_cast<int8_t*>(pool.mutable_data_ptr());
-  for_each_packed_row(order, slots, codes.size(0), codes.size(1), [&](int64_t at, int64_t row) {
-    if (row < 0)
-      memset(to + at, 0, kInt8Block);
-    else
-      memcpy(to + at, from + row, kInt8Block);
+  auto* slot_of = static_cast<int32_t*>(slots.mutable_data_ptr());
+  torch::stable::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t tile = begin; tile < end; ++tile) {
+      const int64_t block = order[tile];
+      slot_of[block] = static_cast<int32_t>(tile + 1);
+      for_each_row(tile, block / across, block % across, codes.size(0), codes.size(1),
+                   [&](int64_t at, int64_t row) {
+                     if (row < 0)
+                       memset(to + at, 0, kInt8Block);
+                     else
+                       memcpy(to + at, from + row, kInt8Block);
+                   });
+    }
   });
-  return {pool, kept};
+  return {pool, slots};
 }
 
-Tensor int8_unpack_residual(Tensor pool, Tensor scale, Tensor mask, int64_t rows, int64_t kp) {
-  check_int8_unpack_residual(pool, scale, mask, rows, kp);
-  const std::vector<int64_t> order = packing_order(scale, mask);
-  const int64_t slots = order.size();
-  MXT_CHECK(slots <= pool.size(0), "int8_unpack_residual",
-            "mask must have at most the pool's blocks, got ", slots, " of them (pool ",
-            shape_of(pool), "). Pass what int8_pack_residual returned.");
+Tensor int8_unpack_residual(Tensor pool, Tensor slots, int64_t rows, int64_t kp) {
+  check_int8_unpack_residual(pool, slots, rows, kp);
+  used_tiles("int8_unpack_residual", "slots", slots, pool);
   Tensor residual = torch::stable::new_empty(pool, {rows, kp}, ScalarType::Char);
   const Tensor tiles = torch::stable::contiguous(pool);
   const auto* from = static_cast<const int8_t*>(tiles.const_data_ptr());
   auto* to = static_cast<int8_t*>(residual.mutable_data_ptr());
-  for_each_packed_row(order, slots, rows, kp, [&](int64_t at, int64_t row) {
-    if (row >= 0) memcpy(to + row, from + at, kInt8Block);
+  const Int8Mask mask = view_mask(slots);
+  const int64_t across = slots.size(1);
+  torch::stable::parallel_for(0, slots.numel(), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t i = block / across, k = block % across, tile = mask.at(i, k) - 1;
+      if (tile < 0) continue;
+      for_each_row(tile, i, k, rows, kp, [&](int64_t at, int64_t row) {
+        if (row >= 0) memcpy(to + row, from + at, kInt8Block);
+      });
+    }
   });
   return residual;
 }

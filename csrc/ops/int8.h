@@ -24,18 +24,20 @@ inline int8_t* mutable_codes(const Tensor& t) {
 void check_int8_quantize(const char* op, const Tensor& x, int64_t rounding,
                          const OptionalTensor& rng, int64_t layout, const Tensor* threshold);
 
-// The residual of one operand of int8_gemm; all three, or none.
+// The residual of one operand of int8_gemm; all three, or none. data: a matrix like the operand's
+// codes, mask: bytes; or data: a pool, mask: its slots.
 struct Int8Residual {
   const OptionalTensor &data, &scale, &mask;
   bool of_b;
 };
+// mask: uint8, or int32 slots.
+Int8Mask view_mask(const Tensor& mask);
 void check_int8_gemm(const Tensor& a, const Tensor& a_scale, const Tensor& b, const Tensor& b_scale,
                      const OptionalTensor& bias, ScalarType out_dtype, const Int8Residual& r);
 
 // The pool, int8 [count, 128, 128], has the residuals of `count` blocks, each in one piece.
 void check_int8_pack_residual(const Tensor& residual, const Tensor& scale, const Tensor& mask,
                               int64_t count);
-void check_int8_unpack_residual(const Tensor& pool, const Tensor& scale, const Tensor& mask,
-                                int64_t rows, int64_t kp);
+void check_int8_unpack_residual(const Tensor& pool, const Tensor& slots, int64_t rows, int64_t kp);
 
 }  // namespace mxtrain

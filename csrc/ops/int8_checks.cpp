@@ -18,6 +18,13 @@ Tensor new_int8_grid(const Tensor& x, ScalarType dtype) {
   return torch::stable::new_empty(x, {int8_blocks(x.size(0)), int8_blocks(x.size(1))}, dtype);
 }
 
+Int8Mask view_mask(const Tensor& mask) {
+  const bool slots = mask.scalar_type() == ScalarType::Int;
+  const void* data = mask.const_data_ptr();
+  return {slots ? nullptr : static_cast<const uint8_t*>(data),
+          slots ? static_cast<const int32_t*>(data) : nullptr, mask.stride(0), mask.stride(1)};
+}
+
 void check_int8_quantize(const char* op, const Tensor& x, int64_t rounding,
                          const OptionalTensor& rng, int64_t layout, const Tensor* threshold) {
   check_matrix(op, "x", x);
@@ -55,6 +62,12 @@ static void check_codes(const char* op, const char* name, const Tensor& t) {
             shape_of(t), "). Pass what int8_quantize returned.");
 }
 
+// Of tiles of 128 x 128 codes.
+static bool is_pool(const Tensor& t) {
+  return t.scalar_type() == ScalarType::Char && t.dim() == 3 && t.size(1) == kInt8Block &&
+         t.size(2) == kInt8Block;
+}
+
 static void check_residual(const char* op, const Int8Residual& r, const Tensor& own) {
   const int given = r.data.has_value() + r.scale.has_value() + r.mask.has_value();
   MXT_CHECK(given == 0 || given == 3, op,
@@ -62,14 +75,15 @@ static void check_residual(const char* op, const Int8Residual& r, const Tensor& 
             " of them (of ", r.of_b ? "b" : "a", "). Pass what int8_quantize_fallback returned.");
   if (given == 0) return;
   const char* side = r.of_b ? "b" : "a";
-  MXT_CHECK(r.data->scalar_type() == ScalarType::Char && r.data->dim() == 2 &&
-                r.data->size(0) == own.size(0) && r.data->size(1) == own.size(1),
-            op, "residual must be int8 of shape ", shape_of(own), ", got ",
+  const bool pool = is_pool(*r.data);
+  MXT_CHECK(pool || (r.data->scalar_type() == ScalarType::Char && r.data->dim() == 2 &&
+                     r.data->size(0) == own.size(0) && r.data->size(1) == own.size(1)),
+            op, "residual must be int8 of shape ", shape_of(own), " or [tiles, 128, 128], got ",
             dtype_name(r.data->scalar_type()), " ", shape_of(*r.data), " (of ", side,
-            "). Pass what int8_quantize_fallback returned.");
+            "). Pass what int8_quantize_fallback or int8_pack_residual returned.");
   check_same_device(op, "residual", *r.data, own);
   check_grid(op, "residual_scale", *r.scale, ScalarType::Float, side, own);
-  check_grid(op, "mask", *r.mask, ScalarType::Byte, side, own);
+  check_grid(op, "mask", *r.mask, pool ? ScalarType::Int : ScalarType::Byte, side, own);
 }
 
 void check_int8_gemm(const Tensor& a, const Tensor& a_scale, const Tensor& b, const Tensor& b_scale,
@@ -105,28 +119,20 @@ void check_int8_pack_residual(const Tensor& residual, const Tensor& scale, const
             " (mask ", shape_of(mask), "). No more blocks are there to be kept.");
 }
 
-void check_int8_unpack_residual(const Tensor& pool, const Tensor& scale, const Tensor& mask,
-                                int64_t rows, int64_t kp) {
+void check_int8_unpack_residual(const Tensor& pool, const Tensor& slots, int64_t rows, int64_t kp) {
   const char* op = "int8_unpack_residual";
   constexpr int64_t kMaxSize = int64_t{1} << 56;  // as check_sizes
-  MXT_CHECK(pool.scalar_type() == ScalarType::Char && pool.dim() == 3 &&
-                pool.size(1) == kInt8Block && pool.size(2) == kInt8Block,
-            op, "pool must be int8 of shape [blocks, 128, 128], got ",
-            dtype_name(pool.scalar_type()), " ", shape_of(pool), " (mask ", shape_of(mask),
+  MXT_CHECK(is_pool(pool), op, "pool must be int8 of shape [tiles, 128, 128], got ",
+            dtype_name(pool.scalar_type()), " ", shape_of(pool), " (slots ", shape_of(slots),
             "). Pass what int8_pack_residual returned.");
-  MXT_CHECK(mask.scalar_type() == ScalarType::Byte && mask.dim() == 2, op,
-            "mask must be uint8 with 2 dimensions, got ", dtype_name(mask.scalar_type()),
-            " (shape ", shape_of(mask), "). Pass what int8_pack_residual returned.");
-  check_same_device(op, "mask", mask, pool);
-  MXT_CHECK(scale.scalar_type() == ScalarType::Float && scale.dim() == 2 &&
-                scale.size(0) == mask.size(0) && scale.size(1) == mask.size(1),
-            op, "scale must be float32 of the mask's shape, got ", dtype_name(scale.scalar_type()),
-            " ", shape_of(scale), " (mask ", shape_of(mask), "). Pass that of int8_pack_residual.");
-  check_same_device(op, "scale", scale, pool);
-  MXT_CHECK(rows >= 0 && rows <= kMaxSize && int8_blocks(rows) == mask.size(0) &&
-                kp % kInt8Block == 0 && kp / kInt8Block == mask.size(1),
-            op, "rows and kp must be those of the mask's blocks of 128 x 128, got ", rows, " and ",
-            kp, " (mask ", shape_of(mask), "). Pass the shape of the operand's codes.");
+  MXT_CHECK(slots.scalar_type() == ScalarType::Int && slots.dim() == 2, op,
+            "slots must be int32 with 2 dimensions, got ", dtype_name(slots.scalar_type()),
+            " (shape ", shape_of(slots), "). Pass what int8_pack_residual returned.");
+  check_same_device(op, "slots", slots, pool);
+  MXT_CHECK(rows >= 0 && rows <= kMaxSize && int8_blocks(rows) == slots.size(0) &&
+                kp % kInt8Block == 0 && kp / kInt8Block == slots.size(1),
+            op, "rows and kp must be those of the slots' blocks of 128 x 128, got ", rows, " and ",
+            kp, " (slots ", shape_of(slots), "). Pass the shape of the operand's codes.");
 }
 
 }  // namespace mxtrain

@@ -81,7 +81,7 @@ GemmBackend requested_gemm_backend();
                    ScalarType out_dtype, OptionalTensor residual, OptionalTensor residual_scale,   \
                    OptionalTensor mask, bool residual_of_b);                                       \
   Operand2 int8_pack_residual(Tensor residual, Tensor scale, Tensor mask, int64_t count);          \
-  Tensor int8_unpack_residual(Tensor pool, Tensor scale, Tensor mask, int64_t rows, int64_t kp);   \
+  Tensor int8_unpack_residual(Tensor pool, Tensor slots, int64_t rows, int64_t kp);                \
   Operand5 rms_norm_forward(Tensor x, OptionalTensor weight, double eps, ScalarType out_dtype,     \
                             bool context);                                                         \
   Operand2 rms_norm_backward(Tensor dy, Tensor high, Tensor low, Tensor scale, Tensor rstd,        \

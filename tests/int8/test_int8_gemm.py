@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 
 import pytest
 import torch
@@ -38,6 +37,18 @@ def operands(m, n, k, device, threshold=6.0):
 
 def move(a, device):
     return Int8Operand.of([None if t is None else t.to(device) for t in a.parts], a.shape)
+
+
+def pooled(op, count=None):
+    """op with its residual in a pool, its tiles the other way round, poison in what is left."""
+    count = count or op.mask.numel()
+    pool, slots = torch.ops.mxtrain.int8_pack_residual(op.residual, op.scale, op.mask, count)
+    slots = torch.where(slots > 0, count + 1 - slots, 0).to(torch.int32)
+    pool = pool.flip(0)
+    unused = torch.ones(count, dtype=torch.bool, device=pool.device)
+    unused[slots[slots > 0].long() - 1] = False
+    pool[unused] = -128
+    return Int8Operand.of((op.data, op.scale, pool, op.residual_scale, slots), op.shape)
 
 
 def expected(a, b):
@@ -103,24 +114,83 @@ def test_scales_and_masks_of_any_strides(device):
     assert_same_bytes(mxtrain.int8_gemm(again, other), want)
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_residual_in_a_pool(shape, device):
+    """The bytes are those of the matrix, from tiles in any order, grids of any strides; what no
+    slot has is not looked at.
+    """
+    a, b = operands(*shape, device)
+    packed = pooled(a)
+    slots = packed.mask.t().contiguous().t()
+    strided = dataclasses.replace(packed, mask=slots)
+    for left, right in ((a, b), (b, a)):
+        want = mxtrain.int8_gemm(left, right, out_dtype=torch.float32)
+        for op in (packed, strided):
+            pair = [op if t is a else t for t in (left, right)]
+            assert_same_bytes(mxtrain.int8_gemm(*pair, out_dtype=torch.float32), want, str(shape))
+
+
+def test_fewer_tiles_than_blocks_fell_back(device):
+    """What has no slot is as if it had not fallen back; no tiles, no residual."""
+    a, b = operands(400, 200, 700, device)
+    few = pooled(a, 3)
+    assert few.mask.count_nonzero() == 3 < a.mask.count_nonzero()
+    cut = dataclasses.replace(a, mask=(few.mask != 0).to(torch.uint8))
+    none = dataclasses.replace(few, residual=few.residual[:0], mask=torch.zeros_like(few.mask))
+    for turn in (False, True):
+        for op, want in ((few, cut), (none, a.without_fallback())):
+            got, want = (
+                mxtrain.int8_gemm(*((b, t) if turn else (t, b)), out_dtype=torch.float32)
+                for t in (op, want)
+            )
+            assert_same_bytes(got, want)
+
+
+@pytest.mark.parametrize("bad", [-1, -(2**31), 1000, 2**25 + 1, 2**31 - 1])
+def test_a_slot_beyond_the_pool(bad, device, request):
+    """The CPU refuses it; CUDA multiplies a tile of zeros."""
+    a, b = operands(300, 200, 400, device)
+    a = pooled(a)
+    i, k = a.mask.nonzero()[0].tolist()
+    slots, tiles = a.mask.clone(), a.residual.clone()
+    tiles[slots[i, k] - 1] = 0
+    slots[i, k] = bad
+    broken = dataclasses.replace(a, mask=slots)
+    for turn in (False, True):
+        pair = (b, broken) if turn else (broken, b)
+        if request.node.callspec.params["device"] == "cpu":
+            with refuses(RuntimeError, match=rf"mask must lie in \[0, 12\], got {bad} \(block {i}"):
+                mxtrain.int8_gemm(*pair)
+        else:
+            zeros = dataclasses.replace(a, residual=tiles)
+            want = mxtrain.int8_gemm(*((b, zeros) if turn else (zeros, b)))
+            assert_same_bytes(mxtrain.int8_gemm(*pair), want)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_every_kernel_gives_the_same_bytes(monkeypatch):
+@pytest.mark.parametrize(
+    "shape",
+    [(260, 300, 400), (1024, 1280, 512), (4200, 4352, 300), (4200, 4352, 100), (9001, 2000, 512),
+     (9001, 1280, 512), (4200, 4352, 4500), (56500, 512, 128)],
+)  # fmt: skip
+def test_every_kernel_gives_the_same_bytes(shape, monkeypatch):
     """The portable kernel and that of the architecture, both sides' residuals, large and small;
     the third to the sixth have several tiles a thread block, whose stages follow one another, an
     odd or an even number of them across; then many blocks of K, and more rows of blocks than Hopper
     orders.
     """
-    shapes = ((260, 300, 400), (1024, 1280, 512), (4200, 4352, 300), (4200, 4352, 100),
-              (9001, 2000, 512), (9001, 1280, 512), (4200, 4352, 4500),
-              (56500, 512, 128))  # fmt: skip
-    for shape, dtype in itertools.product(shapes, (torch.bfloat16, torch.float16, torch.float32)):
-        a, b = operands(*shape, "cuda")
+    a, b = operands(*shape, "cuda")
+    packed = pooled(a)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for left, right in ((a.without_fallback(), b), (a, b), (b, a)):
             want = mxtrain.int8_gemm(left, right, out_dtype=dtype)
+            pair = [packed if t is a else t for t in (left, right)]
+            assert_same_bytes(mxtrain.int8_gemm(*pair, out_dtype=dtype), want, str(shape))
             with monkeypatch.context() as context:
                 context.setenv("MXTRAIN_INT8_GEMM", "portable")
-                got = mxtrain.int8_gemm(left, right, out_dtype=dtype)
-            assert_same_bytes(got, want, str(shape))
+                for parts in ((left, right), pair):
+                    got = mxtrain.int8_gemm(*parts, out_dtype=dtype)
+                    assert_same_bytes(got, want, str(shape))
 
 
 def test_the_largest_integers_are_exact(device):
@@ -276,3 +346,9 @@ def test_what_no_quantizer_writes_is_refused():
                 mxtrain.int8_gemm(*bad)
     with refuses(RuntimeError, match="residual must hold zeros beyond K = 300"):
         mxtrain.int8_gemm(changed(whole, residual=tail), b)
+    for bad, match in (
+        (changed(whole, residual=tail), "residual must hold zeros beyond K = 300"),
+        (changed(a, residual=residual), r"residual must hold codes in \[-127, 127\], got -128"),
+    ):
+        with refuses(RuntimeError, match=match):
+            mxtrain.int8_gemm(b, pooled(bad))

@@ -28,16 +28,16 @@ def expected_order(scale, mask):
 def check(residual, scale, mask, count):
     """Both ways, against the rule."""
     order = expected_order(scale.cpu(), mask.cpu())[:count]
-    pool, kept = fwd.int8_pack_residual(residual, scale, mask, count)
+    pool, slots = fwd.int8_pack_residual(residual, scale, mask, count)
     assert pool.dtype == torch.int8 and pool.shape == (count, BLOCK, BLOCK)
-    assert kept.dtype == torch.uint8 and kept.shape == mask.shape
-    want = torch.zeros(mask.shape, dtype=torch.uint8)
-    for block in order:
-        want[block] = 1
-    assert torch.equal(kept.cpu(), want)
-    for slot, block in enumerate(order):
-        assert torch.equal(pool[slot], tile_of(residual, *block)), (slot, block)
-    got = fwd.int8_unpack_residual(pool, scale, kept, *residual.shape)
+    assert slots.dtype == torch.int32 and slots.shape == mask.shape
+    want = torch.zeros(mask.shape, dtype=torch.int32)
+    for tile, block in enumerate(order):
+        want[block] = tile + 1
+    assert torch.equal(slots.cpu(), want)
+    for tile, block in enumerate(order):
+        assert torch.equal(pool[tile], tile_of(residual, *block)), (tile, block)
+    got = fwd.int8_unpack_residual(pool, slots, *residual.shape)
     assert got.dtype == torch.int8 and got.shape == residual.shape
     for block in order:
         assert torch.equal(tile_of(got, *block), tile_of(residual, *block)), block
@@ -79,8 +79,8 @@ def test_all_of_one_scale_are_in_the_order_of_the_grid(device):
     residual, _, mask = drawn(384, 384, 1.0, device)
     scale = torch.full((3, 3), 0.5, device=device).t()
     check(residual, scale, mask.t(), 5)
-    _, kept = fwd.int8_pack_residual(residual, scale, mask.t(), 5)
-    assert kept.flatten().tolist() == [1] * 5 + [0] * 4
+    _, slots = fwd.int8_pack_residual(residual, scale, mask.t(), 5)
+    assert slots.flatten().tolist() == [1, 2, 3, 4, 5, 0, 0, 0, 0]
 
 
 def test_a_nan_scale_never_fell_back(device):
@@ -88,8 +88,8 @@ def test_a_nan_scale_never_fell_back(device):
     scale = torch.tensor([[float("nan"), 1.0], [3.0, float("nan")]], device=device)
     mask = torch.tensor([[1, 1], [1, 0]], dtype=torch.uint8, device=device)
     check(residual, scale, mask, 3)
-    _, kept = fwd.int8_pack_residual(residual, scale, mask, 3)
-    assert kept.tolist() == [[0, 1], [1, 0]]
+    _, slots = fwd.int8_pack_residual(residual, scale, mask, 3)
+    assert slots.tolist() == [[0, 2], [1, 0]]
 
 
 def test_tensors_that_lie_anyhow(device):
@@ -103,28 +103,36 @@ def test_tensors_that_lie_anyhow(device):
     ):
         check(residual, scale, mask, 4)
     residual = room[: 300 * 256].view(300, 256)
-    pool, kept = fwd.int8_pack_residual(residual, scale, mask, 4)
-    want = fwd.int8_unpack_residual(pool, scale, kept, 300, 256)
+    pool, slots = fwd.int8_pack_residual(residual, scale, mask, 4)
+    want = fwd.int8_unpack_residual(pool, slots, 300, 256)
     odd = torch.empty(4 * BLOCK * BLOCK + 1, dtype=torch.int8, device=device)[1:]
     odd = odd.view(4, BLOCK, BLOCK).copy_(pool)
-    got = fwd.int8_unpack_residual(odd, scale.repeat(2, 2)[:3, :2], kept, 300, 256)
-    for block in kept.nonzero().tolist():
+    got = fwd.int8_unpack_residual(odd, slots.repeat(2, 2)[:3, :2], 300, 256)
+    for block in slots.nonzero().tolist():
         assert torch.equal(tile_of(got, *block), tile_of(want, *block))
 
 
 def test_without_blocks(device):
     empty = torch.empty(0, 256, dtype=torch.int8, device=device)
     scale, mask = torch.ones(0, 2, device=device), torch.ones(0, 2, device=device).byte()
-    pool, kept = fwd.int8_pack_residual(empty, scale, mask, 0)
-    assert pool.shape == (0, BLOCK, BLOCK) and kept.shape == (0, 2)
-    assert fwd.int8_unpack_residual(pool, scale, kept, 0, 256).shape == (0, 256)
+    pool, slots = fwd.int8_pack_residual(empty, scale, mask, 0)
+    assert pool.shape == (0, BLOCK, BLOCK) and slots.shape == (0, 2)
+    assert fwd.int8_unpack_residual(pool, slots, 0, 256).shape == (0, 256)
 
 
-def test_the_cpu_refuses_a_mask_of_more_than_the_pool():
-    residual, _, mask = drawn(256, 256, 1.0, "cpu")
-    pool, _ = fwd.int8_pack_residual(residual, torch.ones(2, 2), mask, 3)
-    with refuses(RuntimeError, match=r"mask must have at most the pool's blocks, got 4 of them"):
-        fwd.int8_unpack_residual(pool, torch.ones(2, 2), mask, 256, 256)
+@pytest.mark.parametrize("bad", [5, -1, 2**31 - 1, -(2**31)])
+def test_slots_beyond_the_pool(bad, device, request):
+    """The CPU refuses them; CUDA writes nothing there."""
+    residual, _, mask = drawn(256, 256, 1.0, device)
+    pool, slots = fwd.int8_pack_residual(residual, torch.ones(2, 2, device=device), mask, 4)
+    slots[1, 0] = bad
+    if request.node.callspec.params["device"] == "cpu":
+        with refuses(RuntimeError, match=rf"slots must lie in \[0, 4\], got {bad} \(block 1, 0"):
+            fwd.int8_unpack_residual(pool, slots, 256, 256)
+        return
+    got = fwd.int8_unpack_residual(pool, slots, 256, 256)
+    for block in ((0, 0), (0, 1), (1, 1)):
+        assert torch.equal(tile_of(got, *block), tile_of(residual, *block))
 
 
 def test_under_compile_sizes_are_symbols(device):
@@ -132,17 +140,17 @@ def test_under_compile_sizes_are_symbols(device):
 
     def both(residual, scale, mask):
         count = (mask.shape[0] * mask.shape[1] + 1) // 2
-        pool, kept = fwd.int8_pack_residual(residual, scale, mask, count)
-        return fwd.int8_unpack_residual(pool, scale, kept, *residual.shape), kept
+        pool, slots = fwd.int8_pack_residual(residual, scale, mask, count)
+        return fwd.int8_unpack_residual(pool, slots, *residual.shape), slots
 
     torch.compiler.reset()
     compiled = torch.compile(both, fullgraph=True, backend="aot_eager", dynamic=True)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for rows in (300, 512, 700):
             args = drawn(rows, 512, 0.6, device)
-            (got, kept), (want, same) = compiled(*args), both(*args)
-            assert torch.equal(kept, same) and kept.any()
-            for block in kept.nonzero().tolist():
+            (got, slots), (want, same) = compiled(*args), both(*args)
+            assert torch.equal(slots, same) and slots.any()
+            for block in slots.nonzero().tolist():
                 assert torch.equal(tile_of(got, *block), tile_of(want, *block))
 
 
@@ -152,19 +160,20 @@ def test_in_a_cuda_graph():
     held = drawn(700, 640, 0.5, "cuda")
 
     def both():
-        pool, kept = fwd.int8_pack_residual(*held, 12)
-        return pool, kept, fwd.int8_unpack_residual(pool, held[1], kept, 700, 640)
+        pool, slots = fwd.int8_pack_residual(*held, 12)
+        return pool, slots, fwd.int8_unpack_residual(pool, slots, 700, 640)
 
     both()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        pool, kept, back = both()
+        pool, slots, back = both()
     for rate in (0.2, 0.9):
         for t, new in zip(held, drawn(700, 640, rate, "cuda"), strict=True):
             t.copy_(new)
         graph.replay()
         order = expected_order(held[1].cpu(), held[2].cpu())[:12]
-        assert sorted(order) == list(map(tuple, kept.nonzero().tolist())) and order
-        for slot, block in enumerate(order):
-            assert torch.equal(pool[slot], tile_of(held[0], *block))
+        assert sorted(order) == list(map(tuple, slots.nonzero().tolist())) and order
+        for tile, block in enumerate(order):
+            assert slots[block] == tile + 1
+            assert torch.equal(pool[tile], tile_of(held[0], *block))
             assert torch.equal(tile_of(back, *block), tile_of(held[0], *block))

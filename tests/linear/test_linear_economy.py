@@ -29,7 +29,7 @@ FORWARD = {  # of a training step: X, then W, then the product; without KEEPING,
     "nvfp4": ["quantize_dual", "quantize", "gemm"],
     "nvfp4_rht": ["quantize_dual", "quantize", "gemm"],
     "int8_block": ["int8_quantize", "int8_quantize", "int8_gemm"],
-    "int8_fallback": ["int8_quantize_fallback", "int8_quantize", "int8_gemm", "int8_pack_residual"],
+    "int8_fallback": ["int8_quantize_fallback", "int8_pack_residual", "int8_quantize", "int8_gemm"],
 }
 KEEPING = ("int8_pack_residual",)
 SQUARE = ("int8_block", "int8_fallback")  # one quantization of X, and of dY, for both GEMMs
@@ -39,7 +39,6 @@ W_BACKWARD = {
 }  # fmt: skip
 X_BACKWARD = {
     "tetrajet": ["requantize"], "tetrajet_ema": ["requantize"],
-    "int8_fallback": ["int8_unpack_residual"],
 }  # fmt: skip
 
 

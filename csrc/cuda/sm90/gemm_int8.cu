@@ -47,10 +47,10 @@ struct Multiplier {
   static constexpr int kColumns = 64 * T::kTileK / 16;  // of B, in the units of descriptors
   static_assert(kUnits % 2 == 0, "a pass begins with the first set of sums");
 
-  // A stage of the ring: what follows from its number, kept so that nothing of it is computed
-  // between two passes. Addresses, but a: from stage 0 on; b: in the units of descriptors; full: of
-  // the stage's barriers.
-  struct Slot {
+  // What follows from the number of a stage of the ring, kept so that nothing of it is computed
+  // between two passes: how far its tile of A lies from stage 0's; its tile of B, in the units of
+  // descriptors; the addresses of its first barrier and of its facts; the barriers' parity.
+  struct Stage {
     uint32_t a, b, full, facts, parity;
 
     __device__ __forceinline__ uint32_t empty() const {
@@ -59,7 +59,7 @@ struct Multiplier {
   };
   // Where the next pass is, and whether it is there; facts: only then.
   struct Next {
-    Slot slot;
+    Stage stage;
     uint32_t rows, full, parity, facts_at;
     bool ready;
     PassFacts facts;
@@ -68,7 +68,7 @@ struct Multiplier {
   const uint32_t shared;
   const int lane;
   uint32_t rows_at[4];  // where the lane's first 16 bytes of A are in stage 0, of each step of K
-  Slot slot;
+  Stage stage;
   uint32_t residual_parity = 0;
   PassFacts facts;      // of the pass
   float last_scale;     // of the pass before
@@ -79,19 +79,20 @@ struct Multiplier {
   __device__ __forceinline__ Multiplier(uint32_t shared, int warp, int lane)
       : shared(shared),
         lane(lane),
-        slot{0, (shared + T::kOffsetB) / 16, shared + T::kOffsetFull, shared + T::kOffsetFacts, 0} {
+        stage{0, (shared + T::kOffsetB) / 16, shared + T::kOffsetFull, shared + T::kOffsetFacts,
+              0} {
     const uint32_t first =
         shared + (warp * 16 + lane % 16) * T::kTileK + (lane / 16 ^ lane % 8) * 16;
 #pragma unroll
     for (int k = 0; k < 4; ++k) rows_at[k] = first ^ k * 32;  // of the 128-byte swizzle
   }
 
-  __device__ __forceinline__ Slot after() const {
-    const bool wraps = slot.a == (T::kStages - 1) * T::kBytesA;
-    return {wraps ? 0 : slot.a + T::kBytesA,
-            wraps ? (shared + T::kOffsetB) / 16 : slot.b + T::kBytesB / 16,
-            wraps ? shared + T::kOffsetFull : slot.full + 8,
-            wraps ? shared + T::kOffsetFacts : slot.facts + T::kFactBytes, slot.parity ^ wraps};
+  __device__ __forceinline__ Stage after() const {
+    const bool wraps = stage.a == (T::kStages - 1) * T::kBytesA;
+    return {wraps ? 0 : stage.a + T::kBytesA,
+            wraps ? (shared + T::kOffsetB) / 16 : stage.b + T::kBytesB / 16,
+            wraps ? shared + T::kOffsetFull : stage.full + 8,
+            wraps ? shared + T::kOffsetFacts : stage.facts + T::kFactBytes, stage.parity ^ wraps};
   }
   // The rows of A in a stage or in the residual, `offset` bytes from stage 0 on.
   __device__ __forceinline__ void take_rows(uint32_t offset) {
@@ -123,24 +124,24 @@ struct Multiplier {
 #pragma unroll
     for (int i = 0; i < 32; ++i) sums[1][i] = 0;
     last_scale = 0.0f;
-    ptx::mbarrier_wait(slot.full, slot.parity);
-    take_rows(slot.a);
-    facts = read_facts(slot.facts);
+    ptx::mbarrier_wait(stage.full, stage.parity);
+    take_rows(stage.a);
+    facts = read_facts(stage.facts);
   }
   // (Selections one by one: of whole structs they are branches.)
   __device__ __forceinline__ Next peek() const {
     const bool residual = facts.fallen & kFallen;
-    const Slot after = this->after();
+    const Stage after = this->after();
     Next next;
-    next.slot.a = residual ? slot.a : after.a;
-    next.slot.b = residual ? slot.b : after.b;
-    next.slot.full = residual ? slot.full : after.full;
-    next.slot.facts = residual ? slot.facts : after.facts;
-    next.slot.parity = residual ? slot.parity : after.parity;
+    next.stage.a = residual ? stage.a : after.a;
+    next.stage.b = residual ? stage.b : after.b;
+    next.stage.full = residual ? stage.full : after.full;
+    next.stage.facts = residual ? stage.facts : after.facts;
+    next.stage.parity = residual ? stage.parity : after.parity;
     next.rows = residual ? uint32_t{T::kOffsetResidual} : after.a;
     next.full = residual ? shared + T::kOffsetResidualFull : after.full;
     next.parity = residual ? residual_parity : after.parity;
-    next.facts_at = residual ? slot.facts + sizeof(PassFacts) : after.facts;
+    next.facts_at = residual ? stage.facts + sizeof(PassFacts) : after.facts;
     next.ready = ptx::mbarrier_test_wait_parity(next.full, next.parity);
     if (next.ready) next.facts = read_facts(next.facts_at);
     return next;
@@ -152,8 +153,8 @@ struct Multiplier {
   // This stage has been read.
   __device__ __forceinline__ void leave() {
     __syncwarp();  // every lane has read the facts and the rows
-    release<T>(slot.empty(), lane);
-    slot = after();
+    release<T>(stage.empty(), lane);
+    stage = after();
   }
 
   // Whether a pass follows this one directly. (Without branches: more blocks around the loop, and
@@ -167,7 +168,7 @@ struct Multiplier {
   template <bool kNext, class Added>
   __device__ __forceinline__ void multiply(Added added) {
     constexpr int kLast = kUnits - 1;
-    const uint32_t from = slot.b, empty = slot.empty();
+    const uint32_t from = stage.b, empty = stage.empty();
     const bool residual_next = facts.fallen & kFallen;
     start(sums[0], from);
     ptx::wgmma_wait_group<1>(sums[1]);  // done before; for the order
@@ -191,7 +192,7 @@ struct Multiplier {
       }
       ptx::wgmma_wait_group<0>(sums[1]);
       take_rows(next.rows);
-      slot = next.slot;
+      stage = next.stage;
       facts = next.facts;
       residual_parity ^= residual_next;
       __syncwarp();  // every lane has read the facts and the rows
@@ -260,7 +261,7 @@ __device__ __forceinline__ void consume(const CUtensorMap& map_out, const Int8Ke
       left -= ~work.facts.fallen & kFallen;
       work.template multiply<true>([](int) {});
     }
-    out.at(work.read_facts(work.slot.facts));
+    out.at(work.read_facts(work.stage.facts));
     const bool stored = out.plain();
     work.template multiply<false>([&](int unit) {
       if (stored) out.template store<true>(work.d, unit);
@@ -291,7 +292,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     ptx::fence_mbarrier_init();
     for (const CUtensorMap& map : maps.a) ptx::prefetch_tensormap(&map);
     for (const CUtensorMap& map : maps.b) ptx::prefetch_tensormap(&map);
-    if (args.p.mask) ptx::prefetch_tensormap(&maps.residual);
+    if (args.p.mask.given()) ptx::prefetch_tensormap(&maps.residual);
     if (args.boxes) ptx::prefetch_tensormap(&maps.out);
   }
   __syncthreads();
@@ -317,16 +318,20 @@ static cudaError_t launch(const Int8GemmParams& p, int multiprocessors, cudaStre
   TensorMaps maps = {};
   Int8KernelArgs args = {};
   cudaError_t error = cudaSuccess;
-  const auto make = [&](CUtensorMap* map, const Int8Codes& codes, int64_t rows, int box_rows) {
+  const auto make = [&](CUtensorMap* map, const Int8Codes& codes, int64_t rows, int64_t kp,
+                        int box_rows) {
     if (error == cudaSuccess)
-      error = make_tensor_map(map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, codes.data, rows, p.kp, p.kp,
+      error = make_tensor_map(map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, codes.data, rows, kp, kp,
                               box_rows);
   };
   for (int shared : {0, 1}) {
-    make(&maps.a[shared], p.a, p.m, T::kTileM / (shared ? T::kCluster : 1));
-    make(&maps.b[shared], p.b, p.n, T::kTileN / (shared ? T::kCluster : 1));
+    make(&maps.a[shared], p.a, p.m, p.kp, T::kTileM / (shared ? T::kCluster : 1));
+    make(&maps.b[shared], p.b, p.n, p.kp, T::kTileN / (shared ? T::kCluster : 1));
   }
-  if (p.mask) make(&maps.residual, p.residual, p.m, kInt8Block);
+  if (p.mask.slots)  // tiles, one below the other
+    make(&maps.residual, p.residual, int64_t{p.tiles} * kInt8Block, kInt8Block, kInt8Block);
+  else if (p.mask.given())
+    make(&maps.residual, p.residual, p.m, p.kp, kInt8Block);
   if (error == cudaSuccess) error = make_out_map(p, &maps.out, &args.boxes, kTransposed);
   if (error != cudaSuccess) return error;
   args.p = p;
@@ -336,7 +341,7 @@ static cudaError_t launch(const Int8GemmParams& p, int multiprocessors, cudaStre
   args.blocks_n = ceil_div(p.n, kInt8Block);
   // With a mask a cluster's tiles may lie along N (int8_order.cuh): more of them where N has an odd
   // number.
-  const int along_n = p.mask ? args.blocks_m * ceil_div(args.order.tiles_n, 2) : 0;
+  const int along_n = p.mask.given() ? args.blocks_m * ceil_div(args.order.tiles_n, 2) : 0;
   return launch_persistent<T>(int8_gemm_kernel<T, kType, kTransposed>,
                               std::max(args.order.count(), along_n), multiprocessors, stream, maps,
                               args);

@@ -30,7 +30,7 @@ __device__ __forceinline__ void order_rows(const Int8GemmParams& p, int tiles_n,
                                            int k_blocks, RowOrder& order) {
   const int thread = threadIdx.x;
   // An odd number of tiles leaves a block without one in each row.
-  const bool along_n = p.mask && (tiles_n % 2 == 0 || tiles_n > 8);
+  const bool along_n = p.mask.given() && (tiles_n % 2 == 0 || tiles_n > 8);
   if (thread == 0) {
     order.rows = along_n ? rows : 0;
     order.pairs = (tiles_n + 1) / 2;
@@ -42,8 +42,7 @@ __device__ __forceinline__ void order_rows(const Int8GemmParams& p, int tiles_n,
   }
   for (int i = thread / 32; i < rows; i += kThreads / 32) {
     int count = 0;
-    for (int k = thread % 32; k < k_blocks; k += 32)
-      count += __ldg(p.mask + i * p.mask_stride_row + k * p.mask_stride_k) != 0;
+    for (int k = thread % 32; k < k_blocks; k += 32) count += p.mask.at(i, k) != 0;
     count = __reduce_add_sync(~0u, count);
     if (thread % 32 == 0) order.fallen[i] = count;
   }

@@ -65,7 +65,7 @@ __device__ __forceinline__ void copy_stages(const TensorMaps& maps, const Int8Ke
 template <class T>
 __device__ __forceinline__ void copy_residuals(const TensorMaps& maps, const Int8KernelArgs& args,
                                                uint8_t* memory, uint32_t shared, int lane) {
-  const Int8GemmParams& p = args.p;
+  const Int8Mask& mask = args.p.mask;
   const uint32_t full = shared + T::kOffsetResidualFull, empty = shared + T::kOffsetResidualEmpty;
   uint32_t parity = 1;
   for (auto tiles = deal<T>(args, memory); tiles.more(); ++tiles.round) {
@@ -73,15 +73,16 @@ __device__ __forceinline__ void copy_residuals(const TensorMaps& maps, const Int
     for (int from = 0; from < args.k_blocks; from += 32) {
       const int k = from + lane;
       uint32_t fallen =
-          __ballot_sync(~0u, i < args.blocks_m && k < args.k_blocks &&
-                                 __ldg(p.mask + i * p.mask_stride_row + k * p.mask_stride_k) != 0);
+          __ballot_sync(~0u, i < args.blocks_m && k < args.k_blocks && mask.at(i, k) != 0);
       for (; fallen; fallen &= fallen - 1, parity ^= 1) {
         if (lane != 0) continue;
+        const int block = from + __ffs(fallen) - 1;
+        const int column = mask.slots ? 0 : block;
+        const int row = mask.slots ? args.p.tile_of(mask.at(i, block)) : i;
         ptx::mbarrier_wait(empty, parity);
         ptx::mbarrier_arrive_expect_tx(full, T::kBytesA);
         ptx::cp_async_bulk_tensor_2d_load(shared + T::kOffsetResidual, &maps.residual,
-                                          (from + __ffs(fallen) - 1) * T::kTileK, i * kInt8Block,
-                                          full);
+                                          column * T::kTileK, row * kInt8Block, full);
       }
     }
   }
@@ -106,7 +107,7 @@ __device__ __forceinline__ LaneFacts read_facts(const Int8KernelArgs& args, int 
   };
   LaneFacts f = {};
   if (i >= args.blocks_m || k >= args.k_blocks) return f;
-  f.fallen = p.mask && __ldg(p.mask + i * p.mask_stride_row + k * p.mask_stride_k);
+  f.fallen = p.mask.given() && p.mask.at(i, k) != 0;
   if (j + part >= args.blocks_n) return f;
   const float b = scale(p.b, j + part);
   f.main = scale(p.a, i) * b;
@@ -150,7 +151,7 @@ __device__ __forceinline__ void produce(const TensorMaps& maps, const Int8Kernel
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
   if (warp == 0 && lane == 0) copy_stages<T>(maps, args, memory, shared, rank);
   if (warp == 1) leave_facts<T>(args, memory, shared, lane);
-  if (warp == 2 && args.p.mask) copy_residuals<T>(maps, args, memory, shared, lane);
+  if (warp == 2 && args.p.mask.given()) copy_residuals<T>(maps, args, memory, shared, lane);
   __syncwarp();
 }
 

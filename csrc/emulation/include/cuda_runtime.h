@@ -69,6 +69,9 @@ T __shfl_down_sync(unsigned mask, T v, unsigned lanes, MXT_HERE) {
   const unsigned from = mxtrain::emulation::lane + lanes;
   return mxtrain::emulation::exchange_from("__shfl_down_sync", mask, v, from, file, line);
 }
+inline unsigned __ballot_sync(unsigned mask, int p, MXT_HERE) {
+  return mxtrain::emulation::ballot("__ballot_sync", mask, p != 0, file, line);
+}
 inline int __any_sync(unsigned mask, int p, MXT_HERE) {
   return mxtrain::emulation::ballot("__any_sync", mask, p != 0, file, line) != 0;
 }
@@ -144,6 +147,7 @@ inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selectors) {
   }
   return d;
 }
+inline int __popc(uint32_t v) { return __builtin_popcount(v); }
 inline uint32_t __vmaxu4(uint32_t a, uint32_t b) {
   uint32_t d = 0;
   for (int i = 0; i < 32; i += 8) d |= max(a >> i & 0xFFu, b >> i & 0xFFu) << i;
