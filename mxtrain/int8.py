@@ -40,7 +40,7 @@ class Int8Operand:
         scale: float32 `[ceil(R/128), Kp/128]`, any strides; NaN for a block that is not finite.
         shape: (R, K).
         residual: int8 like data, written only in blocks that fell back; None without a fallback.
-            Or a pool of such blocks alone, `[tiles, 128, 128]` (`int8_pack_residual`).
+            Or a pool of such blocks alone, `[tiles, 128, 128]` (see `packed`).
         residual_scale: float32 like scale.
         mask: uint8 like scale, 1 where the block fell back. With a pool int32: 1 + the number of
             the block's tile, 0 where it has none.
@@ -99,9 +99,29 @@ class Int8Operand:
         """The same codes, without the residual."""
         return Int8Operand(self.data, self.scale, self.shape)
 
+    @property
+    def is_packed(self) -> bool:
+        """Whether the residual is a pool."""
+        return self.residual is not None and self.residual.dim() == 3
+
+    def packed(self, tiles: int) -> Int8Operand:
+        """The same with the residuals of at most so many blocks, in a pool of 16 KB each.
+
+        Those of the blocks with the largest scale are kept; the others are as if they had not
+        fallen back. `int8_gemm` multiplies the result as it is.
+
+        Raises:
+            RuntimeError: for a number that is negative or above that of the blocks.
+        """
+        if self.residual is None or self.is_packed:
+            return self
+        check_int("Int8Operand.packed", "tiles", tiles)
+        pool, slots = _ops.int8_pack_residual(self.residual, self.scale, self.mask, tiles)
+        return Int8Operand(self.data, self.scale, self.shape, pool, self.residual_scale, slots)
+
     def unpacked(self) -> Int8Operand:
         """The same with the residual like data, not in a pool."""
-        if self.residual is None or self.residual.dim() == 2:
+        if not self.is_packed:
             return self
         residual = _ops.int8_unpack_residual(self.residual, self.mask, *self.data.shape)
         grids = self.residual_scale, (self.mask != 0).to(torch.uint8)
@@ -109,7 +129,7 @@ class Int8Operand:
 
     def transposed(self) -> Int8Operand:
         """The operand `[K, R]` of the transpose: exact, by moving codes. Not of a pool."""
-        if self.residual is not None and self.residual.dim() != 2:
+        if self.is_packed:
             return self.unpacked().transposed()
         r, k = self.shape
 
@@ -236,7 +256,7 @@ def _check_tail(what: str, name: str, op: Int8Operand) -> None:
         bad = name
     elif op.mask is not None and op.mask.shape == op.scale.shape and op.scale.dim() == 2:
         last = op.mask[:, -1]
-        if op.residual.dim() == 3:
+        if op.is_packed:
             tiles = last[(last > 0) & (last <= len(op.residual))].long() - 1
             tail = op.residual[tiles][:, :, k % BLOCK :]
         else:

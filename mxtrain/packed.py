@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
 from .int8 import Int8Operand, int8_quantize, int8_quantize_fallback
@@ -12,7 +11,6 @@ from .operand import Operand
 from .recipe import Quantizer
 
 Packed = Operand | Int8Operand
-_ops = torch.ops.mxtrain
 
 
 def quantize_squares(
@@ -43,9 +41,7 @@ def compacted(op: Int8Operand, capacity: float | None) -> Int8Operand:
     """op with the residuals of at most that share of its blocks, in a pool; see Fallback."""
     if op.residual is None or capacity is None:
         return op
-    count = math.ceil(capacity * (op.mask.shape[0] * op.mask.shape[1]))
-    pool, slots = _ops.int8_pack_residual(op.residual, op.scale, op.mask, count)
-    return Int8Operand(op.data, op.scale, op.shape, pool, op.residual_scale, slots)
+    return op.packed(math.ceil(capacity * (op.mask.shape[0] * op.mask.shape[1])))
 
 
 PARTS = 5

@@ -165,6 +165,29 @@ def test_the_share_is_that_of_the_blocks(share, device):
     assert len(compacted(op, share).residual) == math.ceil(share * 50)
 
 
+def test_packed_and_unpacked(device):
+    """Of what falls back at most so many blocks stay; nothing to pack is no error."""
+    op = mxtrain.int8_quantize_fallback(torch.randn(300, 520, device=device), 1e-9)[0]
+    plain, packed = op.without_fallback(), op.packed(4)
+    assert plain.packed(4) is plain and plain.unpacked() is plain and not plain.is_packed
+    assert packed.is_packed and packed.packed(1) is packed and not op.is_packed
+    assert packed.residual.shape == (4, 128, 128) and sorted(packed.mask[packed.mask > 0]) == [
+        1, 2, 3, 4,
+    ]  # fmt: skip
+    back = packed.unpacked()
+    assert back.mask.dtype == torch.uint8 and back.residual.shape == op.residual.shape
+    assert torch.equal(back.mask != 0, packed.mask != 0)
+    assert torch.equal(back.dequantize(), packed.dequantize())
+    assert packed.nbytes < op.nbytes and "with residual" in repr(packed)
+    for bad, error, match in (
+        (2.0, TypeError, "tiles must be an int"),
+        (-1, RuntimeError, r"count must lie in \[0, 15\], got -1"),
+        (16, RuntimeError, r"count must lie in \[0, 15\], got 16"),
+    ):
+        with refuses(error, match=match):
+            op.packed(bad)
+
+
 def test_refusals():
     for bad in (0, 1.5, float("nan"), "all"):
         with refuses(ValueError, match="capacity must be None or a share"):

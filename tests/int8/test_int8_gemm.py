@@ -42,9 +42,9 @@ def move(a, device):
 def pooled(op, count=None):
     """op with its residual in a pool, its tiles the other way round, poison in what is left."""
     count = count or op.mask.numel()
-    pool, slots = torch.ops.mxtrain.int8_pack_residual(op.residual, op.scale, op.mask, count)
-    slots = torch.where(slots > 0, count + 1 - slots, 0).to(torch.int32)
-    pool = pool.flip(0)
+    op = op.packed(count)
+    slots = torch.where(op.mask > 0, count + 1 - op.mask, 0).to(torch.int32)
+    pool = op.residual.flip(0)
     unused = torch.ones(count, dtype=torch.bool, device=pool.device)
     unused[slots[slots > 0].long() - 1] = False
     pool[unused] = -128
