@@ -66,6 +66,11 @@ class Int8Operand:
             raise TypeError(
                 refusal(what, "shape", "be a tuple (R, K)", got, kind(self.shape), advice)
             )
+        given = sum(t is not None for t in (self.residual, self.residual_scale, self.mask))
+        if given not in (0, 3):
+            name, advice = "residual, residual_scale and mask", "Pass what int8_quantize returned."
+            got, context = f"{given} of them", f"shape {self.shape}"
+            raise ValueError(refusal(what, name, "be given together", got, context, advice))
         for size in self.shape:
             check_int(what, "shape", size, low=0)
         if self.data.dim() != 2 or self.data.shape[0] != self.shape[0]:
@@ -104,19 +109,27 @@ class Int8Operand:
         """Whether the residual is a pool."""
         return self.residual is not None and self.residual.dim() == 3
 
-    def packed(self, tiles: int) -> Int8Operand:
-        """The same with the residuals of at most so many blocks, in a pool of 16 KB each.
+    def packed(self, count: int) -> Int8Operand:
+        """The same with the residuals of at most `count` blocks, in a pool of 16 KB for each.
 
         Those of the blocks with the largest scale are kept; the others are as if they had not
-        fallen back. `int8_gemm` multiplies the result as it is.
+        fallen back. `int8_gemm` multiplies the result as it is. How many fell back is the first
+        of `int8_quantize_fallback`'s counts, on the device; a share of the blocks needs no wait.
+
+        Args:
+            count: from 0 to the number of blocks. An operand with a pool of no more tiles, or
+                without a residual, is returned as it is.
 
         Raises:
-            RuntimeError: for a number that is negative or above that of the blocks.
+            TypeError: for a count that is not an int.
+            ValueError: for a negative one.
+            RuntimeError: for one above the number of blocks.
         """
-        if self.residual is None or self.is_packed:
+        check_int("Int8Operand.packed", "count", count, low=0)
+        if self.residual is None or (self.is_packed and len(self.residual) <= count):
             return self
-        check_int("Int8Operand.packed", "tiles", tiles)
-        pool, slots = _ops.int8_pack_residual(self.residual, self.scale, self.mask, tiles)
+        op = self.unpacked()
+        pool, slots = _ops.int8_pack_residual(op.residual, op.scale, op.mask, count)
         return Int8Operand(self.data, self.scale, self.shape, pool, self.residual_scale, slots)
 
     def unpacked(self) -> Int8Operand:
@@ -124,7 +137,8 @@ class Int8Operand:
         if not self.is_packed:
             return self
         residual = _ops.int8_unpack_residual(self.residual, self.mask, *self.data.shape)
-        grids = self.residual_scale, (self.mask != 0).to(torch.uint8)
+        fell_back = (self.mask > 0) & (self.mask <= len(self.residual))
+        grids = self.residual_scale, fell_back.to(torch.uint8)
         return Int8Operand(self.data, self.scale, self.shape, residual, *grids)
 
     def transposed(self) -> Int8Operand:
@@ -245,6 +259,25 @@ def _check_operand(what: str, argument: str, value: object) -> None:
         raise TypeError(refusal(what, argument, "be an Int8Operand", got, show(value), advice))
 
 
+def _residual_tail(op: Int8Operand) -> Tensor:
+    """The residual's codes beyond K; none of what the op refuses."""
+    k, none = op.shape[1], op.data.new_empty(0)
+    residual, mask = op.residual, op.mask
+    if residual is None or op.scale.dim() != 2 or mask.shape != op.scale.shape:
+        return none
+    devices = {t.device for t in (op.data, residual, mask)}
+    if residual.dtype != torch.int8 or len(devices) > 1:
+        return none
+    last = mask[:, -1]
+    if mask.dtype == torch.int32 and residual.shape[1:] == (BLOCK, BLOCK):
+        tiles = last[(last > 0) & (last <= len(residual))].long() - 1
+        return residual[tiles][:, :, k % BLOCK :]
+    if mask.dtype == torch.uint8 and residual.shape == op.data.shape:
+        fallen = last.repeat_interleave(BLOCK)[: op.shape[0], None] != 0
+        return torch.where(fallen, residual[:, k:], 0)
+    return none
+
+
 def _check_tail(what: str, name: str, op: Int8Operand) -> None:
     """On the CPU, RuntimeError where codes beyond K are not zero: the op does not know K."""
     k = op.shape[1]
@@ -254,16 +287,8 @@ def _check_tail(what: str, name: str, op: Int8Operand) -> None:
     bad = None
     if op.data[:, k:].any():
         bad = name
-    elif op.mask is not None and op.mask.shape == op.scale.shape and op.scale.dim() == 2:
-        last = op.mask[:, -1]
-        if op.is_packed:
-            tiles = last[(last > 0) & (last <= len(op.residual))].long() - 1
-            tail = op.residual[tiles][:, :, k % BLOCK :]
-        else:
-            fallen = last.repeat_interleave(BLOCK)[: op.shape[0], None] != 0
-            tail = torch.where(fallen, op.residual[:, k:], 0)
-        if tail.any():
-            bad = "residual"
+    elif _residual_tail(op).any():
+        bad = "residual"
     if bad is not None:
         condition, got = f"hold zeros beyond K = {k}", "other codes"
         context, advice = f"shape {list(op.data.shape)}", "Pass what int8_quantize returned."

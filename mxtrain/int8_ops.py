@@ -56,17 +56,18 @@ def _check_codes(op: str, name: str, t: Tensor) -> None:
         _fail(op, name, condition, got, f"shape {_shape(t)}", advice)
 
 
-def _check_grid(op: str, name: str, t: Tensor, dtype: torch.dtype, side: str, own: Tensor) -> None:
+def _check_grid(
+    op: str, name: str, t: Tensor, dtype: torch.dtype, side: str, own: Tensor,
+    made_by: str = "int8_quantize",
+) -> None:  # fmt: skip
     size = (blocks(own.shape[0]), own.shape[1] // BLOCK)
     fits = t.dtype == dtype and t.dim() == 2
     sizes = zip(t.shape, size, strict=True) if fits else ()
     if not fits or any(_differ(have, want) for have, want in sizes):
         condition = f"be {_dtype(dtype)} of shape [{size[0]}, {size[1]}]"
-        got, context = (
-            f"{_dtype(t.dtype)} {_shape(t)}",
-            f"{side} {_shape(own)} in blocks of 128 x 128",
-        )
-        _fail(op, name, condition, got, context, "Pass what int8_quantize returned.")
+        got = f"{_dtype(t.dtype)} {_shape(t)}"
+        context = f"{side} {_shape(own)} in blocks of 128 x 128"
+        _fail(op, name, condition, got, context, f"Pass what {made_by} returned.")
     check.check_same_device(op, name, t, own)
 
 
@@ -98,8 +99,10 @@ def _check_residual(
         advice = "Pass what int8_quantize_fallback or int8_pack_residual returned."
         _fail(op, "residual", condition, got, f"of {side}", advice)
     check.check_same_device(op, "residual", data, own)
-    _check_grid(op, "residual_scale", scale, torch.float32, side, own)
-    _check_grid(op, "mask", mask, torch.int32 if pool else torch.uint8, side, own)
+    quantized = "int8_quantize_fallback"
+    _check_grid(op, "residual_scale", scale, torch.float32, side, own, quantized)
+    kind, made_by = (torch.int32, "int8_pack_residual") if pool else (torch.uint8, quantized)
+    _check_grid(op, "mask", mask, kind, side, own, made_by)
 
 
 def _check_gemm(
@@ -135,7 +138,7 @@ def _check_pack(residual: Tensor, scale: Tensor, mask: Tensor, count: int) -> No
     op = "int8_pack_residual"
     _check_codes(op, "residual", residual)
     _check_grid(op, "scale", scale, torch.float32, "residual", residual)
-    _check_grid(op, "mask", mask, torch.uint8, "residual", residual)
+    _check_grid(op, "mask", mask, torch.uint8, "residual", residual, "int8_quantize_fallback")
     most = mask.shape[0] * mask.shape[1]
     if _known(count, most) and not 0 <= count <= most:
         context, advice = f"mask {_shape(mask)}", "No more blocks are there to be kept."

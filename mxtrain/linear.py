@@ -61,7 +61,7 @@ def _quantize(
     return quantize(
         x, q.format, scale_rule=q.scale_rule, rounding=rounding, transpose=transpose,
         rng=rng if rounding == "stochastic" else None, hadamard=q.hadamard, signs=signs,
-        prescale=q.prescale, toward=toward if rounding == "toward" else None,
+        prescale=q.factor, toward=toward if rounding == "toward" else None,
     )  # fmt: skip
 
 
@@ -119,7 +119,7 @@ def _requantize(op: Packed, q: Quantizer, rng: Tensor | None, signs: Tensor | No
     return requantize(
         op, q.format, scale_rule=q.scale_rule, rounding=q.rounding,
         rng=rng if q.rounding == "stochastic" else None, hadamard=q.hadamard, signs=signs,
-        prescale=q.prescale,
+        prescale=q.factor,
     )  # fmt: skip
 
 

@@ -236,7 +236,7 @@ def quantize_dual(
         fmt = format_named(quantizer.format, "quantize_dual")
         rule, mode = _codes("quantize_dual", quantizer.scale_rule, quantizer.rounding)
         formats.append(fmt)
-        arguments += [fmt.code, rule, mode, quantizer.hadamard, signs, quantizer.prescale, toward]
+        arguments += [fmt.code, rule, mode, quantizer.hadamard, signs, quantizer.factor, toward]
     *parts, sums = _ops.quantize_dual(x, rng, *arguments, swizzle, column_sum)
     rows, cols = x.shape
     a = wrap(parts[:3], formats[0], (rows, cols), swizzle)

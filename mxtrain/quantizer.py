@@ -80,6 +80,14 @@ class Quantizer:
             check_that(ok, what, argument, condition, got, advice, "format None")
 
         self._check_square()
+        # Not a field: a string, which torch.compile takes for a constant where a float becomes a
+        # symbol (dynamic=True), and one symbol in two layers is more than it can trace (2.13).
+        object.__setattr__(self, "_prescale", repr(float(self.prescale)))
+
+    @property
+    def factor(self) -> float:
+        """The prescale, for what is traced."""
+        return float(self._prescale)
 
     @property
     def square(self) -> bool:

@@ -198,7 +198,7 @@ class Recipe:
     def alpha(self, gemm: str) -> float:
         """The factor of the GEMM that undoes the prescales: 1 / (prescale_a * prescale_b)."""
         a, b = self.pair(gemm)
-        return 1.0 / (a.prescale * b.prescale)
+        return 1.0 / (a.factor * b.factor)
 
     @property
     def fprop_needs_rng(self) -> bool:

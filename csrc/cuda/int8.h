@@ -54,8 +54,8 @@ struct Int8GemmParams {
 };
 cudaError_t launch_int8_gemm(const Int8GemmParams& p, cudaStream_t stream);
 
-// A residual [rows, kp] and its pool [count, 128, 128]: `from` one of them, 16-byte aligned, `to`
-// the other. What no block has is neither read nor written.
+// A residual [rows, kp] to its pool [count, 128, 128], and back; both 16-byte aligned. What no
+// block has is neither read nor written.
 struct Int8PackParams {
   const int8_t* from;
   int8_t* to;

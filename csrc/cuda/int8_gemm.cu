@@ -2,11 +2,11 @@
 // D[M, N] = A B^T + bias of int8_block operands on the integer tensor cores that every GPU since
 // sm_80 has (mma.sync m16n8k32).
 //
-// A thread block makes a 128 x 128 tile of D, K in steps of one block: so one scale and one mask
-// bit serve a step. A block that fell back is a step of its own, of the residual's codes and the
-// other operand's again. Copies run kStages - 1 steps ahead. An integer sum starts at the bits of
-// 1.5 * 2^23, of which it moves the low bits only (|I| < 2^22): read as a float32 minus that
-// constant it is the integer, without a conversion. Then acc = fma(scale, I, acc).
+// A thread block makes a 128 x 128 tile of D, K in steps of one block: so one scale and one entry
+// of the mask serve a step. A block that fell back is a step of its own, of the residual's codes
+// and the other operand's again. Copies run kStages - 1 steps ahead. An integer sum starts at the
+// bits of 1.5 * 2^23, of which it moves the low bits only (|I| < 2^22): read as a float32 minus
+// that constant it is the integer, without a conversion. Then acc = fma(scale, I, acc).
 #include "cuda/group.cuh"
 #include "cuda/int8.h"
 #include "cuda/launch.cuh"

@@ -84,10 +84,7 @@ void check_scales(const char* name, const Tensor& grid, const Int8Mask& seen = {
     }
 }
 
-// The tiles of a pool that its slots have: a byte each.
-std::vector<uint8_t> used_tiles(const char* op, const char* name, const Tensor& slots,
-                                const Tensor& pool) {
-  std::vector<uint8_t> used(pool.size(0));
+void check_slots(const char* op, const char* name, const Tensor& slots, const Tensor& pool) {
   const Int8Mask mask = view_mask(slots);
   for (int64_t i = 0; i < slots.size(0); ++i)
     for (int64_t k = 0; k < slots.size(1); ++k) {
@@ -95,8 +92,16 @@ std::vector<uint8_t> used_tiles(const char* op, const char* name, const Tensor& 
       MXT_CHECK(slot >= 0 && slot <= pool.size(0), op, name, " must lie in [0, ", pool.size(0),
                 "], got ", slot, " (block ", i, ", ", k, " of ", shape_of(slots),
                 "). Pass what int8_pack_residual returned with the pool.");
-      if (slot > 0) used[slot - 1] = 1;
     }
+}
+
+// The tiles of a pool that its slots have: a byte each.
+std::vector<uint8_t> used_tiles(const Tensor& slots, int64_t tiles) {
+  std::vector<uint8_t> used(tiles);
+  const Int8Mask mask = view_mask(slots);
+  for (int64_t i = 0; i < slots.size(0); ++i)
+    for (int64_t k = 0; k < slots.size(1); ++k)
+      if (mask.at(i, k) > 0) used[mask.at(i, k) - 1] = 1;
   return used;
 }
 
@@ -195,11 +200,12 @@ Tensor int8_gemm(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, OptionalTen
   p.acc = acc.mutable_data_ptr<float>();
   Tensor rc;
   if (mask) {  // what the mask leaves out is not looked at
+    if (view_mask(*mask).slots) check_slots("int8_gemm", "mask", *mask, *residual);
     rc = torch::stable::contiguous(*residual);
     p.residual = view_codes(rc, *residual_scale);
     p.mask = view_mask(*mask);
     if (p.mask.slots) {
-      const std::vector<uint8_t> used = used_tiles("int8_gemm", "mask", *mask, rc);
+      const std::vector<uint8_t> used = used_tiles(*mask, rc.size(0));
       if (!used.empty()) check_no_lowest("residual", rc, {used.data(), nullptr, 1, 0});
     } else {
       check_no_lowest("residual", rc, p.mask);
@@ -254,7 +260,7 @@ Operand2 int8_pack_residual(Tensor residual, Tensor scale, Tensor mask, int64_t 
 
 Tensor int8_unpack_residual(Tensor pool, Tensor slots, int64_t rows, int64_t kp) {
   check_int8_unpack_residual(pool, slots, rows, kp);
-  used_tiles("int8_unpack_residual", "slots", slots, pool);
+  check_slots("int8_unpack_residual", "slots", slots, pool);
   Tensor residual = torch::stable::new_empty(pool, {rows, kp}, ScalarType::Char);
   const Tensor tiles = torch::stable::contiguous(pool);
   const auto* from = static_cast<const int8_t*>(tiles.const_data_ptr());

@@ -43,12 +43,12 @@ void check_int8_quantize(const char* op, const Tensor& x, int64_t rounding,
 }
 
 static void check_grid(const char* op, const char* name, const Tensor& t, ScalarType dtype,
-                       const char* side, const Tensor& data) {
+                       const char* side, const Tensor& data, const char* from = "int8_quantize") {
   const int64_t rows = int8_blocks(data.size(0)), cols = data.size(1) / kInt8Block;
   MXT_CHECK(t.scalar_type() == dtype && t.dim() == 2 && t.size(0) == rows && t.size(1) == cols, op,
             name, " must be ", dtype_name(dtype), " of shape [", rows, ", ", cols, "], got ",
             dtype_name(t.scalar_type()), " ", shape_of(t), " (", side, " ", shape_of(data),
-            " in blocks of 128 x 128). Pass what int8_quantize returned.");
+            " in blocks of 128 x 128). Pass what ", from, " returned.");
   check_same_device(op, name, t, data);
 }
 
@@ -82,8 +82,10 @@ static void check_residual(const char* op, const Int8Residual& r, const Tensor& 
             dtype_name(r.data->scalar_type()), " ", shape_of(*r.data), " (of ", side,
             "). Pass what int8_quantize_fallback or int8_pack_residual returned.");
   check_same_device(op, "residual", *r.data, own);
-  check_grid(op, "residual_scale", *r.scale, ScalarType::Float, side, own);
-  check_grid(op, "mask", *r.mask, pool ? ScalarType::Int : ScalarType::Byte, side, own);
+  const char* quantized = "int8_quantize_fallback";
+  check_grid(op, "residual_scale", *r.scale, ScalarType::Float, side, own, quantized);
+  check_grid(op, "mask", *r.mask, pool ? ScalarType::Int : ScalarType::Byte, side, own,
+             pool ? "int8_pack_residual" : quantized);
 }
 
 void check_int8_gemm(const Tensor& a, const Tensor& a_scale, const Tensor& b, const Tensor& b_scale,
@@ -113,7 +115,7 @@ void check_int8_pack_residual(const Tensor& residual, const Tensor& scale, const
   const char* op = "int8_pack_residual";
   check_codes(op, "residual", residual);
   check_grid(op, "scale", scale, ScalarType::Float, "residual", residual);
-  check_grid(op, "mask", mask, ScalarType::Byte, "residual", residual);
+  check_grid(op, "mask", mask, ScalarType::Byte, "residual", residual, "int8_quantize_fallback");
   const int64_t blocks = mask.size(0) * mask.size(1);
   MXT_CHECK(count >= 0 && count <= blocks, op, "count must lie in [0, ", blocks, "], got ", count,
             " (mask ", shape_of(mask), "). No more blocks are there to be kept.");

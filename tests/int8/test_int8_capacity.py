@@ -170,7 +170,9 @@ def test_packed_and_unpacked(device):
     op = mxtrain.int8_quantize_fallback(torch.randn(300, 520, device=device), 1e-9)[0]
     plain, packed = op.without_fallback(), op.packed(4)
     assert plain.packed(4) is plain and plain.unpacked() is plain and not plain.is_packed
-    assert packed.is_packed and packed.packed(1) is packed and not op.is_packed
+    assert packed.is_packed and packed.packed(4) is packed and not op.is_packed
+    two, want = packed.packed(2), op.packed(2)
+    assert torch.equal(two.mask, want.mask) and torch.equal(two.residual, want.residual)
     assert packed.residual.shape == (4, 128, 128) and sorted(packed.mask[packed.mask > 0]) == [
         1, 2, 3, 4,
     ]  # fmt: skip
@@ -180,12 +182,37 @@ def test_packed_and_unpacked(device):
     assert torch.equal(back.dequantize(), packed.dequantize())
     assert packed.nbytes < op.nbytes and "with residual" in repr(packed)
     for bad, error, match in (
-        (2.0, TypeError, "tiles must be an int"),
-        (-1, RuntimeError, r"count must lie in \[0, 15\], got -1"),
+        (2.0, TypeError, "count must be an int"),
+        (-1, ValueError, r"count must lie in \[0, 2\^63\), got -1"),
         (16, RuntimeError, r"count must lie in \[0, 15\], got 16"),
     ):
         with refuses(error, match=match):
             op.packed(bad)
+        if error is not RuntimeError:  # there is nothing to pack
+            with refuses(error, match=match):
+                plain.packed(bad)
+
+
+def test_slots_beyond_the_pool_are_zeros_once_unpacked(device, request):
+    """As for int8_gemm, on CUDA; the CPU refuses them."""
+    op = mxtrain.int8_quantize_fallback(torch.randn(300, 520, device=device), 1e-9)[0].packed(15)
+    op.mask[1, 2] = 77
+    if request.node.callspec.params["device"] == "cpu":
+        with refuses(RuntimeError, match=r"slots must lie in \[0, 15\], got 77 \(block 1, 2"):
+            op.unpacked()
+        return
+    back = op.unpacked()
+    assert back.mask[1, 2] == 0 and back.mask.sum() == 14
+    plain = op.without_fallback().dequantize()
+    assert torch.equal(back.dequantize()[128:256, 256:384], plain[128:256, 256:384])
+
+
+def test_parts_of_a_residual_belong_together():
+    op = mxtrain.int8_quantize_fallback(torch.randn(130, 200), 1e-9)[0]
+    for left_out in (2, 3, 4):
+        parts = [None if i == left_out else t for i, t in enumerate(op.parts)]
+        with refuses(ValueError, match="residual, residual_scale and mask must be given together"):
+            mxtrain.Int8Operand.of(tuple(parts), op.shape)
 
 
 def test_refusals():

@@ -301,6 +301,30 @@ def test_refusals():
         mxtrain.int8_gemm(other, b)
 
 
+@pytest.mark.parametrize("k", [256, 300])
+def test_a_residual_of_another_kind_is_refused_by_the_op(k):
+    """Whatever the operand's class looked at before."""
+    a, b = operands(130, 200, k, "cpu")
+    packed = pooled(a)
+    wrong = [
+        (a, {"residual": a.residual[0]}, "residual must be int8 of shape"),
+        (a, {"residual": a.residual[:100]}, "residual must be int8 of shape"),
+        (a, {"residual": a.residual.float()}, "residual must be int8 of shape"),
+        (packed, {"residual": packed.residual.flatten(1)}, "residual must be int8 of shape"),
+        (packed, {"residual": packed.residual[None]}, "residual must be int8 of shape"),
+        (packed, {"mask": packed.mask.to(torch.complex64)}, "mask must be int32 of shape"),
+        (packed, {"mask": packed.mask.to(torch.uint8)}, "mask must be int32 .* int8_pack_residual"),
+        (a, {"mask": a.mask.int()}, "mask must be uint8 .* int8_quantize_fallback"),
+        (a, {"mask": a.mask[0]}, "mask must be uint8 of shape"),
+        (packed, {"residual": packed.residual.to("meta")}, "residual must be on the device"),
+    ]
+    for op, change, match in wrong:
+        bad = dataclasses.replace(op, **change)
+        for pair in ((bad, b), (b, bad)):
+            with refuses(RuntimeError, match=match):
+                mxtrain.int8_gemm(*pair)
+
+
 def test_what_no_quantizer_writes_is_refused():
     """On the CPU: -128 and negative scales where they are looked at, codes beyond K."""
     a, b = operands(130, 200, 300, "cpu")

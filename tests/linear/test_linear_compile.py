@@ -89,6 +89,25 @@ def test_a_compiled_layer_draws_anew_and_the_seed_decides(device):
     assert torch.equal(weights[0], grads[0][2]) and not torch.equal(*weights)
 
 
+@pytest.mark.parametrize("name", ["mxfp4_baseline", "mxfp4_backward", "int8_fallback"])
+def test_several_layers_with_dynamic_sizes(name, device):
+    """dynamic=True makes symbols of what a recipe holds, and one symbol in two layers fails."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    net = nn.Sequential(*(MXLinear(64, 64, device=device, recipe=name) for _ in range(3)))
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager", dynamic=True)
+    drawn = RECIPES[name].needs_rng
+    for n in (40, 130):
+        x, results = torch.randn(n, 64, device=device), []
+        for f in (net, compiled):
+            net.zero_grad()
+            y = f(x)
+            y.square().sum().backward()
+            results.append([y.detach(), *(() if drawn else (p.grad for p in net.parameters()))])
+            assert all(p.grad.isfinite().all() and p.grad.any() for p in net.parameters())
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 @pytest.mark.parametrize("name", ["mxfp4_baseline", "tetrajet"])
 def test_compiled_micro_steps_under_autocast_and_checkpoint(device, name):
     """Gradients accumulate over three, as in eager: bitwise where the recipe draws nothing."""

@@ -61,7 +61,7 @@ __device__ __forceinline__ void copy_stages(const TensorMaps& maps, const Int8Ke
   }
 }
 
-// By all lanes, which read 32 mask bits at once; lane 0 copies.
+// By all lanes, which read 32 entries of the mask at once; lane 0 copies.
 template <class T>
 __device__ __forceinline__ void copy_residuals(const TensorMaps& maps, const Int8KernelArgs& args,
                                                uint8_t* memory, uint32_t shared, int lane) {

@@ -37,7 +37,7 @@ template <int kParts, int kCluster>
 struct Int8Traits : Int8RingTraits<kParts, kCluster> {
   using Base = Int8RingTraits<kParts, kCluster>;
   static_assert(Base::kTileM == kInt8Block && Base::kTileK == kInt8Block,
-                "one scale of A, and one mask bit, a stage");
+                "one scale of A, and one entry of the mask, a stage");
 
   static constexpr int kOffsetResidual = (Base::kSharedBytes + 1023) / 1024 * 1024;
   static constexpr int kOffsetFacts = kOffsetResidual + Base::kBytesA;
