@@ -142,7 +142,7 @@ class Int8Operand:
         return Int8Operand(self.data, self.scale, self.shape, residual, *grids)
 
     def transposed(self) -> Int8Operand:
-        """The operand `[K, R]` of the transpose: exact, by moving codes. Not of a pool."""
+        """The operand `[K, R]` of the transpose: exact, by moving codes; a pool is unpacked."""
         if self.is_packed:
             return self.unpacked().transposed()
         r, k = self.shape
@@ -167,8 +167,9 @@ class Int8Operand:
 
         value = spread(self.scale) * self.data[:, :k]
         if self.residual is not None:
-            second = spread(self.residual_scale) * self.unpacked().residual[:, :k]
-            value = torch.where(spread(self.mask).bool(), value + second, value)
+            op = self.unpacked()
+            second = spread(op.residual_scale) * op.residual[:, :k]
+            value = torch.where(spread(op.mask).bool(), value + second, value)
         return value.to(dtype)
 
 
