@@ -261,26 +261,20 @@ def _check_operand(what: str, argument: str, value: object) -> None:
 
 
 def _residual_tail(op: Int8Operand) -> Tensor:
-    """The residual's codes beyond K; none of what the op refuses."""
-    k, none = op.shape[1], op.data.new_empty(0)
-    residual, mask = op.residual, op.mask
-    if residual is None or op.scale.dim() != 2 or mask.shape != op.scale.shape:
-        return none
-    devices = {t.device for t in (op.data, residual, mask)}
-    if residual.dtype != torch.int8 or len(devices) > 1:
-        return none
-    last = mask[:, -1]
-    if mask.dtype == torch.int32 and residual.shape[1:] == (BLOCK, BLOCK):
-        tiles = last[(last > 0) & (last <= len(residual))].long() - 1
-        return residual[tiles][:, :, k % BLOCK :]
-    if mask.dtype == torch.uint8 and residual.shape == op.data.shape:
-        fallen = last.repeat_interleave(BLOCK)[: op.shape[0], None] != 0
-        return torch.where(fallen, residual[:, k:], 0)
-    return none
+    """The residual's codes beyond K, of the blocks that fell back."""
+    k, last = op.shape[1], op.mask[:, -1]
+    if op.is_packed:
+        tiles = last[(last > 0) & (last <= len(op.residual))].long() - 1
+        return op.residual[tiles][:, :, k % BLOCK :]
+    fallen = last.repeat_interleave(BLOCK)[: op.shape[0], None] != 0
+    return torch.where(fallen, op.residual[:, k:], 0)
 
 
 def _check_tail(what: str, name: str, op: Int8Operand) -> None:
-    """On the CPU, RuntimeError where codes beyond K are not zero: the op does not know K."""
+    """On the CPU, RuntimeError where codes beyond K are not zero: the op does not know K.
+
+    Of an operand that the op took.
+    """
     k = op.shape[1]
     real = type(op.data) is Tensor and op.data.device.type == "cpu"
     if torch.compiler.is_compiling() or not real or op.data.shape[1] == k:
@@ -288,7 +282,7 @@ def _check_tail(what: str, name: str, op: Int8Operand) -> None:
     bad = None
     if op.data[:, k:].any():
         bad = name
-    elif _residual_tail(op).any():
+    elif op.residual is not None and _residual_tail(op).any():
         bad = "residual"
     if bad is not None:
         condition, got = f"hold zeros beyond K = {k}", "other codes"
@@ -337,14 +331,15 @@ def int8_gemm(
         advice = "Use without_fallback() of one."
         condition = "have at most one residual"
         raise ValueError(refusal(what, "a and b", condition, "two", shapes, advice))
-    _check_tail(what, "a", a)
-    _check_tail(what, "b", b)
     of_b = b.residual is not None
     own = b if of_b else a
-    return _ops.int8_gemm(
+    out = _ops.int8_gemm(
         a.data, a.scale, b.data, b.scale, bias, out_dtype,
         own.residual, own.residual_scale, own.mask, of_b,
     )  # fmt: skip
+    _check_tail(what, "a", a)
+    _check_tail(what, "b", b)
+    return out
 
 
 def block_amax(x: Tensor) -> Tensor:

@@ -25,6 +25,12 @@ def device(request):
 
 
 @pytest.fixture
+def looks_at_values(request, device):
+    """Whether ops refuse values: those of the CPU. CUDA's, emulated too, would have to wait."""
+    return request.node.callspec.params["device"] == "cpu"
+
+
+@pytest.fixture
 def one_thread():
     """For small models: where other jobs share the cores, a second thread is waited for at every
     op, some 10 ms each."""

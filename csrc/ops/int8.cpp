@@ -200,10 +200,10 @@ Tensor int8_gemm(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, OptionalTen
   p.acc = acc.mutable_data_ptr<float>();
   Tensor rc;
   if (mask) {  // what the mask leaves out is not looked at
-    if (view_mask(*mask).slots) check_slots("int8_gemm", "mask", *mask, *residual);
+    p.mask = view_mask(*mask);
+    if (p.mask.slots) check_slots("int8_gemm", "mask", *mask, *residual);
     rc = torch::stable::contiguous(*residual);
     p.residual = view_codes(rc, *residual_scale);
-    p.mask = view_mask(*mask);
     if (p.mask.slots) {
       const std::vector<uint8_t> used = used_tiles(*mask, rc.size(0));
       if (!used.empty()) check_no_lowest("residual", rc, {used.data(), nullptr, 1, 0});
